@@ -1,0 +1,247 @@
+"""Stage two of data preparation: documents of any length become rows of exactly `row_tokens` tokens.
+
+`pack` decides from lengths alone and is a pure function; `write_split` then copies tokens, one record batch in memory
+at a time. Rows come out in a seeded order that is local: a shuffle never reaches further than GROUP_TOKENS, so the
+documents behind neighbouring rows stay close together on disk.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain, pairwise, repeat
+from typing import Protocol
+
+import numpy as np
+
+from training.manifest import PackingPolicy, Shard
+from training.shards import RowBlock, ShardWriter
+
+GROUP_TOKENS = 1 << 28
+
+
+class Documents(Protocol):
+    """What is packed: N documents in the token store, or anything like it."""
+
+    doc: np.ndarray
+    """Number of each document in the whole corpus, int64 [N]."""
+
+    def tokens(self, i: int) -> np.ndarray:
+        """Tokens of document `doc[i]`, uint16 or uint32 [its length]."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """R rows made of P pieces of N documents; row r has the pieces row_splits[r]:row_splits[r + 1]."""
+
+    row_tokens: int
+    row_splits: np.ndarray  # int64 [R + 1]
+    piece_doc: np.ndarray  # int64 [P], index into the documents that were packed
+    piece_off: np.ndarray  # int64 [P]
+    piece_len: np.ndarray  # int64 [P]
+    piece_ctx: np.ndarray  # int64 [P]
+    documents_cut: int
+    """Documents of which no row holds the whole."""
+    documents_cut_though_fitting: int
+    """Those among them that are not longer than a row."""
+    tokens_dropped: int
+    """Tokens that are in no row."""
+
+    @property
+    def rows(self) -> int:
+        return len(self.row_splits) - 1
+
+    @property
+    def padding(self) -> int:
+        """Tokens of padding in all rows together."""
+        return self.rows * self.row_tokens - int(self.piece_len.sum())
+
+    @property
+    def targets(self) -> int:
+        """Positions that carry loss: every token of a piece except its first and its context."""
+        return int((self.piece_len - np.maximum(self.piece_ctx, 1)).sum())
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Pieces with the row each belongs to, before and after rows are put into their final order."""
+
+    row: np.ndarray
+    doc: np.ndarray
+    off: np.ndarray
+    len: np.ndarray
+    ctx: np.ndarray
+
+    def select(self, index: np.ndarray, row: np.ndarray) -> "_Rows":
+        return _Rows(row[index], self.doc[index], self.off[index], self.len[index], self.ctx[index])
+
+
+def pack(lengths: np.ndarray, row_tokens: int, policy: PackingPolicy, seed: int) -> Packing:
+    """Distribute documents of `lengths` tokens (each >= 1) over rows.
+
+    bestfit: a document longer than a row becomes windows that overlap by `policy.overlap` tokens; windows and short
+    documents are then placed by best-fit decreasing, ties in document order (Ding et al. 2024, "Fewer Truncations
+    Improve Language Modeling", section 3). At most one row of a group of GROUP_TOKENS tokens is less than half full;
+    `tail: drop` leaves that one out. concat: all documents as one stream cut every `row_tokens - 1` tokens, the last
+    token of a row being repeated as the first of the next; `tail: drop` leaves out the incomplete last row.
+    """
+    assert row_tokens == policy.row_tokens
+    lengths = np.asarray(lengths, np.int64)
+    assert not len(lengths) or lengths.min() >= 1
+    groups = _bestfit_groups if policy.policy == "bestfit" else _concat_groups
+    parts: list[_Rows] = []
+    rows = 0
+    for number, part in enumerate(groups(lengths, policy)):
+        count = int(part.row.max(initial=-1)) + 1
+        place = rows + np.random.default_rng([seed, number]).permutation(count)
+        row = place[part.row]
+        parts.append(part.select(np.argsort(row, kind="stable"), row))
+        rows += count
+    row, doc, off, length, ctx = (
+        np.concatenate([getattr(part, name) for part in parts] or [np.empty(0, np.int64)])
+        for name in ("row", "doc", "off", "len", "ctx")
+    )
+    whole = np.zeros(len(lengths), bool)
+    whole[doc[length == lengths[doc]]] = True
+    return Packing(
+        row_tokens=row_tokens,
+        row_splits=np.searchsorted(row, np.arange(rows + 1)),
+        piece_doc=doc,
+        piece_off=off,
+        piece_len=length,
+        piece_ctx=ctx,
+        documents_cut=int((~whole).sum()),
+        documents_cut_though_fitting=int((~whole & (lengths <= row_tokens)).sum()),
+        tokens_dropped=int(lengths.sum()) - _distinct_tokens(doc, off, length) if policy.tail == "drop" else 0,
+    )
+
+
+def _distinct_tokens(doc: np.ndarray, off: np.ndarray, length: np.ndarray) -> int:
+    order = np.lexsort((off + length, off, doc))
+    doc, begin, end = doc[order], off[order], (off + length)[order]
+    repeated = np.maximum(end[:-1] - begin[1:], 0)[doc[1:] == doc[:-1]]
+    return int(length.sum() - repeated.sum())
+
+
+def _bestfit_groups(lengths: np.ndarray, policy: PackingPolicy) -> Iterator[_Rows]:
+    group = np.cumsum(lengths) // GROUP_TOKENS
+    limits = np.flatnonzero(np.diff(group, prepend=-1, append=group[-1:] + 1))
+    for first, last in pairwise(limits):
+        part = _windows(lengths[first:last], policy)
+        by_size = np.argsort(-part.len, kind="stable")
+        row = np.fromiter(_best_fit_decreasing(part.len[by_size], policy.row_tokens), np.int64, len(by_size))
+        rows = part.select(by_size, np.empty(len(by_size), np.int64))
+        fill = np.bincount(row, weights=rows.len)
+        if policy.tail == "drop" and fill.min() < policy.row_tokens / 2:
+            emptiest = int(fill.argmin())
+            kept = np.flatnonzero(row != emptiest)
+            rows, row = rows.select(kept, rows.row), row[kept] - (row[kept] > emptiest)
+        yield _Rows(row, rows.doc + first, rows.off, rows.len, rows.ctx)
+
+
+def _windows(lengths: np.ndarray, policy: PackingPolicy) -> _Rows:
+    stride = policy.row_tokens - policy.overlap
+    further = -(-np.maximum(lengths - policy.row_tokens, 0) // stride)
+    doc = np.repeat(np.arange(len(lengths)), further + 1)
+    number = np.arange(len(doc)) - np.repeat(np.cumsum(further + 1) - (further + 1), further + 1)
+    off = number * stride
+    size = np.minimum(lengths[doc] - off, policy.row_tokens)
+    return _Rows(np.zeros_like(doc), doc, off, size, np.where(number > 0, policy.overlap, 0))
+
+
+def _best_fit_decreasing(sizes: np.ndarray, capacity: int) -> Iterator[int]:
+    """For each of the sizes (in decreasing order) the row that it goes to: the one that it leaves least room in.
+
+    Equal sizes are placed together: a row with room r takes r // size of them before the next row gets any, which is
+    what placing them one by one would do.
+    """
+    rows_with_room: dict[int, list[int]] = {}
+    rooms: list[int] = []  # the keys of rows_with_room, ascending
+    rows = 0
+    for size, items in zip(*(column.tolist() for column in _runs(sizes)), strict=True):
+        while items:
+            at = bisect_left(rooms, size)
+            if at < len(rooms):
+                room = rooms[at]
+                available = rows_with_room[room]
+            else:
+                room, available = capacity, list(range(rows, rows - (-items // (capacity // size))))
+                rows += len(available)
+            each = room // size
+            taken = available[-items // each :]  # negative, rounded away from zero
+            del available[-len(taken) :]
+            if not available and at < len(rooms):
+                del rows_with_room[room], rooms[at]
+            rest = items % each if len(taken) * each > items else 0
+            fully = taken[: len(taken) - bool(rest)]
+            yield from fully if each == 1 else chain.from_iterable(repeat(row, each) for row in fully)
+            yield from repeat(taken[-1], rest)
+            _give_back(rows_with_room, rooms, room - each * size, fully)
+            _give_back(rows_with_room, rooms, room - rest * size, taken[len(fully) :])
+            items -= len(fully) * each + rest
+
+
+def _runs(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    starts = np.flatnonzero(np.diff(sizes, prepend=-1))
+    return sizes[starts], np.diff(starts, append=len(sizes))
+
+
+def _give_back(rows_with_room: dict[int, list[int]], rooms: list[int], room: int, rows: list[int]) -> None:
+    if room and rows:
+        if room not in rows_with_room:
+            rows_with_room[room] = []
+            insort(rooms, room)
+        rows_with_room[room] += rows
+
+
+def _concat_groups(lengths: np.ndarray, policy: PackingPolicy) -> Iterator[_Rows]:
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
+    total = int(lengths.sum())
+    stride = policy.seq_length
+    count = (total - 1) // stride if policy.tail == "drop" else -(-(total - 1) // stride) or min(total, 1)
+    group_rows = max(1, GROUP_TOKENS // stride)
+    for first in range(0, count, group_rows):
+        begin = np.arange(first, min(first + group_rows, count)) * stride
+        end = np.minimum(begin + policy.row_tokens, total)
+        first_doc = np.searchsorted(ends, begin, side="right")
+        pieces = np.searchsorted(ends, end - 1, side="right") - first_doc + 1
+        row = np.repeat(np.arange(len(begin)), pieces)
+        doc = np.arange(len(row)) - np.repeat(np.cumsum(pieces) - pieces - first_doc, pieces)
+        off = np.maximum(begin[row] - starts[doc], 0)
+        size = np.minimum(end[row], ends[doc]) - starts[doc] - off
+        yield _Rows(row, doc, off, size, (off > 0).astype(np.int64))
+
+
+def write_split(
+    documents: Documents,
+    packing: Packing,
+    writer: ShardWriter,
+    pad_id: int,
+    advance: Callable[[int], None] | None = None,
+) -> list[Shard]:
+    """Copy the packed documents' tokens into shards; `advance` is called with the rows of each batch written."""
+    width, step = packing.row_tokens, writer.batch_rows
+    with writer:
+        for first in range(0, packing.rows, step):
+            splits = packing.row_splits[first : first + step + 1]
+            pieces = slice(splits[0], splits[-1])
+            doc, off, size = (a[pieces] for a in (packing.piece_doc, packing.piece_off, packing.piece_len))
+            before = np.cumsum(size) - size  # tokens of earlier pieces
+            row = np.repeat(np.arange(len(splits) - 1), np.diff(splits))
+            place = row * width + before - before[splits[:-1] - splits[0]][row]
+            ids = np.full(((len(splits) - 1) * width), pad_id, writer.dtype)
+            for i, source, length, target in zip(*(a.tolist() for a in (doc, off, size, place)), strict=True):
+                ids[target : target + length] = documents.tokens(i)[source : source + length]
+            writer.write(
+                RowBlock(
+                    ids=ids.reshape(-1, width),
+                    splits=(splits - splits[0]).astype(np.int32),
+                    seg_len=size.astype(np.int32),
+                    seg_ctx=packing.piece_ctx[pieces].astype(np.int32),
+                    seg_doc=documents.doc[doc],
+                    seg_off=off,
+                )
+            )
+            if advance:
+                advance(len(splits) - 1)
+    return writer.shards

@@ -1,0 +1,197 @@
+"""Checkpoints that prove themselves: `RUN/checkpoints/step-00001000/` is DeepSpeed's files and our manifest.
+
+1. All ranks write DeepSpeed's files into a hidden folder `.step-00001000.partial`.
+2. Every file is flushed to disk and hashed, each rank taking its share; the first rank writes `manifest.json` last.
+3. The folder is renamed. Only a `step-*` folder whose manifest matches every byte counts as a checkpoint, so whatever
+   is interrupted, the newest good one is found and a damaged one is skipped with a warning.
+"""
+
+import datetime
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import xxhash
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from training.config import CheckpointConfig
+from training.manifest import publish, write_atomically
+from training.state import TrainState
+
+MANIFEST = "manifest.json"
+UNIVERSAL_INFO = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.4}}
+
+
+class Layout(BaseModel):
+    """What a native load needs to find equal: how the states of this checkpoint are cut over its files."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    zero_stage: int
+    world_size: int
+    wrapper: str
+    """DeepSpeed's optimizer class around the base optimizer."""
+    optimizer: str
+
+    def __str__(self) -> str:
+        return f"ZeRO-{self.zero_stage} on {self.world_size} rank{'s' if self.world_size > 1 else ''}"
+
+
+class CheckpointManifest(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    format_version: int = 1
+    layout: Layout
+    state: TrainState
+    recipe: dict[str, Any]
+    ds_config: dict[str, Any]
+    environment: dict[str, Any]
+    data: dict[str, Any]
+    """Path, fingerprint, sequence length and tokenizer of the training data."""
+    files: dict[str, tuple[int, str]]
+    """Name in the folder: size in bytes and xxh3-128 digest."""
+    created: str
+
+
+def layout_of(engine) -> Layout:
+    """The layout of a live DeepSpeed engine."""
+    return Layout(
+        zero_stage=int(engine.zero_optimization_stage()),
+        world_size=dist.get_world_size(),
+        wrapper=type(engine.optimizer).__name__,
+        optimizer=type(engine.basic_optimizer).__name__,
+    )
+
+
+def save(engine, run: Path, state: TrainState, facts: dict[str, Any], policy: CheckpointConfig) -> Path:
+    """Write the checkpoint of this step and delete what the policy no longer keeps. Collective over all ranks.
+
+    `facts`: recipe, ds_config, environment and data, as the manifest's fields. An OSError (a full disk, say) reaches
+    the caller on the rank it happens on; no `step-*` folder appears then.
+    """
+    root = run / "checkpoints"
+    final = root / f"step-{state.step:08d}"
+    partial = root / f".{final.name}.partial"
+    first = dist.get_rank() == 0
+    if first:
+        shutil.rmtree(partial, ignore_errors=True)
+    dist.barrier()
+    client_state = {"longform": state.model_dump(), **UNIVERSAL_INFO}
+    engine.save_checkpoint(str(root), tag=partial.name, client_state=client_state, save_latest=False)
+    files = _sync_and_hash(partial)
+    if first:
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        manifest = CheckpointManifest(layout=layout_of(engine), state=state, files=files, created=now, **facts)
+        write_atomically(partial / MANIFEST, manifest.model_dump_json(indent=1).encode())
+        shutil.rmtree(final, ignore_errors=True)
+        publish(partial, final)
+        _retire(root, policy)
+    dist.barrier()
+    return final
+
+
+def steps(run: Path) -> list[Path]:
+    """The `step-*` folders of a run, newest first, good or not."""
+    return sorted((path for path in (run / "checkpoints").glob("step-*") if path.is_dir()), reverse=True)
+
+
+def read_manifest(folder: Path, full: bool = True) -> CheckpointManifest:
+    """Read and check one checkpoint: its manifest, the size of every file and, with `full`, every hash.
+
+    Raises ValueError saying what is damaged.
+    """
+    try:
+        manifest = CheckpointManifest.model_validate_json((folder / MANIFEST).read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"{folder}: no {MANIFEST}, so this is not a finished checkpoint") from None
+    except (OSError, ValidationError) as error:
+        raise ValueError(f"{folder / MANIFEST}: damaged: {' '.join(str(error).split())[:200]}") from None
+    for name, (size, digest) in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{path}: missing")
+        if path.stat().st_size != size:
+            raise ValueError(f"{path}: {path.stat().st_size} bytes instead of {size}")
+        if full and _digest(path) != digest:
+            raise ValueError(f"{path}: its content has changed since it was written (xxh3-128 differs)")
+    return manifest
+
+
+def newest_good(run: Path) -> tuple[Path, CheckpointManifest, list[str]] | None:
+    """The newest intact checkpoint, and a sentence for each damaged one passed over; None when there is none at all.
+
+    Raises ValueError when checkpoints exist but every one is damaged: starting afresh would throw a run away.
+    """
+    damaged = []
+    for folder in steps(run):
+        try:
+            return folder, read_manifest(folder), damaged
+        except ValueError as error:
+            damaged.append(f"damaged checkpoint passed over: {error}")
+    if damaged:
+        raise ValueError(
+            f"{run}: every checkpoint is damaged; restore one or choose another --output\n" + "\n".join(damaged)
+        )
+    return None
+
+
+def agree_on_checkpoint(run: Path) -> tuple[tuple[Path, CheckpointManifest] | None, list[str]]:
+    """The first rank's `newest_good`, told to all ranks; its ValueError is raised on all of them."""
+    message: list = [None]
+    if dist.get_rank() == 0:
+        try:
+            message = [newest_good(run)]
+        except ValueError as error:
+            message = [error]
+    dist.broadcast_object_list(message, src=0)
+    if isinstance(message[0], ValueError):
+        raise message[0]
+    return (message[0][:2], message[0][2]) if message[0] else (None, [])
+
+
+def find(run: Path, step: int | None = None) -> tuple[Path, CheckpointManifest]:
+    """A checkpoint to read from: the given step's, else the newest good one. Raises ValueError when there is none."""
+    if step is not None:
+        folder = run / "checkpoints" / f"step-{step:08d}"
+        if not folder.is_dir():
+            known = ", ".join(str(int(path.name.removeprefix("step-"))) for path in reversed(steps(run)))
+            raise ValueError(f"{run} has no checkpoint of step {step}; there are: {known or 'none'}")
+        return folder, read_manifest(folder)
+    if (found := newest_good(run)) is None:
+        raise ValueError(f"{run} has no checkpoint: give the --output folder of a training run")
+    return found[0], found[1]
+
+
+def _retire(root: Path, policy: CheckpointConfig) -> None:
+    for folder in steps(root.parent)[policy.keep_last :]:
+        step = int(folder.name.removeprefix("step-"))
+        if policy.keep_every_steps and step % policy.keep_every_steps == 0:
+            continue
+        doomed = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def _sync_and_hash(folder: Path) -> dict[str, tuple[int, str]]:
+    """Sizes and digests of all files, the work shared between the ranks."""
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    mine = {}
+    for name in names[dist.get_rank() :: dist.get_world_size()]:
+        path = folder / name
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        mine[name] = (path.stat().st_size, _digest(path))
+    shares: list[dict | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, mine)
+    return {name: entry for share in shares for name, entry in share.items()}
+
+
+def _digest(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()

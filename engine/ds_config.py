@@ -1,0 +1,298 @@
+"""The DeepSpeed JSON: read, checked against DeepSpeed's own config classes, filled from the recipe.
+
+DeepSpeed 0.19 ignores misspelled top-level keys, passes "auto" through and asserts on many combinations only after the
+processes have found each other. Everything here happens before, and every problem is reported at once.
+"""
+
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from deepspeed.comm.config import CommsLoggerConfig
+from deepspeed.runtime import config as deepspeed_config
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from pydantic import BaseModel, ValidationError
+
+from engine.legality import illegal_combinations
+from training.config import Recipe, did_you_mean
+
+# Sections that DeepSpeed validates itself (unknown keys are errors there) and those that it reads as plain dicts.
+SECTIONS: dict[str, type[BaseModel] | set[str]] = {
+    "zero_optimization": DeepSpeedZeroConfig,
+    "bf16": DeepSpeedBF16Config,
+    "fp16": DeepSpeedFP16Config,
+    "comms_logger": CommsLoggerConfig,
+    "torch_autocast": {"enabled", "dtype", "lower_precision_safe_modules"},
+    "data_types": {"grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"},
+    "checkpoint": {"tag_validation", "use_node_local_storage", "parallel_write"},
+    "flops_profiler": {
+        *("enabled", "recompute_fwd_factor", "profile_step", "module_depth", "top_modules", "detailed", "output_file")
+    },
+    "aio": {"block_size", "queue_depth", "intra_op_parallelism", "single_submit", "overlap_events", "use_gds"},
+    "optimizer": {"type", "params", "legacy_fusion"},
+}
+SCALARS = {
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+    *("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "log_level", "disable_python_gc"),
+    *("communication_data_type", "prescale_gradients", "gradient_predivide_factor"),
+    *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"),
+}
+REFUSED = {
+    "scheduler": "the schedule belongs to the recipe (section schedule); remove it from the JSON",
+    "activation_checkpointing": "it does nothing by itself; set training.activation_checkpointing in the recipe",
+    "wandb": "Longform logs to Weights & Biases itself, from one process (recipe section logging); remove it",
+    "tensorboard": "Longform logs through its own metrics (recipe section logging); remove it",
+    "csv_monitor": "metrics.jsonl is always written; remove it",
+    "comet": "Longform logs through its own metrics (recipe section logging); remove it",
+    "data_efficiency": "it needs DeepSpeed's own data loader, which cannot resume; remove it",
+    "autotuning": "it ends the process in the middle of a step; remove it",
+    "managed_gradient_accumulation": "the accumulation boundary is Longform's; remove it",
+    "gradient_allreduce_op": "the loss is weighted for averaging by DeepSpeed; remove it",
+}
+UNSUPPORTED = {"pipeline", "tensor_parallel", "sequence_parallel_size", "expert_parallel", "compile", "hybrid_engine"}
+NEVER_AUTO = "; DeepSpeed would read the word itself: write a value or leave the key out"
+
+
+class Batch(NamedTuple):
+    """How one optimizer step is cut: `samples = micro_batch_samples * accumulation * world_size`."""
+
+    samples: int
+    micro_batch_samples: int
+    accumulation: int
+
+
+def read_ds_config(path: str | Path) -> dict[str, Any]:
+    """Parse the JSON. Raises ValueError naming the line of a syntax error or a key given twice."""
+
+    def unique(pairs):
+        keys = [key for key, _ in pairs]
+        if twice := sorted({key for key in keys if keys.count(key) > 1}):
+            raise ValueError(f"{path}: key {twice[0]!r} is given twice")
+        return dict(pairs)
+
+    def no_constant(name):
+        raise ValueError(f"{path}: {name} is not a JSON number")
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        tree = json.loads(text, object_pairs_hook=unique, parse_constant=no_constant)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such DeepSpeed config") from None
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: a DeepSpeed config is an object with keys, not {type(tree).__name__}")
+    return tree
+
+
+def resolve_ds_config(
+    raw: dict[str, Any], path: str | Path, recipe: Recipe, seq_length: int, world_size: int, device: torch.device
+) -> tuple[dict[str, Any], Batch]:
+    """Fill and check a parsed JSON for this recipe, data and launch.
+
+    Returns the config to hand to `deepspeed.initialize` and the cut of a step.
+    Raises ValueError with one line a problem: unknown keys (nearest name given), removed features, values that disagree
+    with the recipe, impossible batch arithmetic, illegal combinations (legal neighbour named).
+    """
+    config = json.loads(json.dumps(raw))
+    problems = key_problems(config)
+    malformed = [key for key in SECTIONS if not isinstance(config.get(key, {}), dict)]
+    problems += [f"{key} must be an object with keys, got {config[key]!r}" for key in malformed]
+    for key in malformed:
+        del config[key]
+    problems += _fill_optimizer(config, recipe)
+    batch, batch_problems = _fill_batch(config, recipe, seq_length, world_size)
+    problems += batch_problems
+    _fill_zero(config, recipe, device)
+    config.setdefault("steps_per_print", 2**31)
+    problems += [f'{key} is "auto"{NEVER_AUTO}' for key in _autos(config)]
+    problems += _section_problems(config)
+    problems += illegal_combinations(config, batch, device)
+    if not problems:
+        problems += _deepspeeds_own_verdict(config)
+    if problems:
+        raise ValueError("\n".join(f"{path}: {problem}" for problem in problems))
+    return config, batch
+
+
+def key_problems(config: dict[str, Any]) -> list[str]:
+    """A sentence for each top-level key that is unknown, removed, or not for a JSON used here."""
+    problems = []
+    removed = deepspeed_config._REMOVED_TOP_LEVEL_CONFIG_KEYS
+    for key in sorted(config):
+        if key in removed:
+            problems.append(f"{key} was removed from DeepSpeed 0.19: remove it from the JSON")
+        elif key in REFUSED:
+            problems.append(f"{key}: {REFUSED[key]}")
+        elif key in UNSUPPORTED:
+            problems.append(f"{key} is not supported by train.py: remove it and choose a ZeRO stage (0 to 3)")
+        elif key not in SCALARS and key not in SECTIONS:
+            problems.append(f"unknown key {key!r}{did_you_mean(key, [*SCALARS, *SECTIONS])}")
+    return problems
+
+
+def _section_problems(config: dict[str, Any]) -> list[str]:
+    """Check each section's keys and values, removing what is wrong so that later checks see a sound remainder."""
+    problems = []
+    for name, schema in SECTIONS.items():
+        section = config.get(name, {})
+        removed = deepspeed_config._REMOVED_ZERO_CONFIG_KEYS if name == "zero_optimization" else {}
+        for key in [key for key in section if key in removed]:
+            problems.append(f"{name}.{key} was removed from DeepSpeed 0.19: remove it from the JSON")
+            del section[key]
+        if isinstance(schema, set):
+            for key in [key for key in section if key not in schema]:
+                problems.append(f"unknown key '{name}.{key}'{did_you_mean(key, sorted(schema))}")
+                del section[key]
+            continue
+        try:
+            schema(**section)
+        except ValidationError as error:
+            for detail in error.errors():
+                problems.append(_deepspeed_sentence(name, schema, detail))
+                section.pop(str(detail["loc"][0]) if detail["loc"] else "", None)
+        except (ValueError, AssertionError, TypeError, AttributeError) as error:
+            problems.append(f"{name}: {' '.join(str(error).split())}")
+            config[name] = {}
+    return problems
+
+
+def _deepspeed_sentence(section: str, schema: type[BaseModel], detail: dict[str, Any]) -> str:
+    path = [str(part) for part in detail["loc"]]
+    dotted = ".".join([section, *path])
+    if detail["type"] == "extra_forbidden":
+        for part in path[:-1]:
+            schema = _model_of(schema, part)
+        return f"unknown key '{dotted}'{did_you_mean(path[-1], _names(schema))}"
+    return f"{dotted}: {detail['msg'].removeprefix('Value error, ')}, got {detail['input']!r}"
+
+
+def _names(schema: type[BaseModel]) -> list[str]:
+    return [field.alias or name for name, field in schema.model_fields.items()] if schema else []
+
+
+def _model_of(schema: type[BaseModel], name: str) -> type[BaseModel] | None:
+    """The config class of a nested key such as `offload_optimizer`, through Optional."""
+    field = next((f for key, f in schema.model_fields.items() if name in (key, f.alias)), None) if schema else None
+    options = [field.annotation] if field else []
+    if options and typing.get_origin(options[0]) in (typing.Union, types.UnionType):
+        options = list(typing.get_args(options[0]))
+    return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+
+
+def _agree(config: dict[str, Any], key: str, value: Any, recipe_key: str, label: str = "") -> list[str]:
+    """Fill an absent or "auto" value from the recipe; a value that says otherwise is a problem naming both places."""
+    if config.get(key, "auto") == "auto":
+        config[key] = value
+    same = config[key] == value or (isinstance(value, (list, tuple)) and config[key] == list(value))
+    return [] if same else [f'{label}{key} is {config[key]!r} but {recipe_key} is {value!r}: make them equal or "auto"']
+
+
+def _fill_optimizer(config: dict[str, Any], recipe: Recipe) -> list[str]:
+    """The optimizer is built from the recipe; a block in the JSON may only say the same."""
+    max_grad_norm = recipe.optimizer.max_grad_norm or 0.0
+    problems = _agree(config, "gradient_clipping", max_grad_norm, "the recipe's optimizer.max_grad_norm")
+    block = config.pop("optimizer", None)
+    if block is None:
+        return problems
+    problems += [f"unknown key 'optimizer.{key}'" for key in block if key not in SECTIONS["optimizer"]]
+    kind, params = block.get("type", "auto"), block.get("params", {})
+    if str(kind).lower() not in ("auto", "adamw", "adam"):
+        problems.append(f"optimizer.type is {kind!r} but the recipe's optimizer is AdamW: make them equal")
+    if not isinstance(params, dict):
+        return [*problems, f"optimizer.params must be an object with keys, got {params!r}"]
+    known = {"lr", "betas", "eps", "weight_decay", "torch_adam", "adam_w_mode"}
+    for key in params:
+        if key not in known:
+            problems.append(f"unknown key 'optimizer.params.{key}'{did_you_mean(key, sorted(known))}")
+        elif hasattr(recipe.optimizer, key):
+            value, place = getattr(recipe.optimizer, key), f"the recipe's optimizer.{key}"
+            problems += _agree(dict(params), key, value, place, "optimizer.params.")
+    if params.get("adam_w_mode", True) is not True:
+        problems.append("optimizer.params.adam_w_mode must be true: the recipe's optimizer is AdamW")
+    return problems
+
+
+def _fill_batch(config: dict[str, Any], recipe: Recipe, seq_length: int, world_size: int) -> tuple[Batch, list[str]]:
+    """Solve `train_batch_size = micro_batch * accumulation * world_size` for what the JSON leaves open."""
+    tokens = recipe.training.global_batch_tokens
+    micro_key, accumulation_key = "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"
+    problems = []
+    for key in ("train_batch_size", micro_key, accumulation_key):
+        value = config.get(key, "auto")
+        if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            problems.append(f'{key} must be a whole number above 0 or "auto", got {value!r}')
+            config[key] = "auto"
+    samples, rest = divmod(tokens, seq_length)
+    if rest:
+        problems.append(
+            f"training.global_batch_tokens={tokens} is not a multiple of the data's sequence length {seq_length}: "
+            f"use {max(1, samples) * seq_length} or {(samples + 1) * seq_length}"
+        )
+        samples = max(samples, 1)
+    problems += _agree(config, "train_batch_size", samples, f"the recipe's global batch ({tokens} tokens) in samples")
+    micro, accumulation = config.get(micro_key, "auto"), config.get(accumulation_key, "auto")
+    if micro == "auto" and accumulation == "auto":
+        micro = recipe.training.micro_batch_samples
+    if micro == "auto":
+        micro = max(1, samples // (accumulation * world_size))
+    if accumulation == "auto":
+        accumulation = max(1, samples // (micro * world_size))
+    config[micro_key], config[accumulation_key] = micro, accumulation
+    if micro * accumulation * world_size != samples:
+        unit = micro * world_size
+        near = sorted({max(unit, samples // unit * unit), (samples // unit + 1) * unit})
+        problems.append(
+            f"a step of {samples} samples ({tokens} tokens) cannot be cut into micro-batches of {micro} on {world_size} "
+            f"ranks with {accumulation} accumulation steps: set training.global_batch_tokens to "
+            f"{' or '.join(str(n * seq_length) for n in near)}, or choose another micro-batch size"
+        )
+    return Batch(samples, micro, accumulation), problems
+
+
+def _fill_zero(config: dict[str, Any], recipe: Recipe, device: torch.device) -> None:
+    """The values that `transformers` users leave "auto", by its formulas, and the offloaded optimizer's kind."""
+    zero, hidden = config.get("zero_optimization", {}), recipe.model.hidden_size
+    formulas = {
+        "reduce_bucket_size": hidden * hidden,
+        "stage3_prefetch_bucket_size": int(0.9 * hidden * hidden),
+        "stage3_param_persistence_threshold": 10 * hidden,
+    }
+    for key, value in formulas.items():
+        if zero.get(key) == "auto":
+            zero[key] = value
+    if config.get("zero_force_ds_cpu_optimizer", "auto") == "auto":
+        config["zero_force_ds_cpu_optimizer"] = device.type != "cpu"
+
+
+def _autos(tree: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key, value in tree.items():
+        if value == "auto" and prefix + key != "data_types.keep_in_fp32_modules":
+            found.append(prefix + key)
+        elif isinstance(value, dict):
+            found += _autos(value, f"{prefix}{key}.")
+    return found
+
+
+def _deepspeeds_own_verdict(config: dict[str, Any]) -> list[str]:
+    """What DeepSpeed's config class itself refuses; without the global batch, which it would divide by live ranks."""
+    alone = json.loads(json.dumps({key: value for key, value in config.items() if key != "train_batch_size"}))
+    try:
+        deepspeed_config.DeepSpeedConfig(alone)
+    except (
+        AssertionError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        deepspeed_config.DeepSpeedConfigError,
+    ) as e:
+        return [f"DeepSpeed refuses it: {' '.join(str(e).split())}"]
+    return []

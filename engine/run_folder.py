@@ -1,0 +1,52 @@
+"""The folder of a run: one process group at a time may write to it, and `run.json` says what runs there."""
+
+import fcntl
+import json
+from pathlib import Path
+from typing import IO, Any
+
+from engine.plan import RunPlan
+from training.environment import environment
+from training.manifest import write_atomically
+
+
+def claim_run(run: Path) -> IO:
+    """Create the folder and lock it for as long as the returned file is open. Raises ValueError if another has it."""
+    if run.exists() and not run.is_dir():
+        raise ValueError(f"--output {run} is a file: give a folder")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lock = (run / ".lock").open("w")
+    except OSError as error:
+        raise ValueError(f"--output {run}: {error.strerror}") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(
+            f"another training process is writing to {run}: wait for it or choose another --output"
+        ) from None
+    return lock
+
+
+def describe(plan: RunPlan, data: str) -> dict[str, Any]:
+    """What determines this run, JSON-able: kept in run.json, in every checkpoint and in the W&B config."""
+    manifest = plan.dataset.manifest
+    return {
+        "recipe": plan.recipe.model_dump(mode="json"),
+        "ds_config": plan.ds_config,
+        "environment": environment(),
+        "data": {
+            "path": str(Path(data).resolve()),
+            "fingerprint": manifest.fingerprint,
+            "seq_length": manifest.seq_length,
+            "tokenizer": manifest.tokenizer.model_dump(),
+            "sources": {
+                name: source.model_dump(exclude={"shards"}) for name, source in manifest.splits["train"].items()
+            },
+        },
+    }
+
+
+def write_facts(run: Path, facts: dict[str, Any]) -> None:
+    """Replace RUN/run.json."""
+    write_atomically(run / "run.json", json.dumps(facts, indent=1).encode())

@@ -1,0 +1,113 @@
+"""Who this process is, and how the processes find and leave each other: the only reader of the environment."""
+
+import datetime
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+
+# DeepSpeed looks for an accelerator once, while it is imported, and warns where it finds none.
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+@dataclass(frozen=True)
+class Topology:
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+def read_topology(environment: dict[str, str] | None = None) -> Topology:
+    """Read what `deepspeed` or `torchrun` put into the environment; one process when there is nothing.
+
+    Raises ValueError for a half-set environment, which would otherwise train as many separate models.
+    """
+    environment = dict(os.environ) if environment is None else environment
+    given = {name: environment[name] for name in LAUNCHER_VARIABLES if name in environment}
+    if not {"RANK", "WORLD_SIZE"} & set(given):
+        rank, local_rank, world_size = 0, 0, 1
+    elif missing := [name for name in LAUNCHER_VARIABLES if name not in given]:
+        raise ValueError(
+            f"the environment has {', '.join(given)} but not {', '.join(missing)}: start train.py with `deepspeed` or "
+            "`torchrun`, or with plain `python` and none of these variables"
+        )
+    else:
+        try:
+            rank, local_rank, world_size = (int(given[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+        except ValueError:
+            raise ValueError(f"RANK, LOCAL_RANK and WORLD_SIZE must be whole numbers, got {given}") from None
+        if not 0 <= rank < world_size:
+            raise ValueError(f"RANK={rank} is outside 0..{world_size - 1} (WORLD_SIZE={world_size})")
+    use_cuda = torch.cuda.is_available() and environment.get("DS_ACCELERATOR", "cuda") == "cuda"
+    if use_cuda and local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"LOCAL_RANK={local_rank} but this host has {torch.cuda.device_count()} GPUs: start fewer processes a host"
+        )
+    return Topology(rank, local_rank, world_size, torch.device("cuda", local_rank) if use_cuda else torch.device("cpu"))
+
+
+def wandb_mode() -> str | None:
+    """The W&B mode that the user asked for in the environment, if any."""
+    return os.environ.get("WANDB_MODE")
+
+
+def start_process_group(topology: Topology) -> None:
+    """Join the other ranks. Must come before anything that communicates, zero.Init included."""
+    if topology.world_size == 1:
+        defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        for name, value in defaults.items():
+            os.environ.setdefault(name, value)
+    os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel("WARNING")
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # an inference collective, compiled at every start
+    backend = "gloo" if topology.device.type == "cpu" else "nccl"
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=COLLECTIVE_TIMEOUT, verbose=False)
+
+
+def run_command(main: Callable[[], int]) -> None:
+    """Run a rank's main function and end the process with its code; a ValueError becomes sentences and code 2.
+
+    After an error the process does not wait for its peers, who may be waiting for it: the launcher ends them.
+    """
+    try:
+        leave(main())
+    except (ValueError, OSError) as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, OSError):
+            for line in str(error).splitlines():
+                print(f"error: {line}", file=sys.stderr)
+        leave(2, wait=False)
+    except KeyboardInterrupt:
+        print("interrupted: the same command continues from the newest checkpoint", file=sys.stderr)
+        leave(130, wait=False)
+    except Exception:
+        traceback.print_exc()
+        leave(1, wait=False)
+
+
+def leave(code: int, wait: bool = True) -> None:
+    """End this process with `code`, after all ranks have arrived if `wait`; never returns.
+
+    Interpreter shutdown with live gloo threads can abort, so the process leaves without it once everything is flushed.
+    """
+    if wait and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,278 @@
+"""The shape of a model, in the field names of Hugging Face's `LlamaConfig`; conversion from and to `config.json`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
+
+ROPE_KEYS = {
+    # rope_type: (required keys, optional keys)
+    "default": (set(), set()),
+    "linear": ({"factor"}, set()),
+    "dynamic": ({"factor"}, set()),
+    "yarn": (
+        {"factor"},
+        {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
+    ),
+    "llama3": ({"factor", "low_freq_factor", "high_freq_factor"}, set()),
+    "longrope": ({"short_factor", "long_factor"}, {"factor", "attention_factor"}),
+}
+ROPE_EXTENDS_ORIGINAL = {"yarn", "llama3", "longrope"}
+"""Scalings that take `original_max_position_embeddings` (default, as in transformers: `max_position_embeddings`)."""
+
+
+class ModelConfig(BaseModel):
+    """A LLaMA decoder: RMSNorm, RoPE, SwiGLU, grouped-query attention. `from_hf` takes a `config.json` as it is."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True)
+
+    vocab_size: PositiveInt = 32000
+    """Number of token ids, which is the number of rows of the embedding."""
+    hidden_size: PositiveInt = 768
+    """Width of the residual stream."""
+    intermediate_size: PositiveInt = 2048
+    """Width inside the SwiGLU feed-forward layer."""
+    num_hidden_layers: PositiveInt = 12
+    """Number of decoder blocks."""
+    num_attention_heads: PositiveInt = 12
+    """Number of query heads."""
+    num_key_value_heads: PositiveInt | None = None
+    """Number of key/value heads, a divisor of the query heads (1: multi-query attention). Default: as many."""
+    head_dim: PositiveInt | None = None
+    """Width of one head, even. Default: hidden_size / num_attention_heads."""
+    max_position_embeddings: PositiveInt = 4096
+    """Longest document, in tokens, that the positions are made for."""
+    rms_norm_eps: float = Field(1e-5, gt=0)
+    """Added to the mean square inside RMSNorm."""
+    rope_theta: float = Field(10000.0, gt=1)
+    """Base of the rotary frequencies; larger for longer contexts."""
+    rope_scaling: dict[str, Any] | None = None
+    """Rotary scaling as in Hugging Face configs: {rope_type: linear|dynamic|yarn|llama3|longrope, factor: ..., ...}."""
+    tie_word_embeddings: bool = False
+    """Whether the output head is the embedding matrix."""
+    attention_bias: bool = False
+    """Whether the four attention projections have biases."""
+    mlp_bias: bool = False
+    """Whether the three feed-forward projections have biases."""
+    initializer_range: float = Field(0.02, gt=0)
+    """Standard deviation of initial weights; a block's output projections get it over sqrt(2 * num_hidden_layers)."""
+    qk_norm: bool = False
+    """RMSNorm over each query and key head before the rotation (as in Qwen3)."""
+    sliding_window: PositiveInt | None = None
+    """Number of latest tokens, itself included, that a token attends to. Default: its whole document so far."""
+
+    @field_validator("rope_scaling")
+    @classmethod
+    def _rope_scaling_is_known(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        return None if value is None else _checked_rope_scaling(value)
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> ModelConfig:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+            )
+        if self.num_attention_heads % self.kv_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.kv_heads}"
+            )
+        if self.head_width % 2:
+            raise ValueError(f"head_dim {self.head_width} is odd: rotary positions turn pairs of channels")
+        for key in ("short_factor", "long_factor"):
+            factors = (self.rope_scaling or {}).get(key)
+            if factors is not None and len(factors) != self.head_width // 2:
+                raise ValueError(
+                    f"rope_scaling.{key} has {len(factors)} entries, head_dim / 2 = {self.head_width // 2}"
+                )
+        return self
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads, with the default filled in."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def head_width(self) -> int:
+        """Width of one head, with the default filled in."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    def num_parameters(self) -> int:
+        """Trainable parameters; a tied embedding counts once."""
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return embeddings + self.num_hidden_layers * self._block_parameters() + self.hidden_size
+
+    def flops_per_token(self, context: float) -> float:
+        """Floating-point operations of one training step (forward and backward) per token.
+
+        `context` is the length, in tokens, of the documents that attention runs over: under the causal mask a token
+        sees half of it on average. Recomputation by activation checkpointing is not counted, as is usual for MFU
+        (Chowdhery et al. 2022, PaLM, appendix B; there the causal mask is not discounted).
+        """
+        seen = context / 2
+        if self.sliding_window is not None and self.sliding_window < context:
+            seen = self.sliding_window - self.sliding_window**2 / (2 * context)
+        weights = self.num_hidden_layers * self._block_parameters() + self.vocab_size * self.hidden_size
+        attention = self.num_hidden_layers * 2 * seen * self.num_attention_heads * self.head_width
+        return 6.0 * (weights + attention)
+
+    def _block_parameters(self) -> int:
+        d, q, kv, f = (
+            self.hidden_size,
+            self.num_attention_heads * self.head_width,
+            self.kv_heads * self.head_width,
+            self.intermediate_size,
+        )
+        weights = d * q + 2 * d * kv + q * d + 3 * d * f + 2 * d
+        biases = self.attention_bias * (q + 2 * kv + d) + self.mlp_bias * (2 * f + d)
+        return weights + biases + self.qk_norm * 2 * self.head_width
+
+    @classmethod
+    def from_hf(cls, source: str | Path | dict[str, Any]) -> ModelConfig:
+        """Read a Hugging Face config: a folder with `config.json`, that file, or its content.
+
+        Accepts `llama`, `mistral` and `qwen3`, in the form of transformers 4 (`rope_theta`, `rope_scaling`) and of
+        transformers 5 (`rope_parameters`). Raises ValueError that names each key this model has no equivalent for.
+        """
+        where = "config"
+        if not isinstance(source, dict):
+            path = Path(source)
+            path = path / "config.json" if path.is_dir() else path
+            where = str(path)
+            try:
+                source = json.loads(path.read_text(encoding="utf-8"))
+            except FileNotFoundError:
+                raise ValueError(f"{where}: no such file; give a Hugging Face folder or its config.json") from None
+            except ValueError as error:
+                raise ValueError(f"{where}: not valid JSON ({error})") from None
+            if not isinstance(source, dict):
+                raise ValueError(f"{where}: expected a JSON object")
+        try:
+            return cls(**_fields_from_hf(source))
+        except ValidationError as error:
+            problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'model'}: {e['msg']}" for e in error.errors())
+            raise ValueError(f"{where}: {problems}") from None
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+
+    def to_hf(self, token_ids: dict[str, int | None] | None = None) -> dict[str, Any]:
+        """`config.json` content that transformers 4 and 5 load.
+
+        `token_ids`: `bos_token_id`, `eos_token_id`, `pad_token_id` of the tokenizer. The architecture is
+        LlamaForCausalLM; with `qk_norm` Qwen3ForCausalLM; with `sliding_window` alone MistralForCausalLM. Raises
+        ValueError where no architecture of transformers has the combination.
+        """
+        if self.qk_norm:
+            architecture, model_type, unavailable = "Qwen3ForCausalLM", "qwen3", {"mlp_bias": self.mlp_bias}
+        elif self.sliding_window is not None:
+            unavailable = {"attention_bias": self.attention_bias, "mlp_bias": self.mlp_bias}
+            architecture, model_type = "MistralForCausalLM", "mistral"
+        else:
+            architecture, model_type, unavailable = "LlamaForCausalLM", "llama", {}
+        for key, used in unavailable.items():
+            if used:
+                reason = "qk_norm" if self.qk_norm else "sliding_window"
+                raise ValueError(f"transformers has no architecture with both {reason} and {key}: set {key} to false")
+        rope = {"rope_theta": self.rope_theta, "rope_type": "default", **(self.rope_scaling or {})}
+        if rope["rope_type"] in ROPE_EXTENDS_ORIGINAL:
+            rope.setdefault("original_max_position_embeddings", self.max_position_embeddings)
+        fields = self.model_dump(exclude={"qk_norm", "sliding_window", "rope_scaling"})
+        fields |= {"num_key_value_heads": self.kv_heads, "head_dim": self.head_width, "hidden_act": "silu"}
+        fields |= {"rope_parameters": rope}
+        fields |= {"rope_scaling": {k: v for k, v in rope.items() if k != "rope_theta"} if self.rope_scaling else None}
+        if model_type != "llama":
+            fields["sliding_window"] = self.sliding_window
+        if model_type == "qwen3":
+            fields |= {"use_sliding_window": self.sliding_window is not None, "max_window_layers": 0}
+        fields = {key: value for key, value in fields.items() if not (model_type != "llama" and key == "mlp_bias")}
+        if model_type == "mistral":
+            del fields["attention_bias"]
+        ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None} | (token_ids or {})
+        return {"architectures": [architecture], "model_type": model_type} | fields | {"use_cache": True} | ids
+
+
+def _checked_rope_scaling(scaling: dict[str, Any]) -> dict[str, Any] | None:
+    """The scaling with `type` renamed to `rope_type`; None for the default; ValueError names a wrong key."""
+    scaling = {key: value for key, value in scaling.items() if value is not None}
+    kind = scaling.pop("type", None)
+    kind = scaling.pop("rope_type", kind)
+    if kind not in ROPE_KEYS:
+        raise ValueError(f"rope_type {kind!r} is unknown; one of {', '.join(ROPE_KEYS)}")
+    required, optional = ROPE_KEYS[kind]
+    if kind in ROPE_EXTENDS_ORIGINAL:
+        optional = optional | {"original_max_position_embeddings"}
+    if missing := required - scaling.keys():
+        raise ValueError(f"rope_type {kind} needs {', '.join(sorted(missing))}")
+    if unknown := scaling.keys() - required - optional:
+        raise ValueError(f"rope_type {kind} has no {', '.join(sorted(unknown))}")
+    return None if kind == "default" else {"rope_type": kind, **scaling}
+
+
+_REQUIRED_VALUES = {
+    # keys of Hugging Face configs that this model supports with one value only
+    "hidden_act": ("silu", "swish"),
+    "attention_dropout": (0, None),
+    "pretraining_tp": (1, None),
+    "rope_interleaved": (False, None),
+    "partial_rotary_factor": (1, None),
+    "is_encoder_decoder": (False,),
+    "quantization_config": (None,),
+}
+# fmt: off
+_WITHOUT_EFFECT = {
+    "architectures", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label",
+    "ignore_keys_at_rope_validation", "label2id", "max_window_layers", "model_type", "name_or_path",
+    "output_attentions", "output_hidden_states", "pad_token_id", "problem_type", "return_dict", "sep_token_id",
+    "torch_dtype", "transformers_version", "use_cache", "use_sliding_window", "auto_map", "transformers.js_config",
+    "is_llama_config",
+}
+# fmt: on
+
+
+def _fields_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
+    model_type = hf.get("model_type")
+    if model_type not in ("llama", "mistral", "qwen3"):
+        raise ValueError(f"model_type {model_type!r} is not supported; llama, mistral or qwen3 is")
+    for key, allowed in _REQUIRED_VALUES.items():
+        if key in hf and hf[key] not in allowed:
+            raise ValueError(f"{key} {hf[key]!r} is not supported; {allowed[0]!r} is")
+    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    if rope.pop("partial_rotary_factor", 1) != 1:
+        raise ValueError("rope_parameters.partial_rotary_factor is not supported")
+    fields = {key: hf[key] for key in ModelConfig.model_fields if hf.get(key) is not None}
+    fields["rope_theta"] = rope.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0
+    fields["rope_scaling"] = {"rope_type": rope.pop("type", "default"), **rope} if rope else None
+    # what transformers assumes where a config is silent
+    defaults = {"rms_norm_eps": 1e-6, "max_position_embeddings": {"llama": 2048, "mistral": 131072, "qwen3": 32768}}
+    defaults = {key: value[model_type] if isinstance(value, dict) else value for key, value in defaults.items()}
+    fields = defaults | fields | {"qk_norm": model_type == "qwen3"}
+    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+        if key not in fields:
+            raise ValueError(f"{key} is missing")
+    if model_type == "mistral" and "sliding_window" not in hf:
+        fields["sliding_window"] = 4096
+    if model_type == "mistral" and "num_key_value_heads" not in hf:
+        fields["num_key_value_heads"] = 8
+    if model_type == "qwen3":
+        fields |= _qwen3_window(hf, fields)
+        fields.setdefault("head_dim", 128)
+    ignored = _WITHOUT_EFFECT | _REQUIRED_VALUES.keys() | {"rope_parameters", "rope_scaling", "layer_types"}
+    unknown = {k for k, v in hf.items() if v not in (None, False) and not k.startswith("_")}
+    if unknown := unknown - ignored - ModelConfig.model_fields.keys():
+        raise ValueError(f"this model has no equivalent for {', '.join(sorted(unknown))}")
+    return fields
+
+
+def _qwen3_window(hf: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    """Qwen3 may put the window on some layers only; this model has it on all or none."""
+    if not hf.get("use_sliding_window"):
+        return {"sliding_window": None}
+    layers = fields["num_hidden_layers"]
+    first = hf.get("max_window_layers", 28)
+    kinds = hf.get("layer_types") or ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
+    if len(set(kinds)) > 1:
+        raise ValueError("layer_types mixes full and sliding attention, which is not supported")
+    return {"sliding_window": hf.get("sliding_window", 4096) if kinds[0] == "sliding_attention" else None}

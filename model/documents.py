@@ -1,0 +1,64 @@
+"""Which tokens of a packed batch belong together. Legend: B batch, T tokens of a row, N documents, d head width."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Documents:
+    """The documents of a batch of rows, derived once a forward from `position_ids` and handed to every layer.
+
+    A document starts where the position is 0 and at the start of every row; it ends before the next start. Attention
+    stays inside. Padding is a document of its own.
+    """
+
+    position_ids: Tensor
+    """int64 [B, T], the place of each token in its document."""
+    lengths: list[int]
+    """Tokens of each document, in the order of the flattened rows; they sum to B * T."""
+    cu_seqlens: Tensor
+    """int32 [N + 1] on the device of the model: where each document starts in the flattened rows, then B * T."""
+    tables: dict = field(default_factory=dict, repr=False)
+    """Rotary tables by head width, so that all layers of a forward share one (see model/rope.py)."""
+
+    @classmethod
+    def from_position_ids(cls, position_ids: Tensor, device: torch.device | None = None) -> Documents:
+        """`position_ids` [B, T]; left on the CPU they cost no synchronisation when the model is on an accelerator."""
+        starts = position_ids == 0
+        starts[:, 0] = True
+        starts = [*starts.flatten().nonzero().flatten().tolist(), position_ids.numel()]
+        lengths = [end - start for start, end in pairwise(starts)]
+        device = device or position_ids.device
+        cu_seqlens = torch.tensor(starts, dtype=torch.int32, device=device)
+        return cls(position_ids.to(device, non_blocking=True), lengths, cu_seqlens)
+
+    @classmethod
+    def whole_rows(cls, rows: int, tokens: int, device: torch.device | None = None) -> Documents:
+        """Every row is one document."""
+        positions = torch.arange(tokens, device=device).expand(rows, tokens)
+        starts = torch.arange(rows + 1, device=device) * tokens
+        return cls(positions, [tokens] * rows, starts.int())
+
+    @classmethod
+    def tail(cls, tokens: int, new: int, device: torch.device | None = None) -> Documents:
+        """The last `new` tokens of one document that is now `tokens` long (decoding with a cache)."""
+        positions = torch.arange(tokens - new, tokens, device=device).unsqueeze(0)
+        starts = torch.tensor([0, tokens], dtype=torch.int32, device=device)
+        return cls(positions, [tokens], starts)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest document."""
+        return max(self.lengths)
+
+    def length_of_each_token(self) -> Tensor:
+        """int64, shape of `position_ids`: how long the document is that the token lies in."""
+        if len(self.lengths) == 1:
+            return torch.full_like(self.position_ids, self.lengths[0])
+        lengths = self.cu_seqlens.diff().long()
+        return lengths.repeat_interleave(lengths, output_size=self.position_ids.numel()).view_as(self.position_ids)

@@ -1,0 +1,95 @@
+"""Text generation, one token at a time, with cached keys and values. Legend: T tokens so far, V vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+import torch
+from torch import Tensor
+
+from .attention import KeyValueCache
+from .documents import Documents
+from .llama import Llama
+from .rope import inverse_frequencies, rope_depends_on_length
+
+
+def generate(
+    model: Llama,
+    input_ids: Tensor,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    eos_id: int | Collection[int] | None = None,
+    generator: torch.Generator | None = None,
+) -> Iterator[int]:
+    """Yield the continuation of one prompt, token by token.
+
+    `input_ids`: int64 [T] or [1, T], not empty. `temperature` 0 is greedy. Of the vocabulary, the `top_k` most likely
+    tokens stay, then the fewest whose probabilities sum to at least `top_p` (Holtzman et al. 2020). Ends after
+    `max_new_tokens`, or with an end token, which is yielded too. Raises ValueError for values out of range.
+    """
+    prompt = input_ids.reshape(1, -1)
+    if prompt.shape[1] == 0 or len(prompt.flatten()) != input_ids.shape[-1]:
+        raise ValueError(f"generation takes one prompt of at least one token, not a tensor of shape {input_ids.shape}")
+    if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+        raise ValueError("generation needs temperature >= 0, top_k >= 1 and 0 < top_p <= 1")
+    stop = {eos_id} if isinstance(eos_id, int) else set(eos_id or ())
+    return _decode(
+        model, prompt, max_new_tokens, stop, lambda logits: sample(logits, temperature, top_k, top_p, generator)
+    )
+
+
+def _decode(model, prompt, max_new_tokens, stop, choose) -> Iterator[int]:
+    ids, cached, caches = prompt, None, []
+    for _ in range(max_new_tokens):
+        frequencies = _frequencies(model, ids)
+        with torch.inference_mode():
+            if frequencies == cached:
+                logits = _last_logits(model, ids[:, -1:], ids.shape[1], caches)
+            else:
+                cached, caches = frequencies, [KeyValueCache(prompt.shape[1] + max_new_tokens) for _ in model.layers]
+                logits = _last_logits(model, ids, ids.shape[1], caches)
+            token = choose(logits)
+        yield token
+        if token in stop:
+            return
+        ids = torch.cat([ids, ids.new_tensor([[token]])], dim=1)
+
+
+def _frequencies(model: Llama, ids: Tensor) -> tuple[float, ...]:
+    """What cached keys depend on. Some rotary scalings change with the length; the cache is then filled anew."""
+    if not rope_depends_on_length(model.config):
+        return ()
+    return tuple(inverse_frequencies(model.config, ids.shape[1])[0].tolist())
+
+
+def _last_logits(model: Llama, step: Tensor, tokens: int, caches: list[KeyValueCache]) -> Tensor:
+    """Logits [V] after the new tokens `step` [1, new] of a document that is now `tokens` long."""
+    documents = Documents.tail(tokens, step.shape[1], step.device)
+    x = model.embed_tokens(step)
+    for block, cache in zip(model.layers, caches, strict=True):
+        x = block(x, documents, cache)
+    return model.lm_head(model.norm(x[:, -1:]))[0, 0]
+
+
+def sample(
+    logits: Tensor,
+    temperature: float,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> int:
+    """Choose a token from `logits` [V]; the most likely one at temperature 0."""
+    if temperature == 0:
+        return int(logits.argmax())
+    # on the CPU in float32, so that a seed gives the same text on every device
+    logits = logits.float().cpu() / temperature
+    if top_k is not None:
+        logits = logits.masked_fill(logits < logits.topk(min(top_k, len(logits))).values[-1], -torch.inf)
+    probabilities = logits.softmax(-1)
+    if top_p is not None:
+        ordered, index = probabilities.sort(descending=True, stable=True)
+        beyond = ordered.cumsum(-1) - ordered >= top_p
+        probabilities[index[beyond]] = 0.0
+    return int(torch.multinomial(probabilities, 1, generator=generator))

@@ -1,0 +1,250 @@
+"""The model: an ordered list of layers, one tensor in, one tensor out. `Llama` is a for-loop over that list.
+
+Legend: B batch, T tokens of a row, D model, K key/value heads, d head width, F feed-forward, V vocabulary.
+Parameter names are those of transformers' LlamaForCausalLM without the prefix `model.`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .attention import KeyValueCache, attend, attend_cached
+from .config import ModelConfig
+from .documents import Documents
+from .loss import linear_cross_entropy
+from .rope import rotary_tables, rotate
+
+
+@dataclass(frozen=True)
+class Seed:
+    """Where initial values come from: the run's seed, the index of the layer in the plan, and the parameter's name."""
+
+    run: int
+    layer: int
+
+    @torch.no_grad()
+    def normal_(self, parameter: Tensor, name: str, std: float) -> None:
+        """Fill with N(0, std^2), drawn in float32 on the CPU whatever the parameter's dtype, device or the defaults."""
+        if parameter.is_meta:
+            return
+        digest = hashlib.blake2b(f"{self.run}/{self.layer}/{name}".encode(), digest_size=8).digest()
+        generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
+        # torch.normal is not among the constructors that zero.Init replaces
+        shape = tuple(parameter.shape)
+        parameter.copy_(torch.normal(0.0, std, shape, generator=generator, dtype=torch.float32, device="cpu"))
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` whose weight is drawn here, in the constructor: later passes would find it partitioned by ZeRO-3."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool, std: float, seed: Seed, name: str):
+        super().__init__(inputs, outputs, bias=bias)
+        seed.normal_(self.weight, name, std)
+        if bias:
+            nn.init.zeros_(self.bias)
+
+    def reset_parameters(self) -> None:
+        """Left to the constructor, which knows the seed."""
+
+
+class Embedding(nn.Module):
+    """Token ids [B, T] -> vectors [B, T, D]."""
+
+    def __init__(self, config: ModelConfig, seed: Seed):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        seed.normal_(self.weight, "weight", config.initializer_range)
+
+    def forward(self, input_ids: Tensor, documents: Documents | None = None) -> Tensor:
+        return F.embedding(input_ids, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, statistics in float32 (Zhang and Sennrich 2019)."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor, documents: Documents | None = None) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions, inside documents. [B, T, D] -> [B, T, D]."""
+
+    def __init__(self, config: ModelConfig, seed: Seed):
+        super().__init__()
+        self.config = config
+        d, width, bias, std = config.head_width, config.hidden_size, config.attention_bias, config.initializer_range
+        heads, kv_heads = config.num_attention_heads * d, config.kv_heads * d
+        out_std = std / math.sqrt(2 * config.num_hidden_layers)
+        self.q_proj = Linear(width, heads, bias, std, seed, "self_attn.q_proj")
+        self.k_proj = Linear(width, kv_heads, bias, std, seed, "self_attn.k_proj")
+        self.v_proj = Linear(width, kv_heads, bias, std, seed, "self_attn.v_proj")
+        self.o_proj = Linear(heads, width, bias, out_std, seed, "self_attn.o_proj")
+        if config.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(d, config.rms_norm_eps), RMSNorm(d, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, documents: Documents, cache: KeyValueCache | None = None) -> Tensor:
+        # the number of heads follows from the projections, which tensor parallelism may have split
+        shape = (*x.shape[:2], -1, self.config.head_width)
+        q, k, v = self.q_proj(x).view(shape), self.k_proj(x).view(shape), self.v_proj(x).view(shape)
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        tables = rotary_tables(self.config, documents)
+        q, k = rotate(q, *tables), rotate(k, *tables)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        if k.shape[1] == q.shape[1]:
+            out = attend(q, k, v, documents, self.config.sliding_window)
+        else:
+            out = attend_cached(q, k, v, self.config.sliding_window)
+        return self.o_proj(out.flatten(2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020). [B, T, D] -> [B, T, D] through width F."""
+
+    def __init__(self, config: ModelConfig, seed: Seed):
+        super().__init__()
+        width, inner, bias, std = (
+            config.hidden_size,
+            config.intermediate_size,
+            config.mlp_bias,
+            config.initializer_range,
+        )
+        self.gate_proj = Linear(width, inner, bias, std, seed, "mlp.gate_proj")
+        self.up_proj = Linear(width, inner, bias, std, seed, "mlp.up_proj")
+        self.down_proj = Linear(
+            inner, width, bias, std / math.sqrt(2 * config.num_hidden_layers), seed, "mlp.down_proj"
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """One decoder layer: x + attention(norm(x)), then x + feed_forward(norm(x)). [B, T, D] -> [B, T, D]."""
+
+    def __init__(self, config: ModelConfig, seed: Seed):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, seed)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = FeedForward(config, seed)
+
+    def forward(self, x: Tensor, documents: Documents, cache: KeyValueCache | None = None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), documents, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Head(nn.Module):
+    """Output projection: [B, T, D] -> logits [B, T, V], or with targets the two sums of `linear_cross_entropy`.
+
+    The loss is inside this module's forward so that ZeRO-3, which gathers a module's parameters around its forward,
+    has the weight in place. A tied head owns no weight: it is given the embedding's.
+    """
+
+    def __init__(self, config: ModelConfig, seed: Seed):
+        super().__init__()
+        if config.tie_word_embeddings:
+            self.weight = None
+        else:
+            self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+            seed.normal_(self.weight, "weight", config.initializer_range)
+
+    def forward(
+        self,
+        x: Tensor,
+        documents: Documents | None = None,
+        targets: Tensor | None = None,
+        z_loss_weight: float = 0.0,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        if targets is None:
+            return F.linear(x, self.weight)
+        return linear_cross_entropy(x, self.weight, targets, z_loss_weight)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One entry of the plan: what to build, and the name of its parameters' prefix in the whole model."""
+
+    index: int
+    name: str
+    cls: type[nn.Module]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    seeded: bool = True
+    tied_to: str | None = None
+    """Name of the layer whose `weight` this one uses."""
+
+    def build(self, seed: int) -> nn.Module:
+        """The layer with its initial weights, which depend on nothing but (seed, index)."""
+        extra = {"seed": Seed(seed, self.index)} if self.seeded else {}
+        return self.cls(**self.kwargs, **extra)
+
+
+def layer_plan(config: ModelConfig) -> list[Layer]:
+    """The model as data: embedding, blocks, final norm, head. Every layer is called as `x = layer(x, documents)`."""
+    of_config = {"config": config}
+    norm = {"width": config.hidden_size, "eps": config.rms_norm_eps}
+    entries = [("embed_tokens", Embedding, of_config)]
+    entries += [(f"layers.{i}", Block, of_config) for i in range(config.num_hidden_layers)]
+    plan = [Layer(index, *entry) for index, entry in enumerate(entries)]
+    plan.append(Layer(len(plan), "norm", RMSNorm, norm, seeded=False))
+    tied_to = "embed_tokens" if config.tie_word_embeddings else None
+    plan.append(Layer(len(plan), "lm_head", Head, of_config, tied_to=tied_to))
+    return plan
+
+
+class Llama(nn.Module):
+    """The whole model in one process's memory (or ZeRO's); pipelines are built from `layer_plan` instead."""
+
+    activation_checkpointing: bool = False
+    """Recompute each block in backward instead of keeping its activations. Set by the engine."""
+
+    def __init__(self, config: ModelConfig, seed: int = 0):
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList()
+        for layer in layer_plan(config):
+            module = layer.build(seed)
+            if layer.cls is Block:
+                self.layers.append(module)
+            else:
+                self.add_module(layer.name, module)
+            if layer.tied_to is not None:
+                module.weight = self.get_submodule(layer.tied_to).weight
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        targets: Tensor | None = None,
+        z_loss_weight: float = 0.0,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits [B, T, V]; with `targets` [B, T] the two sums of `linear_cross_entropy`: objective, cross-entropy.
+
+        `input_ids` int64 [B, T]. `position_ids` int64 [B, T] restart at 0 where a document starts (default: every row
+        is one document); they may stay on the CPU, which saves a synchronisation.
+        """
+        if position_ids is None:
+            documents = Documents.whole_rows(*input_ids.shape, input_ids.device)
+        else:
+            documents = Documents.from_position_ids(position_ids, input_ids.device)
+        x = self.embed_tokens(input_ids)
+        for block in self.layers:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, documents, use_reentrant=False)
+            else:
+                x = block(x, documents)
+        return self.lm_head(self.norm(x), documents, targets, z_loss_weight)

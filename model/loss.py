@@ -1,0 +1,81 @@
+"""Output projection and cross-entropy in one, chunk by chunk. Legend: N tokens, C of a chunk, D model, V vocabulary."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+"""Target of a token that does not count."""
+CHUNK_TOKENS = 1024
+"""Rows of logits that exist at a time. Each chunk adds to a [V, D] gradient, so far fewer would cost bandwidth."""
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, z_loss_weight: float = 0.0, chunk_tokens: int = CHUNK_TOKENS
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of `softmax(x @ weight.T)` without the [N, V] logits.
+
+    Args: `x` [..., D]; `weight` [V, D]; `targets` int64 [...], `IGNORED` where a token does not count.
+    Returns two scalars (float32, or float64 for float64 inputs), sums over the counted tokens: the objective,
+    which is cross-entropy + z_loss_weight * logsumexp(logits)^2 (Chowdhery et al. 2022, section 5) and carries the
+    gradient, and the cross-entropy alone, in nats, which carries none.
+
+    The gradients are made in the forward pass while a chunk's logits exist (they are linear in the incoming gradient),
+    so backward recomputes nothing; the gradient of `weight` is summed in float32. Under `no_grad` none is made.
+    """
+    make_gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    flat, flat_targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
+    return _LinearCrossEntropy.apply(flat, weight, flat_targets, z_loss_weight, chunk_tokens, make_gradients)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, targets, z_loss_weight, chunk_tokens, make_gradients):
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        objective, cross_entropy = torch.zeros(2, dtype=wide, device=x.device).unbind()
+        want_x, want_weight = (make_gradients and need for need in ctx.needs_input_grad[:2])
+        grad_x = torch.empty_like(x) if want_x else None
+        grad_weight = None
+        for start in range(0, len(x), chunk_tokens):
+            rows = slice(start, start + chunk_tokens)
+            nll, z, grad_logits = _chunk(x[rows] @ weight.T, targets[rows], wide, z_loss_weight, make_gradients)
+            cross_entropy += nll
+            objective += nll + z_loss_weight * z
+            if want_x:
+                grad_x[rows] = grad_logits @ weight
+            if want_weight:
+                part = grad_logits.T @ x[rows]
+                grad_weight = part.to(wide) if grad_weight is None else grad_weight.add_(part)
+        ctx.weight_dtype = weight.dtype
+        ctx.save_for_backward(grad_x, grad_weight)
+        ctx.mark_non_differentiable(cross_entropy)
+        return objective, cross_entropy
+
+    @staticmethod
+    def backward(ctx, grad_objective, _):
+        grad_x, grad_weight = ctx.saved_tensors
+        if grad_x is not None:
+            grad_x = grad_x * grad_objective.to(grad_x.dtype)
+        if grad_weight is not None:
+            scaled = torch.empty_like(grad_weight, dtype=ctx.weight_dtype)
+            grad_weight = torch.mul(grad_weight, grad_objective, out=scaled)
+        return grad_x, grad_weight, None, None, None, None
+
+
+def _chunk(logits, targets, wide, z_loss_weight, make_gradients):
+    """Sums of cross-entropy and of logsumexp^2 over the counted rows of `logits` [C, V], and d objective / d logits."""
+    counted = targets != IGNORED
+    index = targets.where(counted, 0).unsqueeze(1)
+    log_p = torch.log_softmax(logits, -1, dtype=wide)
+    log_p_target = log_p.gather(1, index)
+    log_z = (logits.gather(1, index) - log_p_target).squeeze(1)
+    nll = -log_p_target.squeeze(1).where(counted, 0).sum()
+    z = log_z.square().where(counted, 0).sum()
+    if not make_gradients:
+        return nll, z, None
+    counted = counted.unsqueeze(1).to(wide)
+    row_scale = counted * (1 + 2 * z_loss_weight * log_z.unsqueeze(1))
+    at_target = log_p_target.exp() * row_scale - counted
+    grad = torch.mul(log_p.exp_(), row_scale, out=logits)
+    return nll, z, grad.scatter_(1, index, at_target.to(grad.dtype))

@@ -1,0 +1,189 @@
+"""What a rank does in the engine's tests: runs of a tiny model through the very functions that train.py calls."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+
+from engine.checkpoint import agree_on_checkpoint, save
+from engine.plan import make_plan
+from engine.resume import restore
+from engine.run_folder import describe
+from engine.step import build_engine, train_step
+from engine.topology import read_topology, start_process_group
+from engine.validation import validate_all
+from tests.training.corpus import build
+from train import new_state, optimizer_steps
+from training.schedule import lr_factor
+
+RECIPE = {
+    "model": {
+        "vocab_size": 256,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    },
+    "training": {"global_batch_tokens": 512, "micro_batch_samples": 2, "max_steps": 8, "z_loss_weight": 1e-4, "seed": 3},
+    "optimizer": {"lr": 3e-3, "max_grad_norm": 0.5},
+    "schedule": {"schedule": "wsd", "warmup_steps": 2, "decay_steps": 3},
+    "validation": {"every_steps": 4},
+    "checkpoint": {"every_steps": 4},
+    "logging": {"log_every_steps": 1, "wandb": False},
+}
+AUTO = dict.fromkeys(
+    ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto"
+)
+BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+
+
+def zero(stage: int, **more) -> dict:
+    """A JSON of this stage with buckets so small that even a tiny model needs several; stage 3 partitions everything."""
+    sizes = {"reduce_bucket_size": 5000} if stage else {}
+    sizes |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 5000} if stage == 3 else {}
+    return AUTO | {"zero_optimization": {"stage": stage, **sizes, **more.pop("zero", {})}} | more
+
+
+def prepare(folder: Path) -> tuple[str, str]:
+    """A recipe file and a data set of documents shorter and longer than a row; returns their paths."""
+    rng = np.random.default_rng(0)
+    lengths = {"long": rng.integers(40, 300, 40).tolist(), "short": rng.integers(4, 60, 60).tolist()}
+    build(folder / "data", lengths, 64, vocab_size=256, splits=("train", "validation"), weights={"long": 3, "short": 1})
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    return str(folder / "recipe.yaml"), str(folder / "data")
+
+
+class Run:
+    """One engine and its data, stepped by hand."""
+
+    def __init__(self, recipe: str, data: str, ds_config: dict, folder: Path, overrides: dict | None = None):
+        import json
+
+        self.topology, self.folder, self.data = read_topology(), folder, data
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"ds-{self.topology.rank}.json"
+        file.write_text(json.dumps(ds_config))
+        self.plan = make_plan(recipe, overrides or {}, str(file), data, self.topology)
+        if not torch.distributed.is_initialized():
+            start_process_group(self.topology)
+        self.engine = build_engine(self.plan.recipe, self.plan.ds_config, self.topology)
+        self.state = new_state(self.plan)
+
+    def steps(self, count: int, poison_at: int | None = None) -> list[dict]:
+        """Train; the step numbered `poison_at` gets a NaN loss on the last rank only."""
+        history, recipe = [], self.plan.recipe
+        batches = optimizer_steps(self.plan, self.state, self.topology)
+        for _ in range(count):
+            number = self.state.step + 1
+            rate = recipe.optimizer.lr * lr_factor(recipe.schedule, number, self.plan.total_steps, self.plan.step_tokens)
+            micro_batches = next(batches)
+            poisoned = number == poison_at and self.topology.rank == self.topology.world_size - 1
+            hook = self.engine.module.norm.register_forward_hook(_to_nan) if poisoned else None
+            result = train_step(self.engine, micro_batches, rate, recipe.training.z_loss_weight)
+            if hook:
+                hook.remove()
+            self.state.advance(self.plan.batch.samples, self.plan.step_tokens, result.applied)
+            rows = torch.cat([batch["input_ids"] for batch in micro_batches]).numpy()
+            ids = sorted(hashlib.blake2b(row.tobytes(), digest_size=8).hexdigest() for row in rows)
+            history.append(result._asdict() | {"step": self.state.step, "rows": ids})
+        return history
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """Full float32 weights by name, whatever the stage; the same on every rank."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        named = self.engine.module.named_parameters()
+        partitioned = self.engine.zero_optimization_stage() > 0
+        full = {name: safe_get_full_fp32_param(p) if partitioned else p.detach() for name, p in named}
+        return {name: tensor.float().cpu().numpy().copy() for name, tensor in full.items()}
+
+    def save(self) -> Path:
+        return save(self.engine, self.folder, self.state, describe(self.plan, self.data), self.plan.recipe.checkpoint)
+
+    def restore(self) -> None:
+        found, damaged = agree_on_checkpoint(self.folder)
+        assert not damaged
+        self.state = restore(self.engine, *found)
+
+    def close(self) -> None:
+        self.engine.destroy()
+
+
+def _to_nan(module, inputs, output):
+    return output * float("nan")
+
+
+def histories(folder: str, recipe: str, data: str, runs: dict[str, tuple[dict, dict]], steps: int) -> dict[str, dict]:
+    """Each named (ds_config, overrides) from the same start: its history, weights and validation."""
+    results = {}
+    for name, (ds_config, overrides) in runs.items():
+        run = Run(recipe, data, ds_config, Path(folder) / name, overrides)
+        parameters = list(run.engine.module.parameters())
+        held = sum(getattr(p, "ds_tensor", p).numel() for p in parameters)
+        history = run.steps(steps)
+        results[name] = {
+            "history": history,
+            "weights": run.weights(),
+            "validation": validate_all(run.engine, run.plan, run.topology),
+            "held_parameters": held,
+            "all_parameters": run.plan.recipe.model.num_parameters(),
+        }
+        run.close()
+    return results
+
+
+def poisoned(folder: str, recipe: str, data: str, configs: dict[str, dict]) -> dict[str, dict]:
+    """Three steps of which the second has a NaN on one rank."""
+    results = {}
+    for name, ds_config in configs.items():
+        run = Run(recipe, data, ds_config, Path(folder) / name)
+        first = run.steps(1)
+        before = run.weights()
+        second = run.steps(1, poison_at=2)
+        after = run.weights()
+        third = run.steps(1)
+        results[name] = {
+            "applied": [r["applied"] for r in first + second + third],
+            "losses": [r["loss"] for r in first + second + third],
+            "unchanged": all(np.array_equal(before[key], after[key]) for key in before),
+            "moved_again": any(not np.array_equal(after[key], value) for key, value in run.weights().items()),
+            "state": run.state.model_dump(),
+        }
+        run.close()
+    return results
+
+
+def interrupted(folder: str, recipe: str, data: str, configs: dict[str, dict]) -> dict[str, dict]:
+    """Per config: 8 steps in one go; 4 steps, a checkpoint, a fresh engine that restores it, 4 more."""
+    results = {}
+    for name, ds_config in configs.items():
+        whole = Run(recipe, data, ds_config, Path(folder) / "whole" / name)
+        expected = whole.steps(8)
+        whole.close()
+        first = Run(recipe, data, ds_config, Path(folder) / name)
+        history = first.steps(4)
+        first.save()
+        first.close()
+        second = Run(recipe, data, ds_config, Path(folder) / name)
+        second.restore()
+        history += second.steps(4)
+        results[name] = {"expected": expected, "history": history, "weights": second.weights()}
+        second.close()
+    return results
+
+
+def continued(folder: str, recipe: str, data: str, configs: dict[str, dict], steps: int) -> dict[str, dict]:
+    """Per config: restore the newest checkpoint, whatever wrote it, train on and save."""
+    results = {}
+    for name, ds_config in configs.items():
+        run = Run(recipe, data, ds_config, Path(folder) / name)
+        run.restore()
+        groups = [(g["weight_decay"], len(g["params"])) for g in run.engine.optimizer.param_groups]
+        results[name] = {"history": run.steps(steps), "weights": run.weights(), "groups": groups}
+        run.save()
+        run.close()
+    return results

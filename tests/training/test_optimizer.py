@@ -1,0 +1,100 @@
+"""Every parameter is in exactly one group, and the right one, on the real model."""
+
+import pytest
+import torch
+from torch import nn
+
+from model.config import ModelConfig
+from model.llama import Llama
+from training.optimizer import OptimizerConfig, parameter_groups
+
+SHAPE = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+LINEAR_MAPS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
+
+
+def split_names(model: nn.Module, groups) -> dict[str, set[str]]:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {group["name"]: {names[id(parameter)] for parameter in group["params"]} for group in groups}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("extras", [{}, {"attention_bias": True, "mlp_bias": True, "qk_norm": True}])
+def test_groups_of_the_model(tied, extras):
+    model = Llama(ModelConfig(**SHAPE, tie_word_embeddings=tied, **extras), seed=0)
+    groups = parameter_groups(model, OptimizerConfig(weight_decay=0.25))
+    listed = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(listed) == sorted({id(parameter) for parameter in model.parameters()})
+    names = split_names(model, groups)
+    expected = {
+        name for name, _ in model.named_parameters() if name.endswith(".weight") and name.split(".")[-2] in LINEAR_MAPS
+    }
+    assert names["decay"] == expected
+    assert "embed_tokens.weight" in names["no_decay"]
+    assert ("lm_head.weight" in names["decay"]) is not tied
+    assert {group["name"]: group["weight_decay"] for group in groups} == {"decay": 0.25, "no_decay": 0.0}
+
+
+def test_groups_do_not_depend_on_shapes():
+    """ZeRO-3 leaves empty one-dimensional tensors in place of parameters that are held elsewhere."""
+    model = Llama(ModelConfig(**SHAPE), seed=0)
+    whole = split_names(model, parameter_groups(model, OptimizerConfig()))
+    for parameter in model.parameters():
+        parameter.data = torch.empty(0)
+    assert split_names(model, parameter_groups(model, OptimizerConfig())) == whole
+
+
+def test_a_layer_of_the_plan_is_grouped_as_in_the_whole_model():
+    """A pipeline stage has the same modules under other names."""
+    model = Llama(ModelConfig(**SHAPE), seed=0)
+    whole = {id(p): group["name"] for group in parameter_groups(model, OptimizerConfig()) for p in group["params"]}
+    layers = [model.embed_tokens, *model.layers, model.norm, model.lm_head]
+    stage = nn.Sequential(*layers)
+    groups = parameter_groups(stage, OptimizerConfig())
+    assert {id(p): group["name"] for group in groups for p in group["params"]} == whole
+
+
+def test_frozen_parameters_and_empty_groups_are_left_out():
+    model = Llama(ModelConfig(**SHAPE), seed=0).requires_grad_(False)
+    assert parameter_groups(model, OptimizerConfig()) == []
+    model.layers[1].mlp.up_proj.requires_grad_(True)
+    (group,) = parameter_groups(model, OptimizerConfig())
+    assert group["params"] == [model.layers[1].mlp.up_proj.weight]
+
+
+def test_torch_takes_the_groups_and_decays_only_the_first():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(8, 4), nn.LayerNorm(4), nn.Linear(4, 4))
+    optimizer = torch.optim.AdamW(parameter_groups(model, OptimizerConfig(weight_decay=0.5)), lr=0.1)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        scale = 1 - 0.1 * 0.5 if name == "2.weight" else 1.0
+        torch.testing.assert_close(parameter.detach(), before[name] * scale)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"lr": 0},
+        {"lr": float("inf")},
+        {"betas": (0.9, 1.0)},
+        {"betas": (0.9,)},
+        {"weight_decay": -0.1},
+        {"max_grad_norm": 0},
+        {"name": "adam"},
+        {"beta1": 0.9},
+    ],
+)
+def test_impossible_settings_are_refused(fields):
+    with pytest.raises(ValueError):
+        OptimizerConfig(**fields)

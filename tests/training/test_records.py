@@ -1,0 +1,86 @@
+"""metrics.jsonl survives kills at any byte and continues from any step."""
+
+import json
+import signal
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.launch import start_cli
+from training.records import RecordFile, drop_records_after, finite, read_records
+
+RECORDS = st.lists(st.fixed_dictionaries({"step": st.integers(0, 20), "text": st.text(max_size=8)}), max_size=12)
+
+
+def write_all(path: Path, records: list[dict], resumed_step: int = 0) -> None:
+    file = RecordFile(path, resumed_step)
+    for record in records:
+        file.write(record)
+    file.close(0)
+
+
+@given(RECORDS, st.data())
+def test_a_file_cut_anywhere_continues_with_its_whole_records(records, data):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "metrics.jsonl"
+        write_all(path, records)
+        content = path.read_bytes()
+        cut = data.draw(st.integers(0, len(content)))
+        path.write_bytes(content[:cut])
+        whole = records[: content[:cut].count(b"\n")]
+        assert read_records(path) == whole
+
+        resumed_step = data.draw(st.integers(0, 20))
+        write_all(path, [{"step": resumed_step + 1}], resumed_step)
+        kept = [record for record in whole if record["step"] <= resumed_step] if resumed_step else []
+        assert read_records(path) == [*kept, {"step": resumed_step + 1}]
+        assert list(Path(folder).iterdir()) == [path]
+
+
+def test_nothing_is_rewritten_when_nothing_is_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write_all(path, [{"step": 1}, {"step": 2}])
+    before = path.stat().st_ino
+    drop_records_after(path, 2)
+    assert path.stat().st_ino == before
+    drop_records_after(path, 1)
+    assert path.stat().st_ino != before
+    drop_records_after(tmp_path / "absent", 1)
+
+
+def test_a_killed_writer_leaves_every_record_it_had_written(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    script = f"""
+from pathlib import Path
+from training.records import RecordFile
+file, step = RecordFile(Path({str(path)!r}), 0), 0
+while True:
+    step += 1
+    file.write({{"step": step, "filler": "x" * 20_000}})
+"""
+    with start_cli(["python", "-c", script]) as running:
+        running.wait_for(lambda: path.exists() and path.stat().st_size > 1_000_000)
+        running.send_signal(signal.SIGKILL)
+        running.finish()
+    records = read_records(path)
+    assert [record["step"] for record in records] == list(range(1, len(records) + 1))
+    assert len(records) >= 49
+
+
+@pytest.mark.parametrize("damage", ["{", "[1]", '{"loss": 1}', '{"step": null}', "\x00"])
+def test_damage_in_the_middle_is_named(tmp_path, damage):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1}}\n{damage}\n{{"step": 2}}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: not a record"):
+        read_records(path)
+
+
+def test_numbers_that_json_lacks_become_null(tmp_path):
+    record = {"step": 1, "loss": float("nan"), "sets": {"a": [float("inf"), 1.5]}}
+    write_all(tmp_path / "metrics.jsonl", [record])
+    line = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(line, parse_constant=pytest.fail) == {"step": 1, "loss": None, "sets": {"a": [None, 1.5]}}
+    assert finite(record) == json.loads(line)

@@ -1,0 +1,145 @@
+"""The offline run file that W&B itself writes, read back record by record.
+
+A `.wandb` file is a LevelDB log: 7 bytes of header, then blocks of 32 KiB holding chunks of a checksum (4 bytes), a
+length (2), a type (1: whole, 2: first, 3: middle, 4: last) and data; the data are protobuf messages `Record`.
+"""
+
+import json
+import os
+import struct
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launch import run_ranks
+from tests.training.test_metrics import log
+from training.metrics import METRICS_FILE, MetricsConfig, MetricsLogger
+from training.records import read_records
+from training.wandb_run import WANDB_KEYS, wandb_values
+
+FACTS = {
+    "recipe": {
+        "training": {"seed": 0, "max_tokens": 10**12},
+        "optimizer": {"betas": [0.9, 0.95], "max_grad_norm": None},
+    },
+    "deepspeed": {"zero_optimization": {"stage": 2}},
+    "environment": {"git": {"commit": "c0ffee", "dirty": False}, "host": "node-0"},
+}
+
+SCORES = {"validation/books/loss": 2.0, "validation/books/bits_per_byte": 0.75, "events/checkpoint": 1}
+
+
+def run_launch(folder: str, fields: dict[str, Any], resumed_step: int, last_step: int, wandb_mode: str | None) -> bool:
+    """What every rank of one launch does; returns whether wandb was imported."""
+    logger = MetricsLogger(
+        Path(folder),
+        MetricsConfig(**fields),
+        is_first_rank=os.environ["RANK"] == "0",
+        total_steps=6,
+        resumed_step=resumed_step,
+        run_id="kept1234",
+        facts=FACTS,
+        wandb_mode=wandb_mode,
+    )
+    with logger:
+        for step in range(resumed_step + 1, last_step + 1):
+            log(logger, step, grad_norm=None if step == 2 else 1.25)
+        logger.log_validation(last_step, {"books": {"loss": 2.0, "bits_per_byte": 0.75, "targets": 9}})
+        logger.log_event(last_step, "checkpoint", seconds=0.5)
+    return "wandb" in sys.modules
+
+
+def launch(folder: Path, fields=None, resumed_step=0, last_step=4, mode=None, world_size=1, **env) -> list[bool]:
+    environment = {"HOME": str(folder / "home"), "WANDB_MODE": None, **env}
+    arguments = (str(folder), fields or {}, resumed_step, last_step, mode)
+    return run_ranks(run_launch, world_size, *arguments, env=environment)
+
+
+def records_of(path: Path) -> Iterator[Any]:
+    from wandb.proto import wandb_internal_pb2
+
+    data, position, message = path.read_bytes(), 7, b""
+    while position + 7 <= len(data):
+        left_in_block = 32768 - position % 32768
+        if left_in_block < 7:
+            position += left_in_block
+            continue
+        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
+        message += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):
+            yield wandb_internal_pb2.Record.FromString(message)
+            message = b""
+
+
+def read_run(path: Path) -> tuple[Any, dict[str, Any], dict[int, dict[str, float]]]:
+    """The run message, its config, and the history by step."""
+    run, history = None, {}
+    for record in records_of(path):
+        kind = record.WhichOneof("record_type")
+        if kind == "run":
+            run = record.run
+        elif kind == "history":
+            values = {
+                "/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item
+            }
+            history[record.history.step.num] = {k: v for k, v in values.items() if not k.startswith("_")}
+    config = {item.key: json.loads(item.value_json) for item in run.config.update if item.key != "_wandb"}
+    return run, config, history
+
+
+def test_offline_run_and_its_resume_are_one_run(tmp_path):
+    fields = {"wandb_project": "books", "wandb_tags": ["long"], "wandb_group": "sizes"}
+    assert launch(tmp_path, fields, 0, 4, world_size=2) == [True, False]
+    assert launch(tmp_path, fields, 2, 6) == [True]
+
+    files = sorted((tmp_path / "wandb").glob("offline-run-*/run-kept1234.wandb"), key=lambda file: file.stat().st_mtime)
+    assert len(files) == 2
+    merged = {}
+    for file in files:
+        run, config, history = read_run(file)
+        assert (run.run_id, run.project, run.run_group, list(run.tags)) == ("kept1234", "books", "sizes", ["long"])
+        assert run.display_name == tmp_path.name
+        assert config == FACTS
+        merged |= history
+
+    expected: dict[int, dict[str, float]] = {}
+    for record in read_records(tmp_path / METRICS_FILE):
+        expected.setdefault(record["step"], {}).update(wandb_values(record))
+    assert sorted(expected) == [1, 2, 3, 4, 5, 6]
+    assert expected[6].keys() == {*WANDB_KEYS.values(), *SCORES}
+    assert expected[1].keys() - expected[2].keys() == {"train/grad_norm"}
+    assert merged == expected
+    assert read_run(files[0])[2][4] == expected[4] | SCORES
+
+
+def test_without_settings_the_environment_of_the_user_decides(tmp_path):
+    launch(tmp_path, WANDB_PROJECT="mine", WANDB_NAME="today", WANDB_TAGS="a,b")
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    run, _, _ = read_run(file)
+    assert (run.project, run.display_name, list(run.tags)) == ("mine", "today", ["a", "b"])
+
+
+def test_online_without_a_key_still_trains_and_records_offline(tmp_path):
+    launch(tmp_path, mode="online")
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    run, config, history = read_run(file)
+    assert run.project == "longform"
+    assert config == FACTS
+    assert sorted(history) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("fields", "mode"), [({"wandb": False}, "online"), ({}, "disabled")])
+def test_switched_off_wandb_is_not_even_imported(tmp_path, fields, mode):
+    assert launch(tmp_path, fields, mode=mode) == [False]
+    assert not (tmp_path / "wandb").exists()
+    assert len(read_records(tmp_path / METRICS_FILE)) == 6
+
+
+def test_other_records_send_only_their_own_numbers():
+    assert wandb_values({"step": 3, "event": "skip", "loss": 9.0, "time": 1.0}) == {"events/skip": 1}
+    scores = {"loss": float("nan"), "bits_per_byte": 0.5, "targets": 7}
+    assert wandb_values({"step": 3, "validation": {"web": scores}}) == {"validation/web/bits_per_byte": 0.5}

@@ -1,0 +1,186 @@
+"""Train a LLaMA on packed long documents: a recipe says what, a DeepSpeed JSON how, --data on which rows.
+
+    deepspeed [--hostfile H] train.py --recipe recipes/llama-125m.yaml --deepspeed_config ds_configs/zero2.json \\
+        --data DATA --output RUN [--section.key value ...]
+
+The same command continues RUN from its newest good checkpoint, on any number of ranks. Exit codes: 0 finished; 2 bad
+input (one sentence a problem); 75 stopped early with a checkpoint (SIGTERM, SIGUSR1, training.max_hours): run it again.
+"""
+
+import argparse
+import secrets
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from engine.checkpoint import agree_on_checkpoint, save
+from engine.plan import RunPlan, make_plan
+from engine.resume import check_resumable, restore
+from engine.run_folder import claim_run, describe, write_facts
+from engine.signals import StopSignal
+from engine.step import StepResult, any_rank, build_engine, sum_over_ranks, train_step
+from engine.topology import Topology, read_topology, run_command, start_process_group, wandb_mode
+from engine.validation import validate_all
+from training.config import add_recipe_flags
+from training.data import TrainingData, train_loader, training_order
+from training.environment import peak_memory_bytes
+from training.metrics import MetricsLogger
+from training.schedule import lr_factor
+from training.state import TrainState
+from training.throughput import StepClock, peak_rate
+
+EXIT_RUN_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
+
+
+def parse_arguments() -> argparse.Namespace:
+    paragraphs = __doc__.split("\n\n")
+    parser = argparse.ArgumentParser(
+        description=paragraphs[0], epilog=paragraphs[2], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--recipe", required=True, help="YAML file: model, optimizer, schedule, limits, seed")
+    parser.add_argument("--deepspeed_config", required=True, help="DeepSpeed JSON: ZeRO stage, precision, offload")
+    parser.add_argument("--data", required=True, help="folder made by data_prep.build")
+    parser.add_argument("--output", required=True, help="folder of the run: checkpoints, metrics.jsonl, run.json")
+    parser.add_argument("--allow_data_change", action="store_true", help="continue a run on another data set")
+    parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # given by the launcher
+    add_recipe_flags(parser)
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    topology = read_topology()
+    overrides = {name: value for name, value in vars(arguments).items() if "." in name}
+
+    # Whatever can be wrong is found here, before any process group exists.
+    plan = make_plan(arguments.recipe, overrides, arguments.deepspeed_config, arguments.data, topology)
+    run = Path(arguments.output)
+    notices = plan.warnings + check_resumable(run, plan, arguments.allow_data_change)
+    lock = claim_run(run) if topology.is_first else None
+
+    start_process_group(topology)
+    stop = StopSignal()
+    engine = build_engine(plan.recipe, plan.ds_config, topology)
+
+    # Continue where the newest good checkpoint stopped, or begin.
+    found, damaged = agree_on_checkpoint(run)
+    state = restore(engine, *found) if found else new_state(plan)
+    state.data_fingerprint = plan.dataset.manifest.fingerprint
+    facts = describe(plan, arguments.data)
+    if topology.is_first:
+        write_facts(run, facts)
+    logger, clock = open_outputs(engine, plan, state, facts, run, topology)
+    for notice in [*notices, *damaged]:
+        logger.log_event(state.step, "notice", text=notice)
+    if found:
+        logger.log_event(state.step, "resume", checkpoint=found[0].name, written_by=str(found[1].layout))
+
+    code = train(engine, plan, state, logger, clock, stop, topology, run, facts)
+    logger.close(code)
+    del lock
+    return code
+
+
+def train(engine, plan: RunPlan, state: TrainState, logger, clock, stop, topology, run: Path, facts: dict) -> int:
+    """The loop: one optimizer step at a time until the recipe's last, a signal or the time limit."""
+    recipe, began = plan.recipe, time.monotonic()
+    steps = optimizer_steps(plan, state, topology)
+    while state.step < plan.total_steps:
+        with clock.waiting_for_data():
+            micro_batches = next(steps)
+        factor = lr_factor(recipe.schedule, state.step + 1, plan.total_steps, plan.step_tokens)
+        learning_rate = factor * recipe.optimizer.lr
+        result = train_step(engine, micro_batches, learning_rate, recipe.training.z_loss_weight)
+        state.advance(plan.batch.samples, plan.step_tokens, result.applied)
+        clock.step_done(plan.step_tokens)
+        report(logger, clock, state, result, learning_rate, topology)
+        give_up_after_skips(state, recipe.training.max_consecutive_skipped_steps)
+
+        last = state.step == plan.total_steps
+        out_of_time = time.monotonic() - began > (recipe.training.max_hours or float("inf")) * 3600
+        stopping = any_rank(engine, stop.name is not None or out_of_time) and not last
+        with clock.aside():
+            if plan.validation_sets and (last or state.step % recipe.validation.every_steps == 0):
+                logger.log_validation(state.step, validate_all(engine, plan, topology))
+            if last or stopping or state.step % recipe.checkpoint.every_steps == 0:
+                folder = save(engine, run, state, facts, recipe.checkpoint)
+                logger.log_event(state.step, "checkpoint", name=folder.name)
+        if stopping:
+            reason = stop.name or ("time limit" if out_of_time else "signal on another rank")
+            logger.log_event(state.step, "stop", reason=reason, next="run the same command to continue")
+            return EXIT_RUN_AGAIN
+    return 0
+
+
+def new_state(plan: RunPlan) -> TrainState:
+    return TrainState(
+        data_fingerprint=plan.dataset.manifest.fingerprint,
+        seed=plan.recipe.training.seed,
+        wandb_id=secrets.token_hex(4),
+    )
+
+
+def optimizer_steps(plan: RunPlan, state: TrainState, topology: Topology) -> Iterator[list[dict]]:
+    """This rank's micro-batches, one list an optimizer step, from the first sample that was not yet consumed."""
+    order = training_order(plan.dataset, plan.recipe.data, plan.recipe.training.seed)
+    return train_loader(
+        TrainingData(plan.dataset, order),
+        plan.recipe.data,
+        consumed=state.consumed_samples,
+        micro_batch_samples=plan.batch.micro_batch_samples,
+        accumulation=plan.batch.accumulation,
+        world_size=topology.world_size,
+        rank=topology.rank,
+        pin_memory=topology.device.type == "cuda",
+    )
+
+
+def open_outputs(engine, plan: RunPlan, state: TrainState, facts: dict, run: Path, topology: Topology):
+    """The logger (silent on all ranks but the first) and the clock that knows the hardware's peak rate."""
+    half = any(plan.ds_config.get(key, {}).get("enabled") for key in ("bf16", "fp16", "torch_autocast"))
+    peak = peak_rate(topology.device, torch.bfloat16 if half else torch.float32)
+    logger = MetricsLogger(
+        run,
+        plan.recipe.logging,
+        is_first_rank=topology.is_first,
+        total_steps=plan.total_steps,
+        resumed_step=state.step,
+        run_id=state.wandb_id,
+        facts=facts,
+        peak_label=peak.label,
+        wandb_mode=wandb_mode(),
+    )
+    flops_per_token = plan.recipe.model.flops_per_token(plan.mean_document_tokens)
+    return logger, StepClock(flops_per_token, sum_over_ranks(engine, [peak.flops_per_second])[0])
+
+
+def report(logger, clock, state: TrainState, result: StepResult, learning_rate: float, topology: Topology) -> None:
+    if not result.applied:
+        logger.log_event(state.step, "skip", loss=result.loss, grad_norm=result.grad_norm)
+    if logger.due(state.step):
+        logger.log_step(
+            state.step,
+            samples=state.consumed_samples,
+            tokens=state.consumed_tokens,
+            loss=result.loss,
+            objective=result.objective,
+            learning_rate=learning_rate,
+            grad_norm=result.grad_norm,
+            skipped_steps=state.skipped_steps,
+            rates=clock.read(),
+            memory_bytes=peak_memory_bytes(topology.device),
+        )
+
+
+def give_up_after_skips(state: TrainState, most: int) -> None:
+    if state.consecutive_skipped_steps >= most:
+        raise ValueError(
+            f"{most} steps in a row had a loss or gradient that is not finite (the last is step {state.step}); the weights "
+            "are those of before: lower optimizer.lr, lengthen the warmup, or look at the samples of these steps"
+        )
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,227 @@
+"""From packed rows to the batches of an optimizer step.
+
+1. `open_split` (training/shards.py) maps the shards; no token is read.
+2. `SampleOrder` (training/sampler.py) says which row sample k is, for any k, in constant time and memory.
+3. `rank_samples` cuts the samples of a step, consumed .. consumed + n - 1, into this rank's micro-batches.
+4. `make_batch` widens the rows to int64 and derives targets and positions from the pieces of each row.
+5. A `DataLoader` runs 4 here or in worker processes that read ahead; it keeps the order in both cases.
+
+Resume contract: the position of a run is the number of samples it has consumed, nothing else. It is advanced by the
+training loop after the optimizer step, never here, because this side runs ahead of it. A loader started at `consumed`
+continues the sequence exactly and at once, on any number of ranks and workers and with any micro-batch; only the data
+(its fingerprint), the seed and the weights must be the same, which is what `SampleOrder.digest` identifies.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import islice
+from typing import TypedDict
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch.utils.data import DataLoader, Dataset
+
+from training.sampler import SampleOrder, rank_samples
+from training.shards import ShardedDataset
+
+NO_TARGET = -100
+LOOKUP_SAMPLES = 4096
+"""Samples located at a time: the order costs little per sample only when computed for many."""
+
+
+class DataConfig(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    weights: dict[str, float] | None = None
+    """Share of the samples per source, relative to each other; none: the weights that the data were built with."""
+    num_workers: int = Field(default=0, ge=0)
+    """Processes that read ahead; reading takes microseconds a row, so they pay only on storage with high latency."""
+    prefetch_batches: int = Field(default=4, ge=1)
+    """Micro-batches that each worker reads ahead."""
+
+
+class Batch(TypedDict):
+    """B rows of T tokens. A document begins where position_ids is 0; padding counts as one more document."""
+
+    input_ids: torch.Tensor  # int64 [B, T]
+    position_ids: torch.Tensor  # int64 [B, T]
+    targets: torch.Tensor  # int64 [B, T], NO_TARGET where no loss is taken
+    num_targets: int
+
+
+def training_order(dataset: ShardedDataset, config: DataConfig, seed: int) -> SampleOrder:
+    """The order of a run over a split: weights from the recipe if it has any, else from the data."""
+    weights = config.weights
+    if weights is None:
+        sources = dataset.manifest.splits[dataset.split]
+        weights = {name: sources[name].weight for name in dataset.sources}
+    return SampleOrder(dataset.rows_per_source, weights, dataset.manifest.fingerprint, seed)
+
+
+class TrainingData(Dataset):
+    """Batches by the samples' places: `data[sources, rows]`, two int64 arrays of equal length."""
+
+    def __init__(self, dataset: ShardedDataset, order: SampleOrder):
+        self.dataset, self.order = dataset, order
+        self._source = np.array([dataset.sources.index(name) for name in order.sources])
+
+    def __getitem__(self, place: tuple[np.ndarray, np.ndarray]) -> Batch:
+        sources, rows = place
+        return make_batch(self.dataset, sources, rows)
+
+    def places(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Source (index into `dataset.sources`) and row of each sample number."""
+        source, row, _ = self.order.locate_many(samples.reshape(-1))
+        return self._source[source].reshape(samples.shape), row.reshape(samples.shape)
+
+
+def train_loader(
+    data: TrainingData,
+    config: DataConfig,
+    *,
+    consumed: int,
+    micro_batch_samples: int,
+    accumulation: int,
+    world_size: int,
+    rank: int,
+    pin_memory: bool = False,
+) -> Iterator[list[Batch]]:
+    """The optimizer steps of one rank after `consumed` samples, without end: `accumulation` micro-batches each."""
+    places = _Places(data, consumed, micro_batch_samples, accumulation, world_size, rank)
+    batches = iter(_loader(data, places, config, pin_memory))
+    while True:
+        yield list(islice(batches, accumulation))
+
+
+def validation_batches(
+    dataset: ShardedDataset,
+    micro_batch_samples: int,
+    world_size: int,
+    rank: int,
+    max_samples: int | None = None,
+) -> Iterator[Batch]:
+    """Every row (or the first `max_samples`) once over all ranks, in the order of the files.
+
+    All ranks yield equally many batches of equal size; rows beyond the end have no targets.
+    """
+    ends = np.cumsum([dataset.rows_per_source[name] for name in dataset.sources])
+    total = min(len(dataset), max_samples or len(dataset))
+    for first in range(0, total, micro_batch_samples * world_size):
+        k = first + rank * micro_batch_samples + np.arange(micro_batch_samples)
+        k = k[k < total]
+        source = np.searchsorted(ends, k, side="right")
+        rows = k - np.concatenate([[0], ends])[source]
+        yield make_batch(dataset, source, rows, size=micro_batch_samples)
+
+
+class _Places:
+    """Iterable over the places of a rank's micro-batches: what the DataLoader's sampler is."""
+
+    def __init__(
+        self, data: TrainingData, consumed: int, micro_batch: int, accumulation: int, world_size: int, rank: int
+    ):
+        self.data, self.consumed = data, consumed
+        self.layout = (micro_batch * accumulation * world_size, micro_batch, world_size, rank)
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        step, _, world_size, _ = self.layout
+        ahead = max(1, LOOKUP_SAMPLES * world_size // step)  # steps
+        consumed = self.consumed
+        while True:
+            samples = np.concatenate([rank_samples(consumed + i * step, *self.layout) for i in range(ahead)])
+            yield from zip(*self.data.places(samples), strict=True)
+            consumed += ahead * step
+
+
+def _loader(data: TrainingData, places: _Places, config: DataConfig, pin_memory: bool) -> DataLoader:
+    return DataLoader(
+        data,
+        batch_size=None,
+        sampler=places,
+        num_workers=config.num_workers,
+        prefetch_factor=config.prefetch_batches if config.num_workers else None,
+        pin_memory=pin_memory,
+        worker_init_fn=_obey_only_the_parent,
+    )
+
+
+def _obey_only_the_parent(_worker: int) -> None:
+    """Signals that reach the whole job are for the training process, which saves first and then ends its workers."""
+    signals = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+
+    def wait() -> None:
+        while signal.sigwaitinfo(signals).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def make_batch(dataset: ShardedDataset, sources: np.ndarray, rows: np.ndarray, size: int | None = None) -> Batch:
+    """Read rows (as `dataset.find` names them) into a batch of `size` rows, the missing ones being padding.
+
+    A token is a target of the one before it if both lie in the same piece and it is not overlap context.
+    """
+    size, T = size or len(rows), dataset.manifest.seq_length
+    inputs, targets = np.empty((size, T), np.int64), np.empty((size, T), np.int64)
+    lengths, contexts, pieces = [], [], []
+    for i, (source, row) in enumerate(zip(sources.tolist(), rows.tolist(), strict=True)):
+        block, j = dataset.find(source, row)
+        ids = block.ids[j]
+        inputs[i] = ids[:-1]
+        targets[i] = ids[1:]
+        begin, end = block.splits[j : j + 2].tolist()
+        lengths.append(block.seg_len[begin:end])
+        contexts.append(block.seg_ctx[begin:end])
+        pieces.append(end - begin)
+    if len(rows) < size:
+        inputs[len(rows) :] = dataset.manifest.tokenizer.pad_id
+        targets[len(rows) :] = NO_TARGET
+    positions, num_targets = _apply_pieces(targets, lengths, contexts, pieces)
+    return {
+        "input_ids": torch.from_numpy(inputs),
+        "position_ids": torch.from_numpy(positions),
+        "targets": torch.from_numpy(targets),
+        "num_targets": num_targets,
+    }
+
+
+def _apply_pieces(
+    targets: np.ndarray, lengths: list[np.ndarray], contexts: list[np.ndarray], pieces: list[int]
+) -> tuple[np.ndarray, int]:
+    """Blank the targets [B, T] that cross pieces or are context; return the positions [B, T] and the targets left."""
+    B, T = targets.shape
+    positions = np.empty((B, T), np.int64)
+    if not pieces:
+        positions[:] = np.arange(T)
+        return positions, 0
+    row = np.repeat(np.arange(len(pieces)), pieces)
+    length, context = np.concatenate(lengths).astype(np.int64), np.concatenate(contexts)
+    ends = np.cumsum(length)
+    last = np.cumsum(pieces) - 1
+    row_ends = np.diff(ends[last], prepend=0)  # tokens of each row before its padding
+    begin = ends - length - (ends[last] - row_ends)[row]  # of each piece in its row
+
+    flat = targets.reshape(-1)
+    flat[(row * T + begin - 1)[begin > 0]] = NO_TARGET
+    for p in np.flatnonzero(context > 1).tolist():
+        targets[row[p], max(begin[p] - 1, 0) : begin[p] + context[p] - 1] = NO_TARGET
+    for r in np.flatnonzero(row_ends <= T).tolist():
+        targets[r, row_ends[r] - 1 :] = NO_TARGET
+
+    padded = np.flatnonzero(row_ends < T)
+    inside = begin < T
+    starts = np.concatenate([(row * T + begin)[inside], padded * T + row_ends[padded], np.arange(len(pieces), B) * T])
+    starts.sort()
+    np.subtract(_arange(B * T), np.repeat(starts, np.diff(starts, append=B * T)), out=positions.reshape(-1))
+    return positions, int((length - np.maximum(context, 1)).sum())
+
+
+@lru_cache(maxsize=4)
+def _arange(n: int) -> np.ndarray:
+    return np.arange(n)

@@ -1,0 +1,82 @@
+"""Where and with what a run took place: recorded once, so that a result can be explained later."""
+
+import importlib.metadata
+import platform
+import resource
+import socket
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = (
+    "torch",
+    "deepspeed",
+    "transformers",
+    "datasets",
+    "sentencepiece",
+    "tokenizers",
+    "pyarrow",
+    "numpy",
+    "wandb",
+)
+
+
+def environment() -> dict[str, Any]:
+    """JSON-able facts: git commit, versions, command line, host, processor, memory, accelerators, time in UTC."""
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "git": _git(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cpu_cores": psutil.cpu_count(logical=False),
+        "memory_bytes": psutil.virtual_memory().total,
+        "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "cuda": torch.version.cuda,
+    }
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory this process has held: allocated on the GPU, or resident in RAM where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _git() -> dict[str, Any] | None:
+    """Commit, branch and whether tracked files differ from it; None outside a repository or without git."""
+    commit = _git_output("rev-parse", "HEAD")
+    if not commit:
+        return None
+    dirty = _git_output("status", "--porcelain", "--untracked-files=no") != ""
+    return {"commit": commit, "branch": _git_output("rev-parse", "--abbrev-ref", "HEAD"), "dirty": dirty}
+
+
+def _git_output(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,0 +1,199 @@
+"""The manifest of a prepared data set: what it holds, how it was made, and the fingerprint that identifies it.
+
+`manifest.json` is written last and atomically, so a folder without one is not a data set. Its fingerprint is the
+SHA-256 of the canonical JSON of everything in it except the creation time and itself; because the hashes of inputs,
+tokenizer and shards are part of that JSON, another byte anywhere is another fingerprint.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, ValidationError, model_validator
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+NOT_FINGERPRINTED = frozenset({"created_at", "fingerprint"})
+
+SourceName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0)]
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True)
+
+
+class PackingPolicy(Record):
+    """How documents become rows of `seq_length + 1` tokens."""
+
+    policy: Literal["bestfit", "concat"] = "bestfit"
+    """bestfit: documents that fit are never cut; concat: one stream of tokens cut at fixed length."""
+    seq_length: int = Field(ge=1)
+    """Tokens the model sees at once; a row holds one more, so that every input has a target."""
+    overlap: int = Field(default=1, ge=1)
+    """Tokens repeated as context at the start of each further window of a document longer than a row (bestfit)."""
+    tail: Literal["pad", "drop"] = "pad"
+    """The incomplete last row: pad it, or drop it (its tokens are counted as dropped)."""
+
+    @model_validator(mode="after")
+    def _overlap_leaves_progress(self) -> "PackingPolicy":
+        if self.overlap > self.seq_length:
+            raise ValueError(f"overlap {self.overlap} must not exceed seq_length {self.seq_length}")
+        if self.policy == "concat" and self.overlap != 1:
+            raise ValueError(f"overlap {self.overlap} has no effect with policy concat: leave it at 1")
+        return self
+
+    @property
+    def row_tokens(self) -> int:
+        return self.seq_length + 1
+
+
+class TokenizerInfo(Record):
+    type: Literal["sentencepiece", "huggingface"]
+    file: str
+    """Path of the tokenizer file inside the data set."""
+    sha256: Sha256
+    vocab_size: int = Field(ge=1)
+    bos_id: int | None
+    eos_id: int | None
+    pad_id: int
+    """Fills the end of rows; never a target."""
+    mask_id: int | None
+
+
+class Shard(Record):
+    file: str
+    """Path inside the data set."""
+    rows: int = Field(ge=1)
+    bytes: int = Field(ge=1)
+    sha256: Sha256
+    min_id: Count
+    max_id: Count
+
+
+class SourceRows(Record):
+    """One source within one split."""
+
+    documents: Count
+    bytes: Count
+    """UTF-8 bytes of the documents' text."""
+    tokens: Count
+    """Tokens of the documents, BOS and EOS included."""
+    rows: Count
+    targets: Count
+    """Positions that carry loss when every row is seen once."""
+    weight: Annotated[float, Field(ge=0)] | None = None
+    """Share of the samples relative to the other sources; none for all sources: in proportion to their rows."""
+    shards: list[Shard]
+
+    @model_validator(mode="after")
+    def _shards_add_up(self) -> "SourceRows":
+        if sum(shard.rows for shard in self.shards) != self.rows:
+            raise ValueError("the rows of the shards do not add up to the rows of the source")
+        if len({shard.rows for shard in self.shards[:-1]}) > 1:
+            raise ValueError("every shard of a source except its last must hold the same number of rows")
+        return self
+
+
+class Manifest(Record):
+    format_version: int = FORMAT_VERSION
+    created_at: str
+    created_by: dict[str, str]
+    """Versions of the programs that made the data set."""
+    inputs: dict[SourceName, Sha256]
+    """Per source, the hash of its input files (contents, not places)."""
+    tokenizer: TokenizerInfo
+    dtype: Literal["uint16", "uint32"]
+    packing: PackingPolicy
+    seed: Count
+    splits: dict[str, dict[SourceName, SourceRows]]
+    statistics: dict[str, JsonValue] = {}
+    fingerprint: str = ""
+
+    @property
+    def seq_length(self) -> int:
+        return self.packing.seq_length
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Manifest":
+        if self.dtype != token_dtype(self.tokenizer.vocab_size):
+            raise ValueError(f"dtype {self.dtype} does not belong to a vocabulary of {self.tokenizer.vocab_size}")
+        for sources in self.splits.values():
+            if len({source.weight is None for source in sources.values()}) > 1:
+                raise ValueError("give a weight to every source or to none")
+            for shard in (shard for source in sources.values() for shard in source.shards):
+                if shard.max_id >= self.tokenizer.vocab_size:
+                    raise ValueError(
+                        f"{shard.file} holds token id {shard.max_id}, outside the tokenizer's vocabulary "
+                        f"of {self.tokenizer.vocab_size}"
+                    )
+        return self
+
+
+def token_dtype(vocab_size: int) -> Literal["uint16", "uint32"]:
+    """The narrowest type for ids 0 .. vocab_size - 1: uint16 up to and including 65,536 entries."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+def fingerprint(content: dict[str, Any]) -> str:
+    """SHA-256 of the canonical JSON (sorted keys, no spaces) of a manifest without creation time and fingerprint."""
+    hashed = {key: value for key, value in content.items() if key not in NOT_FINGERPRINTED}
+    return hashlib.sha256(
+        json.dumps(hashed, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    ).hexdigest()
+
+
+def save_manifest(directory: Path, manifest: Manifest) -> Manifest:
+    """Write `manifest.json` atomically; return the manifest with its fingerprint."""
+    content = manifest.model_dump(mode="json")
+    content["fingerprint"] = fingerprint(content)
+    write_atomically(Path(directory) / MANIFEST_FILE, json.dumps(content, indent=1).encode() + b"\n")
+    return Manifest.model_validate(content)
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read and check `manifest.json`; a `ValueError` says in one sentence why it cannot be trusted."""
+    path = Path(directory) / MANIFEST_FILE
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(
+            f"{directory} is not a prepared data set: it has no {MANIFEST_FILE} "
+            "(run `python -m data_prep.build`; after an interruption the same command continues)"
+        ) from None
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): build the data set again") from None
+    if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
+        version = content.get("format_version") if isinstance(content, dict) else None
+        raise ValueError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}")
+    if content.get("fingerprint") != fingerprint(content):
+        raise ValueError(f"{path} was changed after it was written: its fingerprint does not match its content")
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "manifest"
+        raise ValueError(f"{path}: {place}: {first['msg'].removeprefix('Value error, ')}") from None
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace `path` by `data`: after a crash the file holds either all of the old content or all of the new."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    publish(temporary, path)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Give a completely written and synced file its final name, durably."""
+    temporary.replace(path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

@@ -1,0 +1,217 @@
+"""What a run reports: the console line, `metrics.jsonl`, and Weights & Biases, all fed with the same records.
+
+Only the first rank writes; on the others the logger is the same object without outputs, so the training loop has no
+special cases.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+from pydantic import BaseModel, ConfigDict, PositiveInt
+
+from training.records import RecordFile
+from training.throughput import Rates
+from training.wandb_run import WandbRun
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsConfig(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True)
+
+    log_every_steps: PositiveInt = 10
+    """Optimizer steps between two lines on the console, in metrics.jsonl and in W&B; the first and last step always."""
+
+    wandb: bool = True
+    """Record the run with Weights & Biases: online if a key is configured, otherwise offline under RUN/wandb."""
+
+    wandb_project: str | None = None
+    """W&B project; null: WANDB_PROJECT, or `longform`."""
+
+    wandb_entity: str | None = None
+    """W&B user or team; null: the key's default."""
+
+    wandb_name: str | None = None
+    """Display name of the run; null: the name of the output folder."""
+
+    wandb_group: str | None = None
+    """Group under which W&B shows related runs."""
+
+    wandb_tags: tuple[str, ...] = ()
+    """W&B tags of the run."""
+
+
+class Sink(Protocol):
+    def write(self, record: dict[str, Any]) -> None: ...
+    def close(self, exit_code: int) -> None: ...
+
+
+class MetricsLogger:
+    """Takes plain Python numbers and writes them everywhere."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: MetricsConfig,
+        *,
+        is_first_rank: bool,
+        total_steps: int,
+        resumed_step: int = 0,
+        run_id: str,
+        facts: dict[str, Any],
+        peak_label: str = "mfu",
+        wandb_mode: str | None = None,
+    ):
+        """Opens the outputs of a run that continues after `resumed_step` (0: a new one).
+
+        Args:
+            run_id: W&B's id of the run, the same after every restart.
+            facts: everything that determines the run (resolved recipe, DeepSpeed JSON, environment), JSON-able.
+            peak_label: what the console calls the share of the peak rate (`PeakRate.label`).
+            wandb_mode: the user's WANDB_MODE, None where it is not set.
+        """
+        self._config, self._total_steps = config, total_steps
+        self._sinks: list[Sink] = []
+        self._last: dict[str, Any] = {}
+        self._best: dict[str, dict[str, float]] = {}
+        self._speeds: list[float] = []
+        if is_first_rank:
+            self._sinks.append(Console(total_steps, peak_label))
+            self._sinks.append(RecordFile(run_dir / METRICS_FILE, resumed_step))
+            if config.wandb and wandb_mode != "disabled":
+                self._sinks.append(WandbRun(run_dir, config, run_id, facts, wandb_mode))
+
+    def due(self, step: int) -> bool:
+        """Whether the metrics of this step are to be collected; the same on all ranks."""
+        return step % self._config.log_every_steps == 0 or step in (1, self._total_steps)
+
+    def log_step(
+        self,
+        step: int,
+        *,
+        samples: int,
+        tokens: int,
+        loss: float,
+        objective: float,
+        learning_rate: float,
+        grad_norm: float | None,
+        skipped_steps: int,
+        rates: Rates,
+        memory_bytes: int | None = None,
+    ) -> None:
+        """Reports one optimizer step.
+
+        Args:
+            step: number of this step; the first is 1.
+            samples: rows used since the beginning of the run, all ranks together; likewise `tokens`.
+            loss: mean cross entropy per target, in nats; `objective` is what was minimised (with z-loss, for example).
+            grad_norm: global norm before clipping.
+            skipped_steps: steps not applied since the beginning of the run.
+        """
+        record = {
+            "samples": samples,
+            "tokens": tokens,
+            "loss": loss,
+            "objective": objective,
+            "learning_rate": learning_rate,
+            "grad_norm": grad_norm,
+            "skipped_steps": skipped_steps,
+            **rates._asdict(),
+            "memory_bytes": memory_bytes,
+            "eta_seconds": (self._total_steps - step) * rates.step_seconds,
+        }
+        self._last = {"step": step, **record}
+        self._speeds.append(rates.tokens_per_second)
+        self._write(step, record)
+
+    def log_validation(self, step: int, results: dict[str, dict[str, float]]) -> None:
+        """Reports the validation after `step`: for each set `loss` (nats per target), `bits_per_byte` and `targets`."""
+        for name, scores in results.items():
+            if not self._best.get(name, {}).get("loss", math.inf) <= scores["loss"]:
+                self._best[name] = {"step": step, **scores}
+        self._write(step, {"validation": results})
+
+    def log_event(self, step: int, event: str, **details: Any) -> None:
+        """Reports something that happened after `step`: `resume`, `checkpoint`, `skip` ...; details are JSON-able."""
+        self._write(step, {"event": event, **details})
+
+    def summary(self) -> dict[str, Any]:
+        """The last logged step, the median speed, and the best validation of each set, of this launch."""
+        if not self._last:
+            return {"step": 0, "best_validation": self._best}
+        keys = ("step", "samples", "tokens", "loss", "objective", "skipped_steps")
+        speed = statistics.median(self._speeds)
+        return {key: self._last[key] for key in keys} | {"tokens_per_second": speed, "best_validation": self._best}
+
+    def close(self, exit_code: int = 0) -> None:
+        """Finishes the outputs; W&B shows a run with another exit code as failed. A second call does nothing."""
+        sinks, self._sinks = self._sinks, []
+        for sink in sinks:
+            sink.close(exit_code)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(0 if kind is None else 1)
+
+    def _write(self, step: int, values: dict[str, Any]) -> None:
+        for sink in self._sinks:
+            sink.write({"step": step, **values, "time": round(time.time(), 3)})
+
+
+class Console:
+    """One aligned line per record on standard output."""
+
+    def __init__(self, total_steps: int, peak_label: str):
+        self._total_steps, self._peak_label = total_steps, peak_label
+        self._step_width = len(str(total_steps))
+
+    def write(self, record: dict[str, Any]) -> None:
+        cells = [f"step {record['step']:>{self._step_width}}/{self._total_steps}"]
+        if "validation" in record:
+            cells += [_validation_cell(name, scores) for name, scores in record["validation"].items()]
+        elif "event" in record:
+            details = {key: value for key, value in record.items() if key not in ("step", "event", "time")}
+            cells.append(" ".join([record["event"], *(f"{key}={_short(value)}" for key, value in details.items())]))
+        else:
+            cells += self._metrics_cells(record)
+        print(" | ".join(cells), flush=True)
+
+    def close(self, exit_code: int) -> None:
+        """Nothing to close."""
+
+    def _metrics_cells(self, record: dict[str, Any]) -> Sequence[str]:
+        norm = record["grad_norm"]
+        cells = [
+            f"loss {record['loss']:7.4f}",
+            f"lr {record['learning_rate']:.2e}",
+            f"norm {'-' if norm is None else format(norm, '.3f'):>7}",
+            f"{with_prefix(record['tokens_per_second']):>6} tok/s",
+            f"{self._peak_label} {record['mfu']:6.1%}",
+            f"wait {record['data_wait_fraction']:6.1%}",
+            f"eta {timedelta(seconds=round(record['eta_seconds']))}",
+        ]
+        return cells + ([f"skipped {record['skipped_steps']}"] if record["skipped_steps"] else [])
+
+
+def with_prefix(number: float) -> str:
+    """1234567 as "1.23M": three significant digits and a decimal prefix."""
+    for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= 0.9995 * size:
+            return f"{number / size:#.3g}".rstrip(".") + prefix
+    return f"{number:.3g}"
+
+
+def _validation_cell(name: str, scores: dict[str, float]) -> str:
+    bits = scores.get("bits_per_byte")
+    return f"{name} loss {scores['loss']:.4f}" + ("" if bits is None else f" ({bits:.4f} bits/byte)")
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

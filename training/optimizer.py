@@ -1,0 +1,63 @@
+"""Optimizer hyperparameters, and which parameters decay.
+
+Every parameter is in exactly one group: matrices of linear maps decay; embeddings, norms and biases do not. Module
+types and names decide, because under ZeRO-3 a partitioned parameter has lost its shape.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat
+from torch import nn
+
+Rate = Annotated[float, Field(ge=0, lt=1)]
+
+
+class OptimizerConfig(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True, allow_inf_nan=False)
+
+    name: Literal["adamw"] = "adamw"
+    """AdamW (Loshchilov and Hutter 2019)."""
+
+    lr: PositiveFloat = 3e-4
+    """Peak learning rate, reached at the end of warmup."""
+
+    betas: tuple[Rate, Rate] = (0.9, 0.95)
+    """Decay rates of the running means of the gradient and of its square."""
+
+    eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled decay of linear maps, multiplied by the learning rate; embeddings, norms and biases have none."""
+
+    max_grad_norm: PositiveFloat | None = 1.0
+    """Gradients are scaled down to this global norm; null: never."""
+
+
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """The trainable parameters as optimizer groups "decay" and "no_decay", each in the order of `named_parameters`.
+
+    A parameter that several modules share appears once, and does not decay if one of its modules says so: an embedding
+    tied to the output head is treated as an embedding. Groups without parameters are left out.
+    """
+    without_decay: set[int] = set()
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not _decays(module_name, module, name):
+                without_decay.add(id(parameter))
+    decay: list[nn.Parameter] = []
+    no_decay: list[nn.Parameter] = []
+    for parameter in model.parameters():  # each shared parameter once
+        if parameter.requires_grad:
+            (no_decay if id(parameter) in without_decay else decay).append(parameter)
+    groups = [
+        {"name": "decay", "params": decay, "weight_decay": config.weight_decay},
+        {"name": "no_decay", "params": no_decay, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _decays(module_name: str, module: nn.Module, parameter_name: str) -> bool:
+    kind = f"{module_name.rpartition('.')[2]} {type(module).__name__}".lower()
+    embedding_or_norm = isinstance(module, nn.Embedding) or "embed" in kind or "norm" in kind
+    return not embedding_or_norm and not parameter_name.endswith("bias")

@@ -1,0 +1,79 @@
+"""`metrics.jsonl`: one JSON object a line, appended while the run goes on, read by the report and by anything else.
+
+A record is one of three: metrics of a step, `{"step", "validation": {...}}`, or `{"step", "event": name, ...}`. Each is
+written by one system call, so a kill at any moment costs at most the last line; opening for append removes such a torn
+line together with the records of steps that will be done again.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+class RecordFile:
+    """Appends records to a file that a run continues from `resumed_step` (0: from the beginning)."""
+
+    def __init__(self, path: Path, resumed_step: int):
+        drop_records_after(path, resumed_step)
+        self._file = path.open("ab", buffering=0)
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(finite(record), allow_nan=False).encode() + b"\n")
+
+    def close(self, exit_code: int) -> None:
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """All records in order, without a last line that is still being written or was torn by a kill.
+
+    Raises ValueError where any other line is damaged.
+    """
+    return [record for record, _ in _parsed_lines(path)]
+
+
+def drop_records_after(path: Path, step: int) -> None:
+    """Removes the records of later steps and a torn last line, in one rename; after step 0 nothing is kept."""
+    if not path.exists():
+        return
+    kept = [line for record, line in _parsed_lines(path) if 0 < step >= record["step"]]
+    if sum(map(len, kept)) == path.stat().st_size:
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("wb") as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def finite(value: Any) -> Any:
+    """The value with NaN and infinities, which JSON does not have, as None."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _parsed_lines(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
+    lines = path.read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            intact = line.endswith(b"\n") and isinstance(record, dict) and isinstance(record.get("step"), int)
+        except ValueError:
+            intact = False
+        if intact:
+            yield record, line
+        elif number < len(lines):
+            raise ValueError(f"{path}:{number}: not a record of a training run; repair or remove this line")

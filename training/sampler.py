@@ -1,0 +1,162 @@
+"""Which row is sample k of a run: a pure function of (fingerprint, seed, mixture weights, k), k = 0, 1, 2, ...
+
+Rank, world size, micro-batch and workers do not enter, so a run may change them at any step and continues the same
+sequence. Nothing is stored either: both shuffles below are keyed permutations that are computed element by element, so
+a data set of 10^12 rows costs the memory of a small one and any k is found in constant time.
+
+1. Samples come in blocks of B. After n blocks, source s has given floor(n B P_s) - floor(n B P_(s-1)) of them, where
+   P_s is the sum of the weights up to s: always within one sample of its exact share. A permutation of the block's B
+   positions mixes the sources within it.
+2. The j-th sample of a source of N rows is element j mod N of its epoch j div N; every epoch is another permutation.
+
+The permutations are Feistel networks on the next power of two with cycle walking (Black and Rogaway 2002, "Ciphers with
+arbitrary finite domains"): an image outside the domain is mapped again until it lies inside.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+WEIGHT_BITS = 20
+"""Weights are rounded to multiples of 2^-20, so that all quotas are exact in 64-bit integers."""
+BLOCK_BITS = 10
+ROUNDS = 4
+_MULTIPLIERS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+class SampleOrder:
+    """The order of a mixture of sources.
+
+    `weights` are shares relative to each other; without any, a source's share is its number of rows. A weight of 0
+    leaves the source out. `sources` lists the others, in the order that `locate_many` numbers them.
+    """
+
+    def __init__(
+        self, rows_per_source: Mapping[str, int], weights: Mapping[str, float | None], fingerprint: str, seed: int
+    ):
+        shares = _shares(rows_per_source, weights)
+        self.sources = sorted(shares)
+        self.rows = [rows_per_source[name] for name in self.sources]
+        identity = {
+            "version": 1,
+            "fingerprint": fingerprint,
+            "seed": seed,
+            "sources": [[name, rows_per_source[name], shares[name]] for name in self.sources],
+        }
+        self.digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+        """Equal digests, equal orders: what a checkpoint must remember beside the samples consumed."""
+        self._ends = np.cumsum([0] + [shares[name] for name in self.sources])  # P_s * 2^WEIGHT_BITS
+        rarest = min(shares.values())
+        self._block_bits = max(BLOCK_BITS, WEIGHT_BITS - rarest.bit_length() + 1)
+        self._block_key = _key(fingerprint, seed, "block")
+        self._keys = [_key(fingerprint, seed, f"source:{name}") for name in self.sources]
+
+    def locate(self, k: int) -> tuple[str, int, int]:
+        """Source, row in it and epoch of sample `k`."""
+        source, row, epoch = (int(a[0]) for a in self.locate_many(np.array([k])))
+        return self.sources[source], row, epoch
+
+    def locate_many(self, ks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Index into `sources`, row and epoch, int64 [n] each, of the samples `ks` (int64 [n], any order)."""
+        ks = np.asarray(ks, np.int64)
+        source, draw = self._draw(ks) if len(self.sources) > 1 else (np.zeros_like(ks), ks)
+        row, epoch = np.empty_like(ks), np.empty_like(ks)
+        for s in range(len(self.sources)):
+            chosen = slice(None) if len(self.sources) == 1 else np.flatnonzero(source == s)
+            epoch[chosen], place = np.divmod(draw[chosen], self.rows[s])
+            row[chosen] = permute(place, self.rows[s], _mix(self._keys[s] + epoch[chosen].astype(np.uint64) * _GOLDEN))
+        return source, row, epoch
+
+    def _draw(self, ks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The source of each sample, and how many samples that source has given before it."""
+        bits, shift = self._block_bits, WEIGHT_BITS - self._block_bits
+        block = ks >> bits
+        key = _mix(self._block_key + block.astype(np.uint64) * _GOLDEN)
+        place = permute(ks & ((1 << bits) - 1), 1 << bits, key)
+        before = block[:, None] * self._ends >> shift  # [n, sources + 1]: given by sources 0 .. s - 1 in earlier blocks
+        slots = (
+            (block[:, None] + 1) * self._ends >> shift
+        ) - before  # and in this one: source s owns slots[s]:slots[s + 1]
+        source = (place[:, None] >= slots[:, 1:]).sum(1)
+        item = np.arange(len(ks))
+        return source, before[item, source + 1] - before[item, source] + place - slots[item, source]
+
+
+def rank_samples(consumed: int, step_samples: int, micro_batch: int, world_size: int, rank: int) -> np.ndarray:
+    """Samples that `rank` reads in the optimizer step after `consumed` samples: int64 [accumulation, micro_batch].
+
+    The step as a whole reads consumed .. consumed + step_samples - 1 whatever the layout.
+    """
+    accumulation, rest = divmod(step_samples, micro_batch * world_size)
+    if rest or not accumulation:
+        raise ValueError(
+            f"{step_samples} samples a step are not a multiple of micro-batch {micro_batch} x {world_size} ranks"
+        )
+    samples = np.arange(consumed, consumed + step_samples, dtype=np.int64)
+    return samples.reshape(accumulation, world_size, micro_batch)[:, rank]
+
+
+def permute(index: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
+    """Images of `index` (int64 [n]) under the permutations of [0, size) that `key` (uint64 [n]) selects."""
+    bits = max(2, (size - 1).bit_length())
+    image = _feistel(index.astype(np.uint64), bits, key)
+    outside = np.flatnonzero(image >= size)
+    while len(outside):
+        image[outside] = _feistel(image[outside], bits, key[outside])
+        outside = outside[image[outside] >= size]
+    return image.astype(np.int64)
+
+
+def _feistel(x: np.ndarray, bits: int, key: np.ndarray) -> np.ndarray:
+    low_bits = np.uint64(bits // 2)
+    low_mask, high_mask = np.uint64((1 << bits // 2) - 1), np.uint64((1 << bits - bits // 2) - 1)
+    low, high = x & low_mask, x >> low_bits
+    for _ in range(ROUNDS):
+        key = key + _GOLDEN
+        high ^= _mix(low ^ key) & high_mask
+        key = key + _GOLDEN
+        low ^= _mix(high ^ key) & low_mask
+    return high << low_bits | low
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014): every input bit reaches every output bit."""
+    x = (x ^ x >> np.uint64(30)) * _MULTIPLIERS[0]
+    x = (x ^ x >> np.uint64(27)) * _MULTIPLIERS[1]
+    return x ^ x >> np.uint64(31)
+
+
+def _key(fingerprint: str, seed: int, purpose: str) -> np.ndarray:
+    digest = hashlib.sha256(f"{fingerprint}\0{seed}\0{purpose}".encode()).digest()
+    return np.frombuffer(digest[:8], np.uint64)  # [1], so that arithmetic on it wraps silently
+
+
+def _shares(rows_per_source: Mapping[str, int], weights: Mapping[str, float | None]) -> dict[str, int]:
+    """Positive integers in proportion to the weights, adding up to 2^WEIGHT_BITS."""
+    if unknown := sorted(set(weights) - set(rows_per_source)):
+        raise ValueError(f"weight for unknown source {unknown[0]!r}: the data has {', '.join(sorted(rows_per_source))}")
+    share = {name: weights.get(name) for name in sorted(rows_per_source)}
+    if len({value is None for value in share.values()}) > 1:
+        without = next(name for name, value in share.items() if value is None)
+        raise ValueError(
+            f"source {without!r} has no weight while others have: give a weight to every source or to none"
+        )
+    share = {name: rows_per_source[name] if value is None else value for name, value in share.items()}
+    total = sum(share.values())
+    if not math.isfinite(total) or min(share.values(), default=0) < 0 or not total:
+        raise ValueError(f"weights must be finite, must not be negative and at least one must be positive: {share}")
+    share = {name: value / total for name, value in share.items() if value}
+    if empty := [name for name in share if not rows_per_source[name]]:
+        raise ValueError(f"source {empty[0]!r} has a weight but no rows")
+    exact = {name: value * (1 << WEIGHT_BITS) for name, value in share.items()}
+    result = {name: max(1, int(value)) for name, value in exact.items()}
+    by_remainder = sorted(exact, key=lambda name: (result[name] - exact[name], name))
+    for i in range((1 << WEIGHT_BITS) - sum(result.values())):
+        result[by_remainder[i % len(result)]] += 1
+    if (surplus := sum(result.values()) - (1 << WEIGHT_BITS)) > 0:
+        result[max(result, key=lambda name: result[name])] -= surplus
+    return result

@@ -1,0 +1,348 @@
+"""The shard format: rows of packed tokens in Arrow IPC stream files, written once and read through memory maps.
+
+    DATA/manifest.json                       what is here (training/manifest.py), written last
+    DATA/<split>/shard-<source>-00000.arrow  rows; a record batch is a fixed number of rows
+    DATA/<split>/state.json, dataset_info.json   let `datasets.load_from_disk` open the split in place
+
+A row holds W = T + 1 tokens: inputs are row[:-1], targets row[1:]. It consists of consecutive pieces of documents and,
+if they do not fill it, padding. Masks, labels and positions are not stored: they follow from the pieces.
+
+    column     type                             per row
+    input_ids  fixed_size_list<uint16|uint32>   W tokens
+    seg_len    list<int32>                      tokens of each piece
+    seg_ctx    list<int32>                      leading tokens of each piece that are overlap context: no targets
+    seg_doc    list<int64>                      document the piece was cut from
+    seg_off    list<int64>                      where in that document it begins
+
+Only the stream form of Arrow can be opened in place by `datasets`, but a stream cut between two messages reads as
+fewer rows without an error, hence the sizes, row counts and hashes of the manifest.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from training.manifest import Manifest, Shard, publish, read_manifest, save_manifest, write_atomically
+
+SEGMENT_COLUMNS = {"seg_len": pa.int32(), "seg_ctx": pa.int32(), "seg_doc": pa.int64(), "seg_off": pa.int64()}
+BATCH_BYTES = 1 << 23
+BATCH_ROWS = 1 << 10
+SHARD_BYTES = 1 << 28
+
+Verify = Literal["none", "quick", "full"]
+
+
+class RowBlock(NamedTuple):
+    """n rows of one record batch; row j has the pieces splits[j]:splits[j + 1]."""
+
+    ids: np.ndarray  # uint16 | uint32 [n, W]
+    splits: np.ndarray  # int32 [n + 1]
+    seg_len: np.ndarray  # int32 [pieces]
+    seg_ctx: np.ndarray  # int32 [pieces]
+    seg_doc: np.ndarray  # int64 [pieces]
+    seg_off: np.ndarray  # int64 [pieces]
+
+
+class Row(NamedTuple):
+    ids: np.ndarray  # uint16 | uint32 [W]
+    seg_len: np.ndarray  # int32 [pieces]
+    seg_ctx: np.ndarray
+    seg_doc: np.ndarray
+    seg_off: np.ndarray
+
+
+def rows_per_batch(row_tokens: int, dtype: str) -> int:
+    """Rows of every record batch but a shard's last: a power of two, at most 1024 rows and about 8 MiB."""
+    rows = BATCH_BYTES // max(1, (row_tokens - 1) * np.dtype(dtype).itemsize)
+    return min(BATCH_ROWS, 1 << max(0, rows.bit_length() - 1))
+
+
+def shard_schema(row_tokens: int, dtype: str, metadata: dict[str, str] | None = None) -> pa.Schema:
+    ids = pa.list_(pa.from_numpy_dtype(np.dtype(dtype)), row_tokens)
+    return pa.schema({"input_ids": ids} | {k: pa.list_(v) for k, v in SEGMENT_COLUMNS.items()}, metadata)
+
+
+def shard_identity(split: str, source: str, number: int) -> dict[str, str]:
+    """The metadata by which a shard knows its own place, so that exchanged files are noticed."""
+    return {"split": split, "source": source, "shard": str(number)}
+
+
+class ShardWriter:
+    """Writes the rows of one source of one split; as a context manager it leaves no partial file behind.
+
+    `metadata` is stored in every shard beside its place in the data set. `close` returns the manifest's entries.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        split: str,
+        source: str,
+        row_tokens: int,
+        dtype: str,
+        metadata: dict[str, str] | None = None,
+        rows_per_shard: int | None = None,
+    ):
+        self.root, self.split, self.source = Path(directory), split, source
+        self.row_tokens, self.dtype = row_tokens, dtype
+        self.batch_rows = rows_per_batch(row_tokens, dtype)
+        batch_bytes = self.batch_rows * row_tokens * np.dtype(dtype).itemsize
+        self.shard_rows = rows_per_shard or max(1, round(SHARD_BYTES / batch_bytes)) * self.batch_rows
+        if self.shard_rows % self.batch_rows:
+            raise ValueError(f"rows_per_shard {self.shard_rows} must be a multiple of {self.batch_rows}")
+        self.metadata = metadata or {}
+        self.shards: list[Shard] = []
+        self._open: _ShardFile | None = None
+        (self.root / split).mkdir(parents=True, exist_ok=True)
+
+    def write(self, block: RowBlock) -> None:
+        """Append a block; all but the last must hold exactly `batch_rows` rows."""
+        assert block.ids.shape[1] == self.row_tokens
+        assert block.ids.dtype == self.dtype
+        if self._open is None:
+            number = len(self.shards)
+            self._open = _ShardFile(
+                self.root,
+                f"{self.split}/shard-{self.source}-{number:05d}.arrow",
+                shard_schema(
+                    self.row_tokens, self.dtype, self.metadata | shard_identity(self.split, self.source, number)
+                ),
+            )
+        assert self._open.rows % self.batch_rows == 0, "only the last block may be shorter"
+        self._open.write(block)
+        if self._open.rows == self.shard_rows:
+            self._finish_shard()
+
+    def close(self) -> list[Shard]:
+        self._finish_shard()
+        return self.shards
+
+    def _finish_shard(self) -> None:
+        if self._open is not None:
+            self.shards.append(self._open.close())
+            self._open = None
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if kind is None:
+            self.close()
+        elif self._open is not None:
+            self._open.discard()
+
+
+class _ShardFile:
+    """A shard being written: hashed on the way to disk, renamed to its name when complete."""
+
+    def __init__(self, root: Path, file: str, schema: pa.Schema):
+        self.file, self.path, self.rows = file, root / file, 0
+        self.min_id, self.max_id = np.iinfo(np.int64).max, 0
+        self.digest = hashlib.sha256()
+        self.temporary = self.path.with_name(self.path.name + ".tmp")
+        self.output = self.temporary.open("wb")
+        self.schema = schema
+        self.stream = pa.ipc.new_stream(_Tee(self.output, self.digest), schema)
+
+    def write(self, block: RowBlock) -> None:
+        offsets = pa.array(block.splits, pa.int32())
+        columns = [pa.FixedSizeListArray.from_arrays(pa.array(block.ids.reshape(-1)), block.ids.shape[1])]
+        for values, kind in zip(block[2:], SEGMENT_COLUMNS.values(), strict=True):
+            columns.append(pa.ListArray.from_arrays(offsets, pa.array(values, kind)))
+        self.stream.write_batch(pa.record_batch(columns, schema=self.schema))
+        self.rows += len(block.ids)
+        self.min_id = min(self.min_id, int(block.ids.min()))
+        self.max_id = max(self.max_id, int(block.ids.max()))
+
+    def close(self) -> Shard:
+        self.stream.close()
+        self.output.flush()
+        os.fsync(self.output.fileno())
+        size = self.output.tell()
+        self.output.close()
+        publish(self.temporary, self.path)
+        return Shard(
+            file=self.file,
+            rows=self.rows,
+            bytes=size,
+            sha256=self.digest.hexdigest(),
+            min_id=self.min_id,
+            max_id=self.max_id,
+        )
+
+    def discard(self) -> None:
+        self.output.close()
+        self.temporary.unlink(missing_ok=True)
+
+
+class _Tee:
+    """The part of a file object that pyarrow writes to, feeding a hash beside the file."""
+
+    closed = False
+
+    def __init__(self, output, digest):
+        self.output, self.digest = output, digest
+
+    def write(self, data) -> int:
+        self.digest.update(data)
+        return self.output.write(data)
+
+    def flush(self) -> None:
+        self.output.flush()
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> Manifest:
+    """Finish a data set: the index files of `datasets`, then the manifest; return it with its fingerprint."""
+    directory = Path(directory)
+    ids = {
+        "feature": {"dtype": manifest.dtype, "_type": "Value"},
+        "length": manifest.packing.row_tokens,
+        "_type": "List",
+    }
+    segments = {
+        name: {"feature": {"dtype": str(kind), "_type": "Value"}, "_type": "List"}
+        for name, kind in SEGMENT_COLUMNS.items()
+    }
+    info = {"description": "", "citation": "", "homepage": "", "license": "", "features": {"input_ids": ids} | segments}
+    filled = [split for split, sources in manifest.splits.items() if any(entry.rows for entry in sources.values())]
+    for split in filled:
+        files = [Path(shard.file).name for _, entry in sorted(manifest.splits[split].items()) for shard in entry.shards]
+        state = {
+            "_data_files": [{"filename": name} for name in files],
+            "_fingerprint": hashlib.sha256("".join(files).encode()).hexdigest()[:16],
+            "_format_columns": None,
+            "_format_kwargs": {},
+            "_format_type": None,
+            "_output_all_columns": False,
+            "_split": split,
+        }
+        write_atomically(directory / split / "state.json", json.dumps(state, indent=1).encode())
+        write_atomically(directory / split / "dataset_info.json", json.dumps(info, indent=1).encode())
+    write_atomically(directory / "dataset_dict.json", json.dumps({"splits": filled}).encode())
+    return save_manifest(directory, manifest)
+
+
+class ShardedDataset:
+    """The rows of one split as zero-copy numpy views over memory-mapped shards.
+
+    A shard is mapped when one of its rows is first asked for, and no token is read before that. An instance may be
+    used after a fork and may be pickled: mappings are inherited by the one and left behind by the other.
+    """
+
+    def __init__(self, directory: Path, split: str, manifest: Manifest):
+        self.directory, self.split, self.manifest = Path(directory), split, manifest
+        entries = manifest.splits[split]
+        self.sources: list[str] = sorted(name for name, entry in entries.items() if entry.rows)
+        self.rows_per_source: dict[str, int] = {name: entries[name].rows for name in self.sources}
+        self._shards = [entries[name].shards for name in self.sources]
+        self._shard_rows = [shards[0].rows for shards in self._shards]
+        self._batch_rows = rows_per_batch(manifest.packing.row_tokens, manifest.dtype)
+        self._mapped: list[list[list[RowBlock] | None]] = [[None] * len(shards) for shards in self._shards]
+
+    def __len__(self) -> int:
+        return sum(self.rows_per_source.values())
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_mapped": [[None] * len(shards) for shards in self._shards]}
+
+    def find(self, source: int, row: int) -> tuple[RowBlock, int]:
+        """The block that holds row `row` of `self.sources[source]`, and the row's index in it."""
+        shard, row = divmod(row, self._shard_rows[source])
+        blocks = self._mapped[source][shard] or self._map(source, shard)
+        block, row = divmod(row, self._batch_rows)
+        return blocks[block], row
+
+    def row(self, source: str, row: int) -> Row:
+        """One row by the name of its source; `IndexError` beyond the last."""
+        if not 0 <= row < self.rows_per_source.get(source, 0):
+            raise IndexError(f"source {source!r} has no row {row} in split {self.split}")
+        block, j = self.find(self.sources.index(source), row)
+        pieces = slice(block.splits[j], block.splits[j + 1])
+        return Row(block.ids[j], *(column[pieces] for column in block[2:]))
+
+    def verify(self, full: bool = False) -> Iterator[tuple[Shard, str | None]]:
+        """Check every shard against the manifest; yield it with a sentence on what is wrong, or None."""
+        for source, shards in zip(self.sources, self._shards, strict=True):
+            for number, shard in enumerate(shards):
+                identity = shard_identity(self.split, source, number)
+                yield shard, _shard_problem(self.directory / shard.file, shard, self.manifest, identity, full)
+
+    def _map(self, source: int, shard: int) -> list[RowBlock]:
+        entry = self._shards[source][shard]
+        path = self.directory / entry.file
+        try:
+            blocks = _map_shard(path)[1]
+        except (OSError, pa.ArrowInvalid) as error:
+            raise ValueError(f"{path} cannot be read ({error}): run `python -m data_prep.verify`") from None
+        if sum(len(block.ids) for block in blocks) != entry.rows:
+            raise ValueError(f"{path} does not hold the {entry.rows} rows of the manifest: restore it")
+        self._mapped[source][shard] = blocks
+        return blocks
+
+
+def open_split(directory: Path, split: str, verify: Verify = "quick", vocab_size: int | None = None) -> ShardedDataset:
+    """Open a split of a prepared data set.
+
+    verify: "quick" compares existence, size, place, schema and row counts of every shard with the manifest, "full" also
+    hashes them, "none" trusts them (another process has checked). `vocab_size` is the model's: ids must lie below it.
+    """
+    manifest = read_manifest(directory)
+    if split not in manifest.splits:
+        raise ValueError(f"{directory} has no split {split!r}: it has {', '.join(sorted(manifest.splits))}")
+    dataset = ShardedDataset(directory, split, manifest)
+    highest = max((shard.max_id for shards in dataset._shards for shard in shards), default=0)
+    if vocab_size is not None and highest >= vocab_size:
+        raise ValueError(f"{directory} holds token id {highest}, but the model's vocab_size is {vocab_size}")
+    if verify != "none":
+        for _, problem in dataset.verify(full=verify == "full"):
+            if problem:
+                raise ValueError(problem)
+    return dataset
+
+
+def _map_shard(path: Path) -> tuple[pa.Schema, list[RowBlock]]:
+    with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as stream:
+        return stream.schema, [_row_block(batch) for batch in stream]
+
+
+def _row_block(batch: pa.RecordBatch) -> RowBlock:
+    ids, first, *rest = batch.columns
+    return RowBlock(
+        ids.values.to_numpy().reshape(len(ids), -1),
+        first.offsets.to_numpy(),
+        first.values.to_numpy(),
+        *(column.values.to_numpy() for column in rest),
+    )
+
+
+def _shard_problem(path: Path, shard: Shard, manifest: Manifest, identity: dict[str, str], full: bool) -> str | None:
+    if not path.is_file():
+        return f"{path} is missing: restore it or build the data set again"
+    if difference := path.stat().st_size - shard.bytes:
+        return f"{path} is {abs(difference)} bytes {'longer' if difference > 0 else 'shorter'} than its manifest says"
+    try:
+        schema, blocks = _map_shard(path)
+    except (pa.ArrowInvalid, ValueError) as error:
+        return f"{path} is not a readable Arrow stream ({error})"
+    found = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
+    if {key: found.get(key) for key in identity} != identity:
+        place = "shard {shard} of source {source} in split {split}"
+        return f"{path} holds {place.format_map(found)}, not {place.format_map(identity)}: files were exchanged"
+    if not schema.equals(shard_schema(manifest.packing.row_tokens, manifest.dtype)):
+        return f"{path} has another schema than the manifest's {manifest.packing.row_tokens} x {manifest.dtype} a row"
+    rows = [len(block.ids) for block in blocks]
+    if sum(rows) != shard.rows:
+        return f"{path} holds {sum(rows)} rows, its manifest says {shard.rows}"
+    if set(rows[:-1]) - {rows_per_batch(manifest.packing.row_tokens, manifest.dtype)}:
+        return f"{path} has record batches of irregular length"
+    if full:
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
+                return f"{path} has changed: its sha256 is not the manifest's"
+    return None
