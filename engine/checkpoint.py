@@ -68,9 +68,20 @@ def layout_of(engine) -> Layout:
 def save(engine, run: Path, state: TrainState, facts: dict[str, Any], policy: CheckpointConfig) -> Path:
     """Write the checkpoint of this step and delete what the policy no longer keeps. Collective over all ranks.
 
-    `facts`: recipe, ds_config, environment and data, as the manifest's fields. An OSError (a full disk, say) reaches
-    the caller on the rank it happens on; no `step-*` folder appears then.
+    `facts`: recipe, ds_config, environment and data, as the manifest's fields. Raises ValueError on the rank on which
+    the file system refuses (a full disk, say); no `step-*` folder appears then, and the older ones are untouched.
     """
+    try:
+        return _save(engine, run, state, facts, policy)
+    except (OSError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"{run / 'checkpoints'}: the checkpoint of step {state.step} could not be written ({reason}); earlier ones are "
+            "intact: make room or mend the file system and run the same command again"
+        ) from None
+
+
+def _save(engine, run: Path, state: TrainState, facts: dict[str, Any], policy: CheckpointConfig) -> Path:
     root = run / "checkpoints"
     final = root / f"step-{state.step:08d}"
     partial = root / f".{final.name}.partial"
@@ -138,9 +149,14 @@ def newest_good(run: Path) -> tuple[Path, CheckpointManifest, list[str]] | None:
 
 
 def agree_on_checkpoint(run: Path) -> tuple[tuple[Path, CheckpointManifest] | None, list[str]]:
-    """The first rank's `newest_good`, told to all ranks; its ValueError is raised on all of them."""
+    """The first rank's `newest_good`, told to all ranks; its ValueError is raised on all of them.
+
+    What an interrupted save left behind is deleted first.
+    """
     message: list = [None]
     if dist.get_rank() == 0:
+        for leftover in (run / "checkpoints").glob(".*.partial"):
+            shutil.rmtree(leftover)
         try:
             message = [newest_good(run)]
         except ValueError as error:

@@ -1,0 +1,174 @@
+"""The DeepSpeed JSON: what is filled, what is refused, all at once and before anything starts."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.ds_config import SCALARS, SECTIONS, read_ds_config, resolve_ds_config
+from training.config import Recipe
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+SHIPPED = sorted(Path("ds_configs").glob("*.json"))
+RECIPE = Recipe.model_validate(
+    {
+        "model": {
+            "vocab_size": 256,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+        },
+        "training": {"global_batch_tokens": 8 * 128, "micro_batch_samples": 2, "max_steps": 10},
+        "optimizer": {"lr": 1e-3, "max_grad_norm": 0.5},
+    }
+)
+
+
+def resolve(config, world_size=2, device=CPU, recipe=RECIPE):
+    return resolve_ds_config(config, "ds.json", recipe, 128, world_size, device)
+
+
+def problems(config, **kwargs) -> list[str]:
+    with pytest.raises(ValueError) as caught:
+        resolve(config, **kwargs)
+    lines = str(caught.value).splitlines()
+    assert all(line.startswith("ds.json: ") for line in lines)
+    return [line.removeprefix("ds.json: ") for line in lines]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("device", [CPU, GPU], ids=str)
+def test_shipped_configs_resolve(path, device):
+    raw = read_ds_config(path)
+    if raw.get("fp16") and device == CPU:
+        assert problems(raw) == ["fp16 does not train on a CPU: use bf16, or neither for float32"]
+        return
+    config, batch = resolve(raw, device=device)
+    assert batch == (8, 2, 2)
+    assert (config["train_batch_size"], config["gradient_clipping"]) == (8, 0.5)
+    assert '"auto"' not in json.dumps(config)
+    if raw.get("bf16"):
+        assert config["data_types"]["grad_accum_dtype"] == "fp32"
+
+
+def test_every_problem_is_reported_at_once():
+    found = problems(
+        {
+            "train_micro_batch_size_per_gpu": 3,
+            "gradient_clipping": 1.0,
+            "zero_optimisation": {"stage": 2},
+            "zero_optimization": {"stage": 2, "reduce_bucket_sise": 5, "offload_optimizer": {"device": "cpu", "pin_memry": True}},
+            "data_types": {"grad_acum_dtype": "fp32"},
+            "elasticity": {},
+            "bf16": {"enable": True},
+        }
+    )
+    text = "\n".join(found)
+    for part in (
+        "unknown key 'zero_optimisation'; did you mean 'zero_optimization'?",
+        "unknown key 'zero_optimization.reduce_bucket_sise'; did you mean 'reduce_bucket_size'?",
+        "unknown key 'zero_optimization.offload_optimizer.pin_memry'; did you mean 'pin_memory'?",
+        "unknown key 'data_types.grad_acum_dtype'; did you mean 'grad_accum_dtype'?",
+        "unknown key 'bf16.enable'; did you mean 'enabled'?",
+        "elasticity was removed from DeepSpeed 0.19",
+        "gradient_clipping is 1.0 but the recipe's optimizer.max_grad_norm is 0.5",
+        "a step of 8 samples (1024 tokens) cannot be cut into micro-batches of 3 on 2 ranks",
+    ):
+        assert part in text
+    assert len(found) == 8
+
+
+@pytest.mark.parametrize(
+    ("config", "part"),
+    [
+        ({"zero_optimization": {"stage": 4}}, "stage"),
+        ({"zero_optimization": {"stage": "two"}}, "zero_optimization.stage"),
+        ({"zero_optimization": 2}, "zero_optimization must be an object"),
+        ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, "mics_shard_size was removed"),
+        ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "keep one"),
+        ({"bf16": {"enabled": "auto"}}, 'bf16.enabled is "auto"'),
+        ({"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}, "use stage 1"),
+        ({"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}, '"grad_accum_dtype": "fp32"'),
+        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "needs stage 3"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "raise the stage"),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "only on GPUs"),
+        ({"scheduler": {"type": "WarmupLR"}}, "the schedule belongs to the recipe"),
+        ({"optimizer": {"type": "Lamb"}}, "the recipe's optimizer is AdamW"),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 1.0}}}, "optimizer.params.lr is 1.0 but the recipe's"),
+        ({"optimizer": {"type": "AdamW", "params": {"learning_rate": 1.0}}}, "optimizer.params.learning_rate"),
+        ({"train_batch_size": 16}, "train_batch_size is 16 but the recipe's global batch"),
+        ({"train_batch_size": "8"}, "whole number"),
+        ({"gradient_accumulation_steps": 3}, "cannot be cut"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "not supported"),
+        ({"wandb": {"enabled": True}}, "Longform logs"),
+    ],
+)
+def test_refusals(config, part):
+    assert any(part in problem for problem in problems(config))
+
+
+def test_open_batch_numbers_are_solved_for():
+    for given_keys, expected in [
+        ({}, (8, 2, 2)),
+        ({"train_micro_batch_size_per_gpu": 4}, (8, 4, 1)),
+        ({"gradient_accumulation_steps": 4}, (8, 1, 4)),
+        ({"train_batch_size": 8, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 4}, (8, 1, 4)),
+    ]:
+        assert resolve(given_keys)[1] == expected
+    assert resolve({}, world_size=1)[1] == (8, 2, 4)
+    assert "set training.global_batch_tokens to 768 or 1536" in problems({}, world_size=3)[0]
+
+
+def test_agreeing_optimizer_block_is_accepted_and_removed():
+    params = {"lr": "auto", "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": "auto"}
+    config, _ = resolve({"optimizer": {"type": "AdamW", "params": params}})
+    assert "optimizer" not in config
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ('{"a": 1, "a": 2}', "'a' is given twice"),
+        ('{"a": }', "line 1, column 7"),
+        ("[1]", "not list"),
+        ('{"gradient_clipping": NaN}', "NaN"),
+        ("[" * 100_000, "cannot be read"),
+        ("\xff", "not valid JSON"),
+    ],
+)
+def test_unreadable_files(tmp_path, text, part):
+    path = tmp_path / "ds.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match="ds.json") as caught:
+        read_ds_config(path)
+    assert part in str(caught.value)
+
+
+scalars = st.none() | st.booleans() | st.integers(-5, 10**12) | st.floats(allow_nan=False) | st.text(max_size=8) | st.just("auto")
+anything = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3))
+section_keys = {
+    name: st.sampled_from(sorted(schema if isinstance(schema, set) else schema.model_fields)) for name, schema in SECTIONS.items()
+}
+sections = {name: st.dictionaries(keys | st.text(max_size=6), anything, max_size=4) for name, keys in section_keys.items()}
+documents = st.fixed_dictionaries(
+    {}, optional={name: anything | section for name, section in sections.items()} | dict.fromkeys(SCALARS, anything)
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(documents)
+def test_any_json_resolves_or_is_refused_in_sentences(config):
+    """Whatever the file says, the reader ends in a config without "auto" or in a ValueError."""
+    before = json.dumps(config)
+    try:
+        resolved, batch = resolve(config)
+    except ValueError as error:
+        assert str(error).startswith("ds.json: ")
+    else:
+        assert batch.samples == batch.micro_batch_samples * batch.accumulation * 2
+        assert '"auto"' not in json.dumps({k: v for k, v in resolved.items() if k != "data_types"})
+    assert json.dumps(config) == before

@@ -1,0 +1,74 @@
+"""A run that stopped and continued is the run that never stopped: in every stage, and on another number of ranks."""
+
+import numpy as np
+import pytest
+
+from tests.engine.programs import BF16, continued, interrupted, prepare, zero
+from tests.launch import run_ranks
+
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+CONFIGS = {
+    **{f"zero{stage}": zero(stage) for stage in range(4)},
+    "zero0-autocast": zero(0, torch_autocast={"enabled": True, "dtype": "bfloat16"}),
+    **{f"zero{stage}-bf16": zero(stage, **BF16) for stage in (1, 2, 3)},
+    "zero2-offload": zero(2, zero=OFFLOAD),
+    "zero3-offload": zero(3, zero=OFFLOAD | {"offload_param": {"device": "cpu"}}),
+}
+FLOAT32 = [name for name in CONFIGS if "bf16" not in name and "autocast" not in name]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """On 2 ranks: 8 steps at once, and 4 + 4 with a checkpoint between; then the checkpoint on 1 rank, then on 2 again."""
+    folder = tmp_path_factory.mktemp("resume")
+    arguments = str(folder), *prepare(folder), CONFIGS
+    two = run_ranks(interrupted, 2, *arguments, timeout=400)
+    one = run_ranks(continued, 1, *arguments, 2, timeout=400)
+    again = run_ranks(continued, 2, *arguments, 2, timeout=400)
+    return two, one, again
+
+
+def values(history) -> np.ndarray:
+    return np.array([(step["loss"], step["objective"], step["grad_norm"]) for step in history])
+
+
+def rows(ranks, name, key, steps) -> list:
+    """The rows of each step over all ranks, as a multiset."""
+    return [sorted(sum((rank[name][key][i]["rows"] for rank in ranks), [])) for i in steps]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_same_layout_is_exact_to_the_bit(runs, name):
+    for rank in runs[0]:
+        result = rank[name]
+        assert [s["step"] for s in result["history"]] == list(range(1, 9))
+        np.testing.assert_array_equal(values(result["history"]), values(result["expected"]))
+        assert [s["rows"] for s in result["history"]] == [s["rows"] for s in result["expected"]]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_other_ranks_continue_the_same_samples(runs, name):
+    two, one, again = runs
+    expected = rows(two, name, "expected", range(4, 8))
+    assert rows(one, name, "history", range(2)) == expected[:2]
+    assert rows(again, name, "history", range(2)) == expected[2:]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_other_ranks_compute_the_same(runs, name):
+    """float32 to rounding; bf16 rounds each rank's sum, so 2 ranks differ from 1 by that."""
+    two, one, again = runs
+    tolerance = 1e-5 if name in FLOAT32 else 0.02
+    expected = values(two[0][name]["expected"])
+    np.testing.assert_allclose(values(one[0][name]["history"]), expected[4:6], rtol=tolerance)
+    np.testing.assert_allclose(values(again[0][name]["history"]), expected[6:8], rtol=tolerance)
+    if name in FLOAT32:
+        for key, value in two[0][name]["weights"].items():
+            np.testing.assert_allclose(again[0][name]["weights"][key], value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_groups_keep_their_own_weight_decay(runs, name):
+    for run in runs[1:]:
+        decays = [decay for decay, _ in run[0][name]["groups"]]
+        assert decays == [0.1, 0.0]

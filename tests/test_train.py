@@ -1,0 +1,215 @@
+"""train.py as users start it: real launchers, real kills, real files."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from engine.checkpoint import read_manifest, steps
+from tests.engine.programs import prepare
+from tests.launch import run_cli, start_cli
+from training.records import read_records
+
+LAUNCHERS = {
+    "deepspeed": ["deepspeed", "--num_gpus", "2", "--master_port", "{port}"],
+    "torchrun": ["torchrun", "--nproc_per_node", "2", "--master_port", "{port}"],
+    "python": [sys.executable],
+}
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("train")
+    return folder, *prepare(folder)
+
+
+def command(setting, output: Path, *flags: str, launcher: str = "python", ds_config: str = "zero2_fp32") -> list[str]:
+    from tests.launch import free_port
+
+    _, recipe, data = setting
+    start = [word.format(port=free_port()) for word in LAUNCHERS[launcher]]
+    arguments = ["--recipe", recipe, "--deepspeed_config", f"ds_configs/{ds_config}.json", "--data", data]
+    return [*start, "train.py", *arguments, "--output", str(output), *flags]
+
+
+def losses(output: Path) -> dict[int, float]:
+    return {r["step"]: r["loss"] for r in read_records(output / "metrics.jsonl") if "loss" in r}
+
+
+def events(output: Path) -> list[str]:
+    return [record["event"] for record in read_records(output / "metrics.jsonl") if "event" in record]
+
+
+@pytest.fixture(scope="module")
+def finished(setting):
+    """An uninterrupted run of 8 steps under the deepspeed launcher on two ranks."""
+    output = setting[0] / "finished"
+    done = run_cli(command(setting, output, launcher="deepspeed"), timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return output, done
+
+
+def test_finished_run_leaves_all_its_files(finished):
+    output, done = finished
+    assert sorted(losses(output)) == list(range(1, 9))
+    assert [path.name for path in steps(output)] == ["step-00000008", "step-00000004"]
+    manifest = read_manifest(steps(output)[0])
+    assert manifest.state.consumed_samples == 64
+    assert manifest.layout.world_size == 2
+    facts = json.loads((output / "run.json").read_text())
+    assert facts["recipe"]["optimizer"]["lr"] == 3e-3
+    assert facts["ds_config"]["train_batch_size"] == 8
+    validations = [r for r in read_records(output / "metrics.jsonl") if "validation" in r]
+    assert [r["step"] for r in validations] == [4, 8]
+    assert not [line for line in done.stderr.splitlines() if "terminate called" in line or "Traceback" in line]
+    assert len([line for line in done.stdout.splitlines() if re.match(r"step 8/8 \| loss", line)]) == 1
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "python"])
+def test_every_launcher_trains_the_same(setting, finished, launcher):
+    output = setting[0] / launcher
+    done = run_cli(command(setting, output, launcher=launcher), timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(output) == pytest.approx(losses(finished[0]), rel=1e-5)
+
+
+def test_killed_run_continues_on_other_ranks_and_falls_back_from_damage(setting, finished, tmp_path):
+    output = tmp_path / "killed"
+    slow = ["--checkpoint.every_steps", "2", "--training.max_steps", "8"]
+    with start_cli(command(setting, output, *slow, launcher="deepspeed")) as running:
+        running.wait_for(lambda: (output / "checkpoints/step-00000004").is_dir(), timeout=120)
+        running.kill_all(signal.SIGKILL)
+    newest = steps(output)[0]
+    shard = max(newest.glob("*optim_states.pt"))
+    damaged = bytearray(shard.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    shard.write_bytes(damaged)
+    (output / "checkpoints" / ".step-00000099.partial").mkdir()
+    done = run_cli(command(setting, output, *slow, launcher="python"), timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"damaged checkpoint passed over: {shard}" in done.stdout
+    assert "converting" in done.stdout
+    assert losses(output) == pytest.approx(losses(finished[0]), rel=1e-5)
+    assert sorted(losses(output)) == list(range(1, 9))
+    assert not list((output / "checkpoints").glob(".*"))
+
+
+def test_sigterm_saves_and_exits_with_its_own_code(setting, finished, tmp_path):
+    output = tmp_path / "stopped"
+    long = ["--training.max_steps", "100000", "--validation.every_steps", "null", "--schedule.decay_steps", "null"]
+    with start_cli(command(setting, output, *long, launcher="torchrun")) as running:
+        running.wait_for(lambda: (output / "metrics.jsonl").exists() and len(losses(output)) >= 3, timeout=120)
+        running.send_signal(signal.SIGTERM)
+        running.finish(60)
+    stop = [r for r in read_records(output / "metrics.jsonl") if r.get("event") == "stop"]
+    assert [record["reason"] for record in stop] == ["SIGTERM"]
+    assert steps(output)[0].name == f"step-{stop[0]['step']:08d}"
+    with start_cli(command(setting, output, *long)) as running:
+        running.wait_for(lambda: events(output).count("resume") == 1, timeout=120)
+        running.send_signal(signal.SIGUSR1)
+        assert running.finish(60).returncode == 75
+
+
+def test_time_limit_stops_with_a_checkpoint(setting, tmp_path):
+    done = run_cli(command(setting, tmp_path / "run", "--training.max_hours", "0.0000001"), timeout=120)
+    assert done.returncode == 75
+    assert [path.name for path in steps(tmp_path / "run")] == ["step-00000001"]
+
+
+def test_all_checkpoints_damaged_is_an_error_not_a_fresh_start(setting, finished, tmp_path):
+    subprocess.run(["cp", "-r", finished[0], tmp_path / "copy"], check=True)
+    for folder in steps(tmp_path / "copy"):
+        (folder / "manifest.json").write_text("{")
+    done = run_cli(command(setting, tmp_path / "copy", "--training.max_steps", "9"), timeout=120)
+    assert done.returncode == 2
+    assert "every checkpoint is damaged" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_full_disk_ends_in_a_sentence_and_keeps_what_was_there(setting, tmp_path):
+    output = tmp_path / "run"
+    first = run_cli(command(setting, output, "--training.max_hours", "0.0000001"), timeout=120)
+    assert first.returncode == 75
+    limited = ["bash", "-c", 'ulimit -f 40; exec "$@"', "bash", *command(setting, output)]
+    done = run_cli(limited, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert "could not be written" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in steps(output)] == ["step-00000001"]
+    assert run_cli(command(setting, output), timeout=120).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (["--model.hidden_size", "48", "--training.seed", "4"], ["model.hidden_size was 32 and is now 48", "training.seed"]),
+        (["--data.weights", "{long: 1, short: 1}"], ["data.weights"]),
+    ],
+)
+def test_another_run_is_not_continued(setting, finished, flags, parts):
+    done = run_cli(command(setting, finished[0], *flags), timeout=60)
+    assert done.returncode == 2
+    assert all(part in done.stderr for part in ["cannot be continued", *parts])
+
+
+def test_bad_input_is_reported_at_once_before_any_process_group(setting, tmp_path):
+    folder, recipe, data = setting
+    tree = yaml.safe_load(Path(recipe).read_text())
+    tree["optimizer"] = {"learning_rate": 1e-3, "betas": [0.9]}
+    tree["trainning"] = {}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    (tmp_path / "ds.json").write_text('{"zero_optimisation": {"stage": 2}}')
+    done = run_cli(
+        [sys.executable, "train.py", "--recipe", str(tmp_path / "recipe.yaml"), "--deepspeed_config"]
+        + [str(tmp_path / "ds.json"), "--data", str(tmp_path), "--output", str(tmp_path / "run")],
+        timeout=60,
+    )
+    assert done.returncode == 2
+    for part in (
+        "unknown key; did you mean 'training'?",
+        "optimizer.learning_rate: unknown key",
+        "optimizer.betas",
+        "did you mean 'zero_optimization'?",
+        "is not a prepared data set",
+    ):
+        assert part in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_second_run_on_the_same_folder_is_refused(setting, tmp_path):
+    import fcntl
+
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = run_cli(command(setting, tmp_path / "run"), timeout=60)
+    assert done.returncode == 2
+    assert "another training process is writing" in done.stderr
+
+
+def test_half_set_launcher_environment_is_refused(setting, tmp_path):
+    done = run_cli(command(setting, tmp_path / "run"), env={"RANK": "0"}, timeout=60)
+    assert done.returncode == 2
+    assert "start train.py with `deepspeed` or" in done.stderr
+
+
+def test_help_names_every_recipe_key(setting):
+    done = run_cli([sys.executable, "train.py", "--help"], env={"COLUMNS": "200"}, timeout=60)
+    assert done.returncode == 0
+    for part in ("--optimizer.lr", "--training.max_hours", "--data.weights", "--model.rope_scaling", "default: 0.1"):
+        assert part in done.stdout
+
+
+def test_exit_code_of_a_failing_rank_reaches_the_launcher(setting, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = run_cli(command(setting, tmp_path / "file", launcher="deepspeed"), timeout=100)
+    assert done.returncode != 0
+    assert "is a file" in done.stderr + done.stdout
+    assert os.listdir(tmp_path) == ["file"]
