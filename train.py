@@ -18,7 +18,7 @@ import torch
 from engine.checkpoint import agree_on_checkpoint, save
 from engine.plan import RunPlan, make_plan
 from engine.resume import check_resumable, restore
-from engine.run_folder import claim_run, describe, write_facts
+from engine.run_folder import claim_run, describe, fill_run
 from engine.signals import StopSignal
 from engine.step import StepResult, any_rank, build_engine, sum_over_ranks, train_step
 from engine.topology import Topology, read_topology, run_command, start_process_group, wandb_mode
@@ -70,15 +70,15 @@ def main() -> int:
     state.data_fingerprint = plan.dataset.manifest.fingerprint
     facts = describe(plan, arguments.data)
     if topology.is_first:
-        write_facts(run, facts)
+        fill_run(run, facts)
     logger, clock = open_outputs(engine, plan, state, facts, run, topology)
-    for notice in [*notices, *damaged]:
-        logger.log_event(state.step, "notice", text=notice)
-    if found:
-        logger.log_event(state.step, "resume", checkpoint=found[0].name, written_by=str(found[1].layout))
-
-    code = train(engine, plan, state, logger, clock, stop, topology, run, facts)
-    logger.close(code)
+    with logger:
+        for notice in [*notices, *damaged]:
+            logger.log_event(state.step, "notice", text=notice)
+        if found:
+            logger.log_event(state.step, "resume", checkpoint=found[0].name, written_by=str(found[1].layout))
+        code = train(engine, plan, state, logger, clock, stop, topology, run, facts)
+        logger.close(code)
     del lock
     return code
 

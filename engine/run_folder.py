@@ -47,6 +47,12 @@ def describe(plan: RunPlan, data: str) -> dict[str, Any]:
     }
 
 
-def write_facts(run: Path, facts: dict[str, Any]) -> None:
-    """Replace RUN/run.json."""
+def fill_run(run: Path, facts: dict[str, Any]) -> None:
+    """Write RUN/run.json and copy the data's tokenizer, so that the run can be read without its data."""
     write_atomically(run / "run.json", json.dumps(facts, indent=1).encode())
+    tokenizer = Path(facts["data"]["path"]) / facts["data"]["tokenizer"]["file"]
+    if not tokenizer.is_file():
+        raise ValueError(f"{tokenizer} is missing: the tokenizer belongs to the data set, restore it")
+    (run / "tokenizer").mkdir(exist_ok=True)
+    for file in tokenizer.parent.iterdir():
+        write_atomically(run / "tokenizer" / file.name, file.read_bytes())

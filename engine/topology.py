@@ -4,6 +4,7 @@ import datetime
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -75,6 +76,7 @@ def start_process_group(topology: Topology) -> None:
     from deepspeed.utils import logger
 
     logger.setLevel("WARNING")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of names DeepSpeed uses
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # an inference collective, compiled at every start
     backend = "gloo" if topology.device.type == "cpu" else "nccl"
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=COLLECTIVE_TIMEOUT, verbose=False)

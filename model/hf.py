@@ -47,10 +47,14 @@ def from_hf_state(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Te
 def from_hf_model(model: nn.Module) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Config and `Llama` state of a loaded transformers model, whatever file format it came from.
 
-    `save_hf(config, state.items(), folder)` then writes it as a folder.
+    `save_hf(config, state.items(), folder)` then writes it as a folder. Raises ValueError for weights that are still
+    quantized (those of a GGUF file are not, once loaded).
     """
-    config = ModelConfig.from_hf(model.config.to_dict())
-    return config, from_hf_state(model.state_dict(), config)
+    state = model.state_dict()
+    if quantized := [name for name, tensor in state.items() if not tensor.is_floating_point()]:
+        raise ValueError(f"{quantized[0]} is quantized; load the model with dequantized weights")
+    config = ModelConfig.from_hf({k: v for k, v in model.config.to_dict().items() if k != "quantization_config"})
+    return config, from_hf_state(state, config)
 
 
 def load_hf(folder: str | Path) -> tuple[ModelConfig, Iterator[tuple[str, Tensor]]]:

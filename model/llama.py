@@ -20,6 +20,7 @@ from .attention import KeyValueCache, attend, attend_cached
 from .config import ModelConfig
 from .documents import Documents
 from .loss import linear_cross_entropy
+from .norm import rms_norm
 from .rope import rotary_tables, rotate
 
 
@@ -76,7 +77,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor, documents: Documents | None = None) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):

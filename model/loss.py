@@ -56,11 +56,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_objective, _):
         grad_x, grad_weight = ctx.saved_tensors
         if grad_x is not None:
-            grad_x = grad_x * grad_objective.to(grad_x.dtype)
+            grad_x = _scaled(grad_x, grad_objective, grad_x.dtype)
         if grad_weight is not None:
-            scaled = torch.empty_like(grad_weight, dtype=ctx.weight_dtype)
-            grad_weight = torch.mul(grad_weight, grad_objective, out=scaled)
+            grad_weight = _scaled(grad_weight, grad_objective, ctx.weight_dtype)
         return grad_x, grad_weight, None, None, None, None
+
+
+def _scaled(grad, factor, dtype):
+    """The product in the wide dtype of `factor`: 1 / targets rounded to bfloat16 would put a bias on every gradient."""
+    return torch.mul(grad.to(factor.dtype), factor, out=torch.empty_like(grad, dtype=dtype))
 
 
 def _chunk(logits, targets, wide, z_loss_weight, make_gradients):

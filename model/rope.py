@@ -23,7 +23,9 @@ def rope_depends_on_length(config: ModelConfig) -> bool:
 
 
 def rotary_tables(config: ModelConfig, documents: Documents) -> tuple[Tensor, Tensor]:
-    """cos and sin of every token's angles, float32 [B, T, 1, d / 2], times the attention factor of the scaling.
+    """cos [B, T, 1, d] and sin [B, T, 1, d / 2] of every token's angles, float32, times the scaling's attention factor.
+
+    cos comes twice in a row, so that `rotate` multiplies the whole head at once.
 
     Where transformers takes the longest sequence of the batch to choose frequencies (`dynamic`, `longrope`), the
     length of each token's own document is taken: a packed row then equals its documents alone.
@@ -31,7 +33,8 @@ def rotary_tables(config: ModelConfig, documents: Documents) -> tuple[Tensor, Te
     if "rotary" not in documents.tables:
         frequencies, factor = _frequencies_of_tokens(config, documents)
         angles = documents.position_ids.unsqueeze(-1).float() * frequencies
-        documents.tables["rotary"] = tuple((f(angles) * factor).unsqueeze(2) for f in (torch.cos, torch.sin))
+        cos, sin = ((f(angles) * factor).unsqueeze(2) for f in (torch.cos, torch.sin))
+        documents.tables["rotary"] = torch.cat([cos, cos], dim=-1), sin
     return documents.tables["rotary"]
 
 
@@ -121,8 +124,9 @@ class _Rotation(torch.autograd.Function):
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    (x1, x2), (out1, out2) = x.chunk(2, -1), out.chunk(2, -1)
-    torch.sub(x1 * cos, x2 * sin, out=out1)
-    torch.add(x2 * cos, x1 * sin, out=out2)
-    return out
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    (x1, x2), out = wide.chunk(2, -1), wide * cos
+    out1, out2 = out.chunk(2, -1)
+    out1.addcmul_(x2, sin, value=-1)
+    out2.addcmul_(x1, sin)
+    return out.to(x.dtype)

@@ -1,7 +1,7 @@
 """train.py as users start it: real launchers, real kills, real files."""
 
+import fcntl
 import json
-import os
 import re
 import signal
 import subprocess
@@ -13,7 +13,7 @@ import yaml
 
 from engine.checkpoint import read_manifest, steps
 from tests.engine.programs import prepare
-from tests.launch import run_cli, start_cli
+from tests.launch import free_port, run_cli, start_cli
 from training.records import read_records
 
 LAUNCHERS = {
@@ -30,8 +30,6 @@ def setting(tmp_path_factory):
 
 
 def command(setting, output: Path, *flags: str, launcher: str = "python", ds_config: str = "zero2_fp32") -> list[str]:
-    from tests.launch import free_port
-
     _, recipe, data = setting
     start = [word.format(port=free_port()) for word in LAUNCHERS[launcher]]
     arguments = ["--recipe", recipe, "--deepspeed_config", f"ds_configs/{ds_config}.json", "--data", data]
@@ -148,7 +146,10 @@ def test_full_disk_ends_in_a_sentence_and_keeps_what_was_there(setting, tmp_path
 @pytest.mark.parametrize(
     ("flags", "parts"),
     [
-        (["--model.hidden_size", "48", "--training.seed", "4"], ["model.hidden_size was 32 and is now 48", "training.seed"]),
+        (
+            ["--model.hidden_size", "48", "--training.seed", "4"],
+            ["model.hidden_size was 32 and is now 48", "training.seed"],
+        ),
         (["--data.weights", "{long: 1, short: 1}"], ["data.weights"]),
     ],
 )
@@ -159,17 +160,15 @@ def test_another_run_is_not_continued(setting, finished, flags, parts):
 
 
 def test_bad_input_is_reported_at_once_before_any_process_group(setting, tmp_path):
-    folder, recipe, data = setting
+    recipe = setting[1]
     tree = yaml.safe_load(Path(recipe).read_text())
     tree["optimizer"] = {"learning_rate": 1e-3, "betas": [0.9]}
     tree["trainning"] = {}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
     (tmp_path / "ds.json").write_text('{"zero_optimisation": {"stage": 2}}')
-    done = run_cli(
-        [sys.executable, "train.py", "--recipe", str(tmp_path / "recipe.yaml"), "--deepspeed_config"]
-        + [str(tmp_path / "ds.json"), "--data", str(tmp_path), "--output", str(tmp_path / "run")],
-        timeout=60,
-    )
+    paths = {"recipe": "recipe.yaml", "deepspeed_config": "ds.json", "data": ".", "output": "run"}
+    flags = [word for name, path in paths.items() for word in (f"--{name}", str(tmp_path / path))]
+    done = run_cli([sys.executable, "train.py", *flags], timeout=60)
     assert done.returncode == 2
     for part in (
         "unknown key; did you mean 'training'?",
@@ -184,8 +183,6 @@ def test_bad_input_is_reported_at_once_before_any_process_group(setting, tmp_pat
 
 
 def test_a_second_run_on_the_same_folder_is_refused(setting, tmp_path):
-    import fcntl
-
     (tmp_path / "run").mkdir()
     with (tmp_path / "run" / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -212,4 +209,4 @@ def test_exit_code_of_a_failing_rank_reaches_the_launcher(setting, tmp_path):
     done = run_cli(command(setting, tmp_path / "file", launcher="deepspeed"), timeout=100)
     assert done.returncode != 0
     assert "is a file" in done.stderr + done.stdout
-    assert os.listdir(tmp_path) == ["file"]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

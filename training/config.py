@@ -56,7 +56,7 @@ class ValidationConfig(Section):
     every_steps: int | None = Field(default=None, ge=1)
     """Validate every so many steps and after the last; null: never."""
     max_samples: int | None = Field(default=None, ge=1)
-    """Rows taken from the start of each set; null: the whole set."""
+    """Rows taken of each set, evenly spread over it; null: all."""
     sets: dict[str, str] = {}
     """Further named data sets (name: folder made by data_prep.build); --data's own validation split is "validation"."""
 

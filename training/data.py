@@ -104,7 +104,7 @@ def validation_batches(
     rank: int,
     max_samples: int | None = None,
 ) -> Iterator[Batch]:
-    """Every row (or the first `max_samples`) once over all ranks, in the order of the files.
+    """Every row once over all ranks, in the order of the files; with `max_samples`, that many rows evenly spread.
 
     All ranks yield equally many batches of equal size; rows beyond the end have no targets.
     """
@@ -113,8 +113,9 @@ def validation_batches(
     for first in range(0, total, micro_batch_samples * world_size):
         k = first + rank * micro_batch_samples + np.arange(micro_batch_samples)
         k = k[k < total]
-        source = np.searchsorted(ends, k, side="right")
-        rows = k - np.concatenate([[0], ends])[source]
+        number = k * len(dataset) // total
+        source = np.searchsorted(ends, number, side="right")
+        rows = number - np.concatenate([[0], ends])[source]
         yield make_batch(dataset, source, rows, size=micro_batch_samples)
 
 
@@ -144,9 +145,14 @@ def _loader(data: TrainingData, places: _Places, config: DataConfig, pin_memory:
         sampler=places,
         num_workers=config.num_workers,
         prefetch_factor=config.prefetch_batches if config.num_workers else None,
+        collate_fn=_as_it_is,
         pin_memory=pin_memory,
         worker_init_fn=_obey_only_the_parent,
     )
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
 
 
 def _obey_only_the_parent(_worker: int) -> None:
@@ -169,20 +175,30 @@ def make_batch(dataset: ShardedDataset, sources: np.ndarray, rows: np.ndarray, s
     """
     size, T = size or len(rows), dataset.manifest.seq_length
     inputs, targets = np.empty((size, T), np.int64), np.empty((size, T), np.int64)
-    lengths, contexts, pieces = [], [], []
-    for i, (source, row) in enumerate(zip(sources.tolist(), rows.tolist(), strict=True)):
+    spans: list[int] = []  # tokens of each piece or padding, within the inputs
+    num_targets = 0
+    for ids_out, targets_out, source, row in zip(inputs, targets, sources.tolist(), rows.tolist(), strict=False):
         block, j = dataset.find(source, row)
         ids = block.ids[j]
-        inputs[i] = ids[:-1]
-        targets[i] = ids[1:]
+        ids_out[:] = ids[:-1]
+        targets_out[:] = ids[1:]
         begin, end = block.splits[j : j + 2].tolist()
-        lengths.append(block.seg_len[begin:end])
-        contexts.append(block.seg_ctx[begin:end])
-        pieces.append(end - begin)
+        at = 0
+        for length, context in zip(block.seg_len[begin:end].tolist(), block.seg_ctx[begin:end].tolist(), strict=True):
+            first = at + (context or 1)  # token that is the first target
+            targets_out[at - 1 if at else 0 : first - 1] = NO_TARGET
+            spans.append(min(length, T - at))
+            at += length
+            num_targets += at - first
+        if at <= T:
+            targets_out[at - 1 :] = NO_TARGET
+            spans.append(T - at)
     if len(rows) < size:
         inputs[len(rows) :] = dataset.manifest.tokenizer.pad_id
         targets[len(rows) :] = NO_TARGET
-    positions, num_targets = _apply_pieces(targets, lengths, contexts, pieces)
+        spans += [T] * (size - len(rows))
+    ramp = _ramp(T)
+    positions = np.concatenate([ramp[:n] for n in spans]).reshape(size, T)
     return {
         "input_ids": torch.from_numpy(inputs),
         "position_ids": torch.from_numpy(positions),
@@ -191,37 +207,6 @@ def make_batch(dataset: ShardedDataset, sources: np.ndarray, rows: np.ndarray, s
     }
 
 
-def _apply_pieces(
-    targets: np.ndarray, lengths: list[np.ndarray], contexts: list[np.ndarray], pieces: list[int]
-) -> tuple[np.ndarray, int]:
-    """Blank the targets [B, T] that cross pieces or are context; return the positions [B, T] and the targets left."""
-    B, T = targets.shape
-    positions = np.empty((B, T), np.int64)
-    if not pieces:
-        positions[:] = np.arange(T)
-        return positions, 0
-    row = np.repeat(np.arange(len(pieces)), pieces)
-    length, context = np.concatenate(lengths).astype(np.int64), np.concatenate(contexts)
-    ends = np.cumsum(length)
-    last = np.cumsum(pieces) - 1
-    row_ends = np.diff(ends[last], prepend=0)  # tokens of each row before its padding
-    begin = ends - length - (ends[last] - row_ends)[row]  # of each piece in its row
-
-    flat = targets.reshape(-1)
-    flat[(row * T + begin - 1)[begin > 0]] = NO_TARGET
-    for p in np.flatnonzero(context > 1).tolist():
-        targets[row[p], max(begin[p] - 1, 0) : begin[p] + context[p] - 1] = NO_TARGET
-    for r in np.flatnonzero(row_ends <= T).tolist():
-        targets[r, row_ends[r] - 1 :] = NO_TARGET
-
-    padded = np.flatnonzero(row_ends < T)
-    inside = begin < T
-    starts = np.concatenate([(row * T + begin)[inside], padded * T + row_ends[padded], np.arange(len(pieces), B) * T])
-    starts.sort()
-    np.subtract(_arange(B * T), np.repeat(starts, np.diff(starts, append=B * T)), out=positions.reshape(-1))
-    return positions, int((length - np.maximum(context, 1)).sum())
-
-
 @lru_cache(maxsize=4)
-def _arange(n: int) -> np.ndarray:
+def _ramp(n: int) -> np.ndarray:
     return np.arange(n)

@@ -154,6 +154,34 @@ def save_manifest(directory: Path, manifest: Manifest) -> Manifest:
     return Manifest.model_validate(content)
 
 
+def write_datasets_index(directory: Path, manifest: Manifest, segment_columns: dict[str, str]) -> None:
+    """The JSON files by which `datasets.load_from_disk` opens a split, or all of them, in place."""
+    ids = {
+        "feature": {"dtype": manifest.dtype, "_type": "Value"},
+        "length": manifest.packing.row_tokens,
+        "_type": "List",
+    }
+    segments = {
+        name: {"feature": {"dtype": kind, "_type": "Value"}, "_type": "List"} for name, kind in segment_columns.items()
+    }
+    info = {"description": "", "citation": "", "homepage": "", "license": "", "features": {"input_ids": ids} | segments}
+    filled = [split for split, sources in manifest.splits.items() if any(entry.rows for entry in sources.values())]
+    for split in filled:
+        shards = [shard for _, entry in sorted(manifest.splits[split].items()) for shard in entry.shards]
+        state = {
+            "_data_files": [{"filename": Path(shard.file).name} for shard in shards],
+            "_fingerprint": hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest()[:16],
+            "_format_columns": None,
+            "_format_kwargs": {},
+            "_format_type": None,
+            "_output_all_columns": False,
+            "_split": split,
+        }
+        for name, content in (("state.json", state), ("dataset_info.json", info)):
+            write_atomically(Path(directory) / split / name, json.dumps(content, indent=1).encode())
+    write_atomically(Path(directory) / "dataset_dict.json", json.dumps({"splits": filled}).encode())
+
+
 def read_manifest(directory: Path) -> Manifest:
     """Read and check `manifest.json`; a `ValueError` says in one sentence why it cannot be trusted."""
     path = Path(directory) / MANIFEST_FILE

@@ -137,7 +137,10 @@ class MetricsLogger:
         self._write(step, {"validation": results})
 
     def log_event(self, step: int, event: str, **details: Any) -> None:
-        """Reports something that happened after `step`: `resume`, `checkpoint`, `skip` ...; details are JSON-able."""
+        """Reports something that happened after `step`; details are JSON-able.
+
+        The report marks `resume`, `checkpoint` and `skip`; W&B shows a run as preempted, not failed, after a `stop`.
+        """
         self._write(step, {"event": event, **details})
 
     def summary(self) -> dict[str, Any]:

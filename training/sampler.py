@@ -8,6 +8,7 @@ a data set of 10^12 rows costs the memory of a small one and any k is found in c
    P_s is the sum of the weights up to s: always within one sample of its exact share. A permutation of the block's B
    positions mixes the sources within it.
 2. The j-th sample of a source of N rows is element j mod N of its epoch j div N; every epoch is another permutation.
+   A source smaller than a step therefore repeats within the step, and says so by its epoch.
 
 The permutations are Feistel networks on the next power of two with cycle walking (Black and Rogaway 2002, "Ciphers with
 arbitrary finite domains"): an image outside the domain is mapped again until it lies inside.

@@ -19,7 +19,6 @@ fewer rows without an error, hence the sizes, row counts and hashes of the manif
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,9 +27,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from training.manifest import Manifest, Shard, publish, read_manifest, save_manifest, write_atomically
+from training.manifest import Manifest, Shard, publish, read_manifest, save_manifest, write_datasets_index
 
-SEGMENT_COLUMNS = {"seg_len": pa.int32(), "seg_ctx": pa.int32(), "seg_doc": pa.int64(), "seg_off": pa.int64()}
+SEGMENT_COLUMNS = {"seg_len": "int32", "seg_ctx": "int32", "seg_doc": "int64", "seg_off": "int64"}
 BATCH_BYTES = 1 << 23
 BATCH_ROWS = 1 << 10
 SHARD_BYTES = 1 << 28
@@ -65,7 +64,8 @@ def rows_per_batch(row_tokens: int, dtype: str) -> int:
 
 def shard_schema(row_tokens: int, dtype: str, metadata: dict[str, str] | None = None) -> pa.Schema:
     ids = pa.list_(pa.from_numpy_dtype(np.dtype(dtype)), row_tokens)
-    return pa.schema({"input_ids": ids} | {k: pa.list_(v) for k, v in SEGMENT_COLUMNS.items()}, metadata)
+    segments = {name: pa.list_(pa.type_for_alias(kind)) for name, kind in SEGMENT_COLUMNS.items()}
+    return pa.schema({"input_ids": ids} | segments, metadata)
 
 
 def shard_identity(split: str, source: str, number: int) -> dict[str, str]:
@@ -199,32 +199,7 @@ class _Tee:
 
 def write_manifest(directory: Path, manifest: Manifest) -> Manifest:
     """Finish a data set: the index files of `datasets`, then the manifest; return it with its fingerprint."""
-    directory = Path(directory)
-    ids = {
-        "feature": {"dtype": manifest.dtype, "_type": "Value"},
-        "length": manifest.packing.row_tokens,
-        "_type": "List",
-    }
-    segments = {
-        name: {"feature": {"dtype": str(kind), "_type": "Value"}, "_type": "List"}
-        for name, kind in SEGMENT_COLUMNS.items()
-    }
-    info = {"description": "", "citation": "", "homepage": "", "license": "", "features": {"input_ids": ids} | segments}
-    filled = [split for split, sources in manifest.splits.items() if any(entry.rows for entry in sources.values())]
-    for split in filled:
-        files = [Path(shard.file).name for _, entry in sorted(manifest.splits[split].items()) for shard in entry.shards]
-        state = {
-            "_data_files": [{"filename": name} for name in files],
-            "_fingerprint": hashlib.sha256("".join(files).encode()).hexdigest()[:16],
-            "_format_columns": None,
-            "_format_kwargs": {},
-            "_format_type": None,
-            "_output_all_columns": False,
-            "_split": split,
-        }
-        write_atomically(directory / split / "state.json", json.dumps(state, indent=1).encode())
-        write_atomically(directory / split / "dataset_info.json", json.dumps(info, indent=1).encode())
-    write_atomically(directory / "dataset_dict.json", json.dumps({"splits": filled}).encode())
+    write_datasets_index(directory, manifest, SEGMENT_COLUMNS)
     return save_manifest(directory, manifest)
 
 
@@ -258,6 +233,22 @@ class ShardedDataset:
         block, row = divmod(row, self._batch_rows)
         return blocks[block], row
 
+    def blocks(self, source: str) -> Iterator[tuple[int, RowBlock]]:
+        """All blocks of a source in order, each with the number of its first row."""
+        number, first = self.sources.index(source), 0
+        while first < self.rows_per_source[source]:
+            block, _ = self.find(number, first)
+            yield first, block
+            first += len(block.ids)
+
+    def place(self, number: int) -> tuple[str, int]:
+        """Source and row in it of row `number` of the split, sources being in the order of their names."""
+        for source, rows in self.rows_per_source.items():
+            if number < rows:
+                return source, number
+            number -= rows
+        raise IndexError(f"split {self.split} has {len(self)} rows")
+
     def row(self, source: str, row: int) -> Row:
         """One row by the name of its source; `IndexError` beyond the last."""
         if not 0 <= row < self.rows_per_source.get(source, 0):
@@ -277,12 +268,13 @@ class ShardedDataset:
         entry = self._shards[source][shard]
         path = self.directory / entry.file
         try:
-            blocks = _map_shard(path)[1]
-        except (OSError, pa.ArrowInvalid) as error:
+            schema, batches = _map_shard(path)
+        except (OSError, pa.ArrowException) as error:
             raise ValueError(f"{path} cannot be read ({error}): run `python -m data_prep.verify`") from None
-        if sum(len(block.ids) for block in blocks) != entry.rows:
+        expected = shard_schema(self.manifest.packing.row_tokens, self.manifest.dtype)
+        if not schema.equals(expected) or sum(batch.num_rows for batch in batches) != entry.rows:
             raise ValueError(f"{path} does not hold the {entry.rows} rows of the manifest: restore it")
-        self._mapped[source][shard] = blocks
+        self._mapped[source][shard] = blocks = [row_block(batch) for batch in batches]
         return blocks
 
 
@@ -306,12 +298,13 @@ def open_split(directory: Path, split: str, verify: Verify = "quick", vocab_size
     return dataset
 
 
-def _map_shard(path: Path) -> tuple[pa.Schema, list[RowBlock]]:
+def _map_shard(path: Path) -> tuple[pa.Schema, list[pa.RecordBatch]]:
     with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as stream:
-        return stream.schema, [_row_block(batch) for batch in stream]
+        return stream.schema, list(stream)
 
 
-def _row_block(batch: pa.RecordBatch) -> RowBlock:
+def row_block(batch: pa.RecordBatch) -> RowBlock:
+    """Views of a record batch's columns, without a copy."""
     ids, first, *rest = batch.columns
     return RowBlock(
         ids.values.to_numpy().reshape(len(ids), -1),
@@ -327,16 +320,17 @@ def _shard_problem(path: Path, shard: Shard, manifest: Manifest, identity: dict[
     if difference := path.stat().st_size - shard.bytes:
         return f"{path} is {abs(difference)} bytes {'longer' if difference > 0 else 'shorter'} than its manifest says"
     try:
-        schema, blocks = _map_shard(path)
-    except (pa.ArrowInvalid, ValueError) as error:
+        schema, batches = _map_shard(path)
+    except (OSError, pa.ArrowException) as error:
         return f"{path} is not a readable Arrow stream ({error})"
-    found = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
-    if {key: found.get(key) for key in identity} != identity:
+    metadata = schema.metadata or {}
+    found = {key: metadata.get(key.encode(), b"?").decode(errors="replace") for key in identity}
+    if found != identity:
         place = "shard {shard} of source {source} in split {split}"
         return f"{path} holds {place.format_map(found)}, not {place.format_map(identity)}: files were exchanged"
     if not schema.equals(shard_schema(manifest.packing.row_tokens, manifest.dtype)):
         return f"{path} has another schema than the manifest's {manifest.packing.row_tokens} x {manifest.dtype} a row"
-    rows = [len(block.ids) for block in blocks]
+    rows = [batch.num_rows for batch in batches]
     if sum(rows) != shard.rows:
         return f"{path} holds {sum(rows)} rows, its manifest says {shard.rows}"
     if set(rows[:-1]) - {rows_per_batch(manifest.packing.row_tokens, manifest.dtype)}:

@@ -55,8 +55,6 @@ class WandbRun:
         """
         import wandb
 
-        if mode is None:
-            mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
         defaults = wandb.setup().settings  # what the user's environment and W&B settings files say
         identity = {
             "id": run_id,
@@ -71,6 +69,8 @@ class WandbRun:
             "settings": wandb.Settings(quiet=True),
         }
         try:
+            if mode is None:
+                mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
             self._run = wandb.init(**identity, mode=mode)
         except wandb.Error as error:
             print(f"warning: W&B is not available ({error}); recording offline under {run_dir}/wandb", file=sys.stderr)
@@ -79,6 +79,8 @@ class WandbRun:
     def write(self, record: dict[str, Any]) -> None:
         if record["step"] >= self._run.step:
             self._run.log(wandb_values(record), step=record["step"])
+        if record.get("event") == "stop":
+            self._run.mark_preempting()  # shown as preempted, not as failed, when it ends with another exit code than 0
 
     def close(self, exit_code: int) -> None:
         self._run.finish(exit_code)

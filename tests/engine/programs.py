@@ -1,6 +1,7 @@
 """What a rank does in the engine's tests: runs of a tiny model through the very functions that train.py calls."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,13 @@ RECIPE = {
         "num_key_value_heads": 2,
         "max_position_embeddings": 64,
     },
-    "training": {"global_batch_tokens": 512, "micro_batch_samples": 2, "max_steps": 8, "z_loss_weight": 1e-4, "seed": 3},
+    "training": {
+        "global_batch_tokens": 512,
+        "micro_batch_samples": 2,
+        "max_steps": 8,
+        "z_loss_weight": 1e-4,
+        "seed": 3,
+    },
     "optimizer": {"lr": 3e-3, "max_grad_norm": 0.5},
     "schedule": {"schedule": "wsd", "warmup_steps": 2, "decay_steps": 3},
     "validation": {"every_steps": 4},
@@ -53,6 +60,8 @@ def prepare(folder: Path) -> tuple[str, str]:
     rng = np.random.default_rng(0)
     lengths = {"long": rng.integers(40, 300, 40).tolist(), "short": rng.integers(4, 60, 60).tolist()}
     build(folder / "data", lengths, 64, vocab_size=256, splits=("train", "validation"), weights={"long": 3, "short": 1})
+    (folder / "data/tokenizer").mkdir()
+    (folder / "data/tokenizer/tokenizer.model").write_bytes(b"stands for a tokenizer")
     (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
     return str(folder / "recipe.yaml"), str(folder / "data")
 
@@ -61,8 +70,6 @@ class Run:
     """One engine and its data, stepped by hand."""
 
     def __init__(self, recipe: str, data: str, ds_config: dict, folder: Path, overrides: dict | None = None):
-        import json
-
         self.topology, self.folder, self.data = read_topology(), folder, data
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / f"ds-{self.topology.rank}.json"
@@ -79,7 +86,9 @@ class Run:
         batches = optimizer_steps(self.plan, self.state, self.topology)
         for _ in range(count):
             number = self.state.step + 1
-            rate = recipe.optimizer.lr * lr_factor(recipe.schedule, number, self.plan.total_steps, self.plan.step_tokens)
+            rate = recipe.optimizer.lr * lr_factor(
+                recipe.schedule, number, self.plan.total_steps, self.plan.step_tokens
+            )
             micro_batches = next(batches)
             poisoned = number == poison_at and self.topology.rank == self.topology.world_size - 1
             hook = self.engine.module.norm.register_forward_hook(_to_nan) if poisoned else None

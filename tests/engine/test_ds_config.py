@@ -61,7 +61,11 @@ def test_every_problem_is_reported_at_once():
             "train_micro_batch_size_per_gpu": 3,
             "gradient_clipping": 1.0,
             "zero_optimisation": {"stage": 2},
-            "zero_optimization": {"stage": 2, "reduce_bucket_sise": 5, "offload_optimizer": {"device": "cpu", "pin_memry": True}},
+            "zero_optimization": {
+                "stage": 2,
+                "reduce_bucket_sise": 5,
+                "offload_optimizer": {"device": "cpu", "pin_memry": True},
+            },
             "data_types": {"grad_acum_dtype": "fp32"},
             "elasticity": {},
             "bf16": {"enable": True},
@@ -143,17 +147,29 @@ def test_agreeing_optimizer_block_is_accepted_and_removed():
 def test_unreadable_files(tmp_path, text, part):
     path = tmp_path / "ds.json"
     path.write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match="ds.json") as caught:
+    with pytest.raises(ValueError, match=r"ds\.json") as caught:
         read_ds_config(path)
     assert part in str(caught.value)
 
 
-scalars = st.none() | st.booleans() | st.integers(-5, 10**12) | st.floats(allow_nan=False) | st.text(max_size=8) | st.just("auto")
-anything = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3))
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers(-5, 10**12)
+    | st.floats(allow_nan=False)
+    | st.text(max_size=8)
+    | st.just("auto")
+)
+anything = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
+)
 section_keys = {
-    name: st.sampled_from(sorted(schema if isinstance(schema, set) else schema.model_fields)) for name, schema in SECTIONS.items()
+    name: st.sampled_from(sorted(schema if isinstance(schema, set) else schema.model_fields))
+    for name, schema in SECTIONS.items()
 }
-sections = {name: st.dictionaries(keys | st.text(max_size=6), anything, max_size=4) for name, keys in section_keys.items()}
+sections = {
+    name: st.dictionaries(keys | st.text(max_size=6), anything, max_size=4) for name, keys in section_keys.items()
+}
 documents = st.fixed_dictionaries(
     {}, optional={name: anything | section for name, section in sections.items()} | dict.fromkeys(SCALARS, anything)
 )
@@ -167,7 +183,11 @@ def test_any_json_resolves_or_is_refused_in_sentences(config):
     try:
         resolved, batch = resolve(config)
     except ValueError as error:
-        assert str(error).startswith("ds.json: ")
+        refusal = str(error)
+    else:
+        refusal = None
+    if refusal is not None:
+        assert refusal.startswith("ds.json: ")
     else:
         assert batch.samples == batch.micro_batch_samples * batch.accumulation * 2
         assert '"auto"' not in json.dumps({k: v for k, v in resolved.items() if k != "data_types"})

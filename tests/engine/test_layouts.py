@@ -79,7 +79,9 @@ def test_float32_layouts_equal_plain_torch(results, reference):
     for name in RUNS:
         np.testing.assert_allclose(curve(results[0][name]), expected, rtol=1e-5, err_msg=name)
         for key, value in weights.items():
-            np.testing.assert_allclose(results[0][name]["weights"][key], value, atol=1e-5, rtol=1e-5, err_msg=f"{name} {key}")
+            np.testing.assert_allclose(
+                results[0][name]["weights"][key], value, atol=1e-5, rtol=1e-5, err_msg=f"{name} {key}"
+            )
 
 
 def test_all_ranks_report_the_same(results):

@@ -34,7 +34,7 @@ def values(history) -> np.ndarray:
 
 def rows(ranks, name, key, steps) -> list:
     """The rows of each step over all ranks, as a multiset."""
-    return [sorted(sum((rank[name][key][i]["rows"] for rank in ranks), [])) for i in steps]
+    return [sorted(row for rank in ranks for row in rank[name][key][i]["rows"]) for i in steps]
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -22,6 +22,7 @@ def orders(draw) -> SampleOrder:
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**64 - 1))
+@settings(deadline=None)
 def test_permute_is_a_permutation(size, key):
     image = permute(np.arange(size), size, np.full(size, key, np.uint64))
     assert sorted(image.tolist()) == list(range(size))
@@ -67,6 +68,7 @@ def test_mixture_is_within_one_sample_of_its_share_after_every_block(order, bloc
 
 
 @given(st.dictionaries(st.sampled_from("abcde"), st.floats(0.0001, 1e6), min_size=1))
+@settings(deadline=None)
 def test_shares_are_the_weights(weights):
     order = SampleOrder(dict.fromkeys(weights, 1), weights, "", 0)
     exact = np.array([weights[name] for name in order.sources]) / sum(weights.values())
@@ -84,6 +86,7 @@ def test_a_sample_does_not_depend_on_what_else_is_asked(order, ks):
 
 
 @given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 4), st.integers(0, 10**15))
+@settings(deadline=None)
 def test_ranks_share_a_step_without_gap_or_repetition(world, micro_batch, accumulation, consumed):
     step = world * micro_batch * accumulation
     parts = [rank_samples(consumed, step, micro_batch, world, rank) for rank in range(world)]

@@ -177,6 +177,19 @@ def test_a_flipped_bit_is_found_by_full_verification(data):
         open_split(data, "train", verify="full")
 
 
+@given(st.data())
+@settings(deadline=None, max_examples=100)
+def test_no_flipped_bit_of_a_shard_escapes_full_verification(tmp_path_factory, data):
+    directory = tmp_path_factory.mktemp("flip")
+    build(directory, {"books": list(range(1, 60))}, seq_length=8)
+    dataset, path = open_split(directory, "train"), directory / "train/shard-books-00000.arrow"
+    content = bytearray(path.read_bytes())
+    content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(content)
+    assert all("shard-books-00000.arrow" in problem for _, problem in dataset.verify(full=True))
+    assert len(list(dataset.verify())) == 1, "quick verification reports or passes, but does not fail itself"
+
+
 def test_unverified_damage_is_still_an_error_when_met(data):
     cut_at_message(data)
     with pytest.raises(ValueError, match="does not hold the 2048 rows"):
@@ -195,7 +208,7 @@ def test_unknown_split_and_row_and_small_model_are_refused(pristine):
 
 
 @given(st.data())
-@settings(max_examples=60)
+@settings(deadline=None, max_examples=60)
 def test_changing_anything_in_the_manifest_changes_the_fingerprint(pristine, data):
     content = json.loads((pristine / "manifest.json").read_text())
     assert fingerprint(content) == content["fingerprint"]
@@ -214,7 +227,7 @@ def test_changing_anything_in_the_manifest_changes_the_fingerprint(pristine, dat
 
 
 @given(st.data())
-@settings(max_examples=100)
+@settings(deadline=None, max_examples=100)
 def test_no_changed_byte_of_the_manifest_is_believed(pristine, tmp_path_factory, data):
     original = (pristine / "manifest.json").read_bytes()
     content = bytearray(original)
@@ -275,7 +288,7 @@ def test_opening_maps_but_does_not_read(tmp_path):
         writer.write(block(1024, 4097))
     small = build(tmp_path / "small", {"books": [30] * 10}, seq_length=4096)
     shards = []
-    for number in range(300):
+    for number in range(1000):
         name = f"train/link-{number}.arrow"
         os.link(tmp_path / writer.shards[0].file, tmp_path / name)
         shards.append(writer.shards[0].model_copy(update={"file": name}))
@@ -290,7 +303,7 @@ def test_opening_maps_but_does_not_read(tmp_path):
     mapped = len(shards) * writer.shards[0].bytes
     assert process.memory_info().rss - before < mapped / 10
     assert process.num_fds() == files
-    assert dataset.row("books", 1024 * 299 + 7).ids.tolist() == block(1024, 4097).ids[7].tolist()
+    assert dataset.row("books", 1024 * 999 + 7).ids.tolist() == block(1024, 4097).ids[7].tolist()
 
 
 def test_datasets_travel_to_other_processes(pristine):

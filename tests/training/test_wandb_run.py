@@ -49,6 +49,9 @@ def run_launch(folder: str, fields: dict[str, Any], resumed_step: int, last_step
             log(logger, step, grad_norm=None if step == 2 else 1.25)
         logger.log_validation(last_step, {"books": {"loss": 2.0, "bits_per_byte": 0.75, "targets": 9}})
         logger.log_event(last_step, "checkpoint", seconds=0.5)
+        if last_step < 6:
+            logger.log_event(last_step, "stop", reason="SIGTERM")
+            logger.close(75)
     return "wandb" in sys.modules
 
 
@@ -113,21 +116,17 @@ def test_offline_run_and_its_resume_are_one_run(tmp_path):
     assert expected[6].keys() == {*WANDB_KEYS.values(), *SCORES}
     assert expected[1].keys() - expected[2].keys() == {"train/grad_norm"}
     assert merged == expected
-    assert read_run(files[0])[2][4] == expected[4] | SCORES
+    assert read_run(files[0])[2][4] == expected[4] | SCORES | {"events/stop": 1}
+    endings = [[record.WhichOneof("record_type") for record in records_of(file)] for file in files]
+    assert ["preempting" in kinds for kinds in endings] == [True, False]
 
 
-def test_without_settings_the_environment_of_the_user_decides(tmp_path):
-    launch(tmp_path, WANDB_PROJECT="mine", WANDB_NAME="today", WANDB_TAGS="a,b")
-    (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
-    run, _, _ = read_run(file)
-    assert (run.project, run.display_name, list(run.tags)) == ("mine", "today", ["a", "b"])
-
-
-def test_online_without_a_key_still_trains_and_records_offline(tmp_path):
-    launch(tmp_path, mode="online")
+@pytest.mark.parametrize("trouble", [{"mode": "online"}, {"WANDB_API_KEY": "too short"}])
+def test_the_environment_names_the_run_and_a_missing_or_wrong_key_does_not_stop_it(tmp_path, trouble):
+    launch(tmp_path, **trouble, WANDB_PROJECT="mine", WANDB_NAME="today", WANDB_TAGS="a,b")
     (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
     run, config, history = read_run(file)
-    assert run.project == "longform"
+    assert (run.project, run.display_name, list(run.tags)) == ("mine", "today", ["a", "b"])
     assert config == FACTS
     assert sorted(history) == [1, 2, 3, 4]
 
@@ -136,7 +135,7 @@ def test_online_without_a_key_still_trains_and_records_offline(tmp_path):
 def test_switched_off_wandb_is_not_even_imported(tmp_path, fields, mode):
     assert launch(tmp_path, fields, mode=mode) == [False]
     assert not (tmp_path / "wandb").exists()
-    assert len(read_records(tmp_path / METRICS_FILE)) == 6
+    assert len(read_records(tmp_path / METRICS_FILE)) == 7
 
 
 def test_other_records_send_only_their_own_numbers():

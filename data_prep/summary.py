@@ -1,0 +1,117 @@
+"""Statistics of a data set: what the manifest keeps of them, and the table that ends a build."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from data_prep.pack import Packing
+from data_prep.store import LEFT_OUT, Columns, Ledger
+from training.manifest import Manifest
+
+PERCENTILES = (1, 10, 50, 90, 99)
+EXAMPLES = 5
+
+
+def statistics(
+    ledgers: list[Ledger],
+    columns: Columns,
+    split: np.ndarray,
+    duplicates: np.ndarray,
+    packings: dict[str, dict[str, Packing]],
+) -> dict[str, Any]:
+    """Counts over the whole input (`input`), over the stored documents, and over the rows of each split."""
+    kept = split != LEFT_OUT
+    lengths = np.sort(columns.length[kept])
+    skipped: Counter[str] = Counter()
+    for ledger in ledgers:
+        skipped.update(ledger.skipped)
+    places = np.searchsorted(np.arange(1, len(lengths) + 1) * 100, np.array(PERCENTILES) * len(lengths))
+    return {
+        "input": {
+            "documents": sum(ledger.documents for ledger in ledgers),
+            "empty": sum(ledger.empty for ledger in ledgers),
+            "skipped": dict(sorted(skipped.items())),
+            "skipped_examples": [example for ledger in ledgers for example in ledger.examples][:EXAMPLES],
+            "repeated_keys": len(columns.key_hash) - len(np.unique(columns.key_hash)),
+            "duplicates": len(duplicates),
+            "duplicates_removed": int(np.count_nonzero(~kept)),
+            "tokens": sum(ledger.tokens for ledger in ledgers),
+            "unknown_tokens": sum(ledger.unknown for ledger in ledgers),
+            "byte_fallback_tokens": sum(ledger.fallback for ledger in ledgers),
+        },
+        "documents": int(np.count_nonzero(kept)),
+        "bytes": int(columns.nbytes[kept].sum()),
+        "tokens": int(lengths.sum()),
+        "document_tokens": {
+            "mean": round(float(lengths.mean()), 2),
+            **{f"p{p}": int(lengths[place]) for p, place in zip(PERCENTILES, places, strict=True)},
+            "max": int(lengths[-1]),
+        },
+        "rows": {name: _row_statistics(list(sources.values())) for name, sources in packings.items()},
+    }
+
+
+def _row_statistics(packings: list[Packing]) -> dict[str, int]:
+    return {
+        "rows": sum(packing.rows for packing in packings),
+        "row_tokens": sum(packing.rows * packing.row_tokens for packing in packings),
+        "padding": sum(packing.padding for packing in packings),
+        "targets": sum(packing.targets for packing in packings),
+        "documents_cut": sum(packing.documents_cut for packing in packings),
+        "documents_cut_though_fitting": sum(packing.documents_cut_though_fitting for packing in packings),
+        "tokens_dropped": sum(packing.tokens_dropped for packing in packings),
+    }
+
+
+def print_summary(manifest: Manifest, output: Path, seconds: float) -> None:
+    numbers: Any = manifest.statistics
+    given, lengths = numbers["input"], numbers["document_tokens"]
+    table = Table(title=f"{output} in {seconds:.1f} s", show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    add = table.add_row
+    add("documents", f"{numbers['documents']:,} ({numbers['bytes'] / 1e6:,.1f} MB of text)")
+    add("tokens", f"{numbers['tokens']:,} ({numbers['bytes'] / numbers['tokens']:.3f} bytes a token)")
+    add("tokens a document", "  ".join(f"{name} {value:,}" for name, value in lengths.items()))
+    add(
+        "unknown / byte fallback",
+        f"{_share(given, 'unknown_tokens')} / {_share(given, 'byte_fallback_tokens')} of tokens",
+    )
+    removed = "removed" if given["duplicates_removed"] else "kept; --deduplicate removes them"
+    add("exact duplicates", f"{given['duplicates']:,}" + (f" ({removed})" if given["duplicates"] else ""))
+    if given["repeated_keys"]:
+        add("repeated keys", f"{given['repeated_keys']:,}")
+    add("left out", f"{given['empty']:,} empty" + "".join(f", {n:,} {why}" for why, n in given["skipped"].items()))
+    for example in given["skipped_examples"]:
+        add("", example)
+    for name, rows in numbers["rows"].items():
+        cut = f"{rows['documents_cut']:,} documents cut ({rows['documents_cut_though_fitting']:,} that would fit)"
+        dropped = f", {rows['tokens_dropped']:,} tokens dropped" if rows["tokens_dropped"] else ""
+        padding = f"{100 * rows['padding'] / rows['row_tokens']:.3f} % padding"
+        add(name, f"{rows['rows']:,} rows of {manifest.seq_length:,} + 1, {padding}, {cut}{dropped}")
+    if len(manifest.inputs) > 1:
+        for name, source in manifest.splits["train"].items():
+            weight = "" if source.weight is None else f", weight {source.weight:g}"
+            add(
+                f"source {name}",
+                f"{source.documents:,} documents, {source.tokens:,} tokens, {source.rows:,} rows{weight}",
+            )
+    add("fingerprint", manifest.fingerprint)
+    console = Console(highlight=False)
+    if console.is_terminal:
+        console.print(table)
+    else:
+        print(_plain(table))
+
+
+def _share(given: dict[str, Any], name: str) -> str:
+    return f"{100 * given[name] / given['tokens']:.3f} %"
+
+
+def _plain(table: Table) -> str:
+    left, right = (list(column.cells) for column in table.columns)
+    return "\n".join([str(table.title), *(f"  {a:<24} {b}" for a, b in zip(left, right, strict=True))])

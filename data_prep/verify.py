@@ -1,0 +1,126 @@
+"""Is a prepared data set what its manifest says?
+
+    python -m data_prep.verify DATA [--full]
+
+Without --full: the manifest's fingerprint, the tokenizer's hash, and of every file its existence, size, place, schema and
+row count (milliseconds a shard). With --full also the SHA-256 of every byte. Every problem is printed; the exit code is 0
+only if there is none.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from data_prep.command import run_command
+from data_prep.progress import Progress
+from data_prep.store import INDEX_FILE, Ledger, TokenStore
+from training.manifest import Manifest, read_manifest
+from training.shards import ShardedDataset
+
+TOKENS_FOLDER = "tokens"
+
+
+def problems(directory: Path, full: bool = False) -> Iterator[tuple[int, str | None]]:
+    """Check everything; yield per file its bytes and a sentence on what is wrong with it, or None.
+
+    Raises ValueError if there is no readable manifest, without which nothing can be checked.
+    """
+    manifest = read_manifest(directory)
+    yield 0, _tokenizer_problem(directory, manifest)
+    for split in manifest.splits:
+        dataset = ShardedDataset(directory, split, manifest)
+        yield 0, _index_problem(dataset)
+        for shard, problem in dataset.verify(full):
+            yield shard.bytes, problem
+    if (directory / TOKENS_FOLDER).is_dir():  # training does not need it, so it may be gone
+        yield from _token_store_problems(directory / TOKENS_FOLDER, manifest, full)
+
+
+def _tokenizer_problem(directory: Path, manifest: Manifest) -> str | None:
+    path = directory / manifest.tokenizer.file
+    if not path.is_file():
+        return f"{path} is missing: the tokenizer belongs to the data set, restore it"
+    if hashlib.sha256(path.read_bytes()).hexdigest() != manifest.tokenizer.sha256:
+        return f"{path} is not the tokenizer that made this data set: restore it"
+    return None
+
+
+def _index_problem(dataset: ShardedDataset) -> str | None:
+    """Would `datasets.load_from_disk` open the same files in the same order?"""
+    path = dataset.directory / dataset.split / "state.json"
+    sources = dataset.manifest.splits[dataset.split]
+    expected = [Path(shard.file).name for name in dataset.sources for shard in sources[name].shards]
+    if not expected:
+        return None
+    try:
+        found = [entry["filename"] for entry in json.loads(path.read_bytes())["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{path} cannot be read ({error}): `datasets` cannot open this split"
+    return None if found == expected else f"{path} lists other files than the manifest"
+
+
+def _token_store_problems(folder: Path, manifest: Manifest, full: bool) -> Iterator[tuple[int, str | None]]:
+    try:
+        store = TokenStore.open(folder)
+    except ValueError as error:
+        yield 0, str(error)
+        return
+    kept = sum(entry.documents for sources in manifest.splits.values() for entry in sources.values())
+    if sum(len(store.documents(split)) for split in manifest.splits) != kept:
+        yield 0, f"{folder / INDEX_FILE} does not list the {kept} documents of the manifest"
+    documents, complete = 0, True
+    for path in sorted({path.with_suffix(".arrow") for path in folder.glob("unit-*.*")}):
+        try:
+            ledger = Ledger.model_validate_json(path.with_suffix(".json").read_bytes())
+        except (OSError, ValueError):
+            complete = False
+            yield 0, f"{path.with_suffix('.json')}, the ledger of {path.name}, is missing or damaged"
+            continue
+        yield ledger.file_bytes, _unit_problem(path, ledger, full)
+        documents += ledger.documents
+    if complete and documents != len(store):
+        yield 0, f"{folder} lacks units: those present hold {documents:,} documents, its index lists {len(store):,}"
+
+
+def _unit_problem(path: Path, ledger: Ledger, full: bool) -> str | None:
+    if not path.is_file():
+        return f"{path} is missing: restore it or build the data set again"
+    if path.stat().st_size != ledger.file_bytes:
+        return f"{path} has {path.stat().st_size} bytes, its ledger says {ledger.file_bytes}"
+    if full:
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != ledger.sha256:
+                return f"{path} has changed: its sha256 is not its ledger's"
+    return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep.verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", type=Path, help="folder made by data_prep.build")
+    parser.add_argument("--full", action="store_true", help="also hash every byte (about 2 GB/s; default: no)")
+    arguments = parser.parse_args()
+    manifest = read_manifest(arguments.data)
+    shards = [s for sources in manifest.splits.values() for entry in sources.values() for s in entry.shards]
+    found: list[str] = []
+    checked = 0
+    with Progress("verifying", sum(shard.bytes for shard in shards)) as progress:
+        for size, problem in problems(arguments.data, arguments.full):
+            found += [problem] if problem else []
+            checked += size
+            progress.advance(size)
+    if found:
+        print("\n".join(f"error: {problem}" for problem in found), file=sys.stderr)
+        sys.exit(2)
+    rows = sum(shard.rows for shard in shards)
+    how = "every byte hashed" if arguments.full else "sizes and structure; --full also hashes every byte"
+    print(f"{arguments.data} is intact: {rows:,} rows in {len(shards):,} shards, {checked / 1e6:,.1f} MB ({how})")
+    print(f"fingerprint {manifest.fingerprint}")
+
+
+if __name__ == "__main__":
+    run_command(main)

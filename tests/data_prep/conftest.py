@@ -1,0 +1,29 @@
+import pytest
+
+from data_prep.tokenizer import MODEL_FILE, SentencePieceTokenizer, train
+from tests.data_prep.support import PROSE, UNIT_BYTES, build_here, write_prose
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory):
+    """A small tokenizer trained on Python's documentation topics."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / MODEL_FILE).write_bytes(train(PROSE, 1200))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_folder):
+    return SentencePieceTokenizer(tokenizer_folder / MODEL_FILE)
+
+
+@pytest.fixture(scope="session")
+def prose(tmp_path_factory):
+    return write_prose(tmp_path_factory.mktemp("input") / "prose.jsonl", copies=3)
+
+
+@pytest.fixture(scope="session")
+def reference(prose, tokenizer_folder, tmp_path_factory):
+    output = tmp_path_factory.mktemp("reference") / "data"
+    build_here([prose], tokenizer_folder, output, unit_bytes=UNIT_BYTES)
+    return output

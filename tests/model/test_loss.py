@@ -1,0 +1,134 @@
+"""Chunked cross-entropy equals the full one, in value and gradient, without its memory."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model.loss import IGNORED, linear_cross_entropy
+from tests.model.support import TensorSizes
+
+
+def full(x, weight, targets, z_loss_weight):
+    """The definition, with all logits at once."""
+    logits = x.flatten(0, -2) @ weight.T
+    targets = targets.flatten()
+    cross_entropy = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+    z = logits.logsumexp(-1).square()[targets != IGNORED].sum()
+    return cross_entropy + z_loss_weight * z, cross_entropy
+
+
+def problem(tokens, width, vocabulary, ignored, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, width, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    weight = torch.randn(vocabulary, width, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    targets = torch.randint(vocabulary, (tokens,), generator=generator)
+    targets[torch.rand(tokens, generator=generator) < ignored] = IGNORED
+    return x, weight, targets
+
+
+@given(
+    tokens=st.integers(1, 40),
+    width=st.integers(1, 9),
+    vocabulary=st.integers(1, 20),
+    chunk=st.integers(1, 45),
+    ignored=st.sampled_from([0.0, 0.3, 1.0]),
+    z=st.sampled_from([0.0, 1e-4, 0.5]),
+    upstream=st.sampled_from([1.0, 0.25, -3.0]),
+    seed=st.integers(0, 5),
+)
+def test_value_and_gradients_equal_the_full_computation(tokens, width, vocabulary, chunk, ignored, z, upstream, seed):
+    x, weight, targets = problem(tokens, width, vocabulary, ignored, seed)
+    expected = full(x, weight, targets, z)
+    expected_grads = torch.autograd.grad(expected[0] * upstream, (x, weight))
+    found = linear_cross_entropy(x, weight, targets, z, chunk)
+    torch.testing.assert_close(found, tuple(expected), atol=1e-10, rtol=1e-10)
+    assert not found[1].requires_grad
+    grads = torch.autograd.grad(found[0] * upstream, (x, weight))
+    torch.testing.assert_close(grads, expected_grads, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("frozen", ["x", "weight"])
+def test_only_the_gradients_asked_for_are_made(frozen):
+    x, weight, targets = problem(9, 4, 7, 0.2)
+    tensors = {"x": x, "weight": weight}
+    tensors[frozen].requires_grad_(False)
+    wanted = next(t for name, t in tensors.items() if name != frozen)
+    (expected,) = torch.autograd.grad(full(x, weight, targets, 0.1)[0], wanted)
+    (found,) = torch.autograd.grad(linear_cross_entropy(x, weight, targets, 0.1, 4)[0], wanted)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
+
+
+def test_no_counted_target_is_a_zero_with_zero_gradients():
+    x, weight, targets = problem(12, 4, 7, 1.0)
+    objective, cross_entropy = linear_cross_entropy(x, weight, targets, 0.1, 5)
+    assert objective.item() == cross_entropy.item() == 0.0
+    objective.backward()
+    assert not x.grad.any()
+    assert not weight.grad.any()
+
+
+def test_rows_may_be_strided_and_batched():
+    x, weight, targets = problem(24, 4, 7, 0.3)
+    strided = x.view(4, 6, 4).transpose(0, 1)
+    strided_targets = targets.view(4, 6).transpose(0, 1)
+    assert not strided.is_contiguous()
+    found = linear_cross_entropy(strided, weight, strided_targets, 0.0, 5)
+    torch.testing.assert_close(found, full(x, weight, targets, 0.0))
+    torch.testing.assert_close(
+        torch.autograd.grad(found[0], x), torch.autograd.grad(full(x, weight, targets, 0.0)[0], x)
+    )
+
+
+def test_bfloat16_stays_close_to_float64_and_sums_the_weight_gradient_in_float32():
+    x, weight, targets = problem(512, 32, 100, 0.1, dtype=torch.bfloat16)
+    exact = [t.detach().double().requires_grad_() for t in (x, weight)]
+    expected = full(*exact, targets, 1e-4)
+    expected_grads = torch.autograd.grad(expected[0], exact)
+    torch_grads = torch.autograd.grad(full(x, weight, targets, 1e-4)[0], (x, weight))
+    # 64 chunks: summed in bfloat16 the gradient of the weight would be 1.7 times as wrong
+    found = linear_cross_entropy(x, weight, targets, 1e-4, 8)
+    grads = torch.autograd.grad(found[0], (x, weight))
+    assert found[0].dtype == torch.float32
+    assert [g.dtype for g in grads] == [torch.bfloat16, torch.bfloat16]
+    torch.testing.assert_close(found[0].double(), expected[0], atol=0, rtol=1e-3)
+    for grad, of_torch, exact in zip(grads, torch_grads, expected_grads, strict=True):
+        assert (grad.double() - exact).norm() < 1.05 * (of_torch.double() - exact).norm()
+
+
+def test_the_scale_of_the_loss_is_not_rounded_to_bfloat16():
+    x, weight, targets = problem(64, 16, 50, 0.0, dtype=torch.bfloat16)
+    scale = 1 / 95  # bfloat16 would round it down by 0.27 %
+    objective, _ = linear_cross_entropy(x, weight, targets)
+    whole = torch.autograd.grad(objective, (x, weight), retain_graph=True)
+    for small, large in zip(torch.autograd.grad(objective * scale, (x, weight)), whole, strict=True):
+        assert (small.double().norm() / large.double().norm()).item() == pytest.approx(scale, rel=3e-4)
+
+
+def test_backward_may_run_twice():
+    x, weight, targets = problem(9, 4, 7, 0.2)
+    objective, _ = linear_cross_entropy(x, weight, targets, 0.1, 4)
+    first = torch.autograd.grad(objective, (x, weight), retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(objective * 2, (x, weight)), tuple(g * 2 for g in first))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_logits_of_all_tokens_never_exist(dtype):
+    tokens, width, vocabulary, chunk = 256, 8, 400, 32
+    x, weight, targets = problem(tokens, width, vocabulary, 0.1, dtype=dtype)
+    with TensorSizes() as sizes:
+        linear_cross_entropy(x, weight, targets, 1e-4, chunk)[0].backward()
+    assert sizes.largest == chunk * vocabulary
+    with TensorSizes() as sizes:
+        full(x, weight, targets, 1e-4)[0].backward()
+    assert sizes.largest == tokens * vocabulary, "the observer must see what is avoided"
+
+
+def test_without_gradients_no_gradient_work_is_done():
+    x, weight, targets = problem(64, 8, 50, 0.1)
+    with torch.no_grad(), TensorSizes() as sizes:
+        found = linear_cross_entropy(x, weight, targets, 0.0, 16)
+    assert sizes.largest == 16 * 50
+    assert not found[0].requires_grad
+    torch.testing.assert_close(found, full(x, weight, targets, 0.0))

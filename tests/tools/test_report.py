@@ -1,0 +1,199 @@
+"""The report holds what the run logged, needs nothing but itself, and copes with runs that are not over."""
+
+import base64
+import gzip
+import json
+import math
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import plotly.graph_objects as go
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plotly.offline import get_plotlyjs
+
+from tests.launch import run_cli
+from tests.training.test_metrics import log, open_logger
+from tools.report import POINTS_PER_CURVE, _smoothed, _visible_points, main, page, read_run
+from training.metrics import METRICS_FILE
+from training.throughput import Rates
+
+HOSTILE = "</script><script>alert('&')</script>"
+CURVE = st.lists(st.one_of(st.floats(-1e6, 1e6), st.just(math.nan)), min_size=1, max_size=200)
+
+
+class Page(HTMLParser):
+    """The text of each element that has an id, all attributes, and the text outside of scripts and styles."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.by_id, self.attributes, self.tags, self.visible = {}, [], [], ""
+        self._id, self._raw = None, False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [name for name, _ in attrs]
+        self._id, self._raw = dict(attrs).get("id"), tag in ("script", "style")
+
+    def handle_endtag(self, tag):
+        self._raw = False
+
+    def handle_data(self, data):
+        if self._id and data.strip():
+            self.by_id.setdefault(self._id, data)
+        if not self._raw:
+            self.visible += data
+
+    def figure(self) -> go.Figure:
+        return go.Figure(json.loads(self.by_id["figure"]))  # validates every property
+
+
+def write_run(folder: Path, last_step: int = 40, total_steps: int = 40) -> Path:
+    with open_logger(folder, total_steps=total_steps) as logger:
+        for step in range(5, last_step + 1, 5):
+            loss = math.nan if step == 20 else 5 - step / 20
+            log(logger, step, loss=loss, objective=loss + 0.5, rates=Rates(31_250.0, 0.412, 0.003, 0.5))
+            if step == 20:
+                logger.log_event(step, "skip", reason=HOSTILE)
+        logger.log_validation(20, {"books": {"loss": 4.5, "bits_per_byte": 1.5, "targets": 10}})
+        logger.log_event(20, "checkpoint", name="step-00000020")
+        logger.log_event(20, "resume", world_size=2)
+        logger.log_validation(last_step, {"books": {"loss": 4.0, "bits_per_byte": 1.25, "targets": 10}})
+    facts = {"recipe": {"optimizer": {"lr": 3e-4}}, "environment": {"host": HOSTILE, "devices": []}}
+    (folder / "run.json").write_text(json.dumps(facts))
+    return folder
+
+
+def traces(figure: go.Figure) -> dict[str, go.Scatter]:
+    return {trace.name: trace for trace in figure.data}
+
+
+def numbers(packed) -> np.ndarray:
+    """Plotly writes arrays as base64 of their bytes, except empty ones."""
+    if isinstance(packed, tuple):
+        return np.array(packed)
+    return np.frombuffer(base64.b64decode(packed["bdata"]), packed["dtype"])
+
+
+def test_curves_and_events_are_those_of_the_run(tmp_path):
+    figure = Page(page(read_run(write_run(tmp_path)))).figure()
+    found = traces(figure)
+    assert found.keys() >= {
+        "training",
+        "objective",
+        "validation: books",
+        "Learning rate",
+        "Gradient norm before clipping",
+    }
+    assert found.keys() >= {"Tokens per second", "Time waiting for data", "skip", "checkpoint", "resume"}
+    steps = np.arange(5, 41, 5)
+    np.testing.assert_array_equal(numbers(found["training"].x), steps)
+    np.testing.assert_allclose(numbers(found["training"].y), np.where(steps == 20, np.nan, 5 - steps / 20))
+    np.testing.assert_allclose(numbers(found["validation: books"].y), [4.5, 4.0])
+    np.testing.assert_allclose(numbers(found["Time waiting for data"].y), 0.003)
+    assert [found[kind].x[0] for kind in ("skip", "checkpoint", "resume")] == [20, 20, 20]
+    assert "step-00000020" in found["checkpoint"].text[0]
+    assert len(figure.layout.shapes) == 2  # the skip and the resume also cross the loss
+
+
+def test_the_page_contains_everything_it_needs(tmp_path):
+    shown = Page(page(read_run(write_run(tmp_path))))
+    assert not {"src", "href", "srcset"} & set(shown.attributes)
+    assert gzip.decompress(base64.b64decode(shown.by_id["plotly"])).decode() == get_plotlyjs()
+    for text in ("finished at step 40", "optimizer.lr", "0.0003", "best books loss", "1.2500", "31.2k", "41.2%"):
+        assert text in shown.visible
+
+
+def test_text_from_the_run_stays_text(tmp_path):
+    folder = tmp_path / "<script>"
+    folder.mkdir()
+    shown = Page(page(read_run(write_run(folder))))
+    assert shown.tags.count("script") == 3
+    assert HOSTILE in shown.visible
+    assert "<script>" in shown.visible
+
+
+def test_a_run_in_progress_with_a_line_being_written(tmp_path):
+    write_run(tmp_path, last_step=30, total_steps=120)
+    with (tmp_path / METRICS_FILE).open("a") as file:
+        file.write('{"step": 35, "loss": 3.')
+    (tmp_path / "run.json").unlink()
+    shown = Page(page(read_run(tmp_path)))
+    assert "step 30 of 120 (25%)" in shown.visible
+    assert "0:00:45 to go" in shown.visible
+    assert len(numbers(traces(shown.figure())["training"].x)) == 6
+
+
+def test_a_run_that_has_logged_nothing_yet(tmp_path):
+    (tmp_path / METRICS_FILE).touch()
+    shown = Page(page(read_run(tmp_path)))
+    assert "no step logged yet" in shown.visible
+    assert len(numbers(traces(shown.figure())["training"].x)) == 0
+
+
+@settings(deadline=None)
+@given(CURVE, st.integers(1, 200))
+def test_long_curves_keep_their_extremes_and_gaps(values, repeats):
+    curve = np.tile(values, repeats)
+    kept = _visible_points(curve)
+    assert len(kept) <= POINTS_PER_CURVE + 2
+    assert (np.diff(kept) > 0).all()
+    assert {0, len(curve) - 1} <= set(kept.tolist())
+    assert np.isnan(curve[kept]).any() == np.isnan(curve).any()
+    if not np.isnan(curve).all():
+        assert np.nanmin(curve[kept]) == np.nanmin(curve)
+        assert np.nanmax(curve[kept]) == np.nanmax(curve)
+
+
+@settings(deadline=None)
+@given(st.floats(-10, 10), st.floats(-1, 1), st.integers(1, 500))
+def test_smoothing_neither_lags_nor_bends_a_straight_line(start, slope, length):
+    line = start + slope * np.arange(length)
+    np.testing.assert_allclose(_smoothed(line), line, atol=1e-9)
+
+
+def test_smoothing_passes_over_gaps():
+    curve = np.full(1000, 2.0)
+    curve[[0, 300, 301]] = np.nan
+    np.testing.assert_array_equal(_smoothed(curve)[1:], 2.0)
+
+
+def test_command_writes_the_page_where_it_is_told(tmp_path, capsys):
+    write_run(tmp_path)
+    assert main([str(tmp_path)]) == 0
+    assert main([str(tmp_path), "-o", str(tmp_path / "new" / "page.html")]) == 0
+    assert (tmp_path / "report.html").read_bytes() == (tmp_path / "new" / "page.html").read_bytes()
+    assert (tmp_path / "report.html").stat().st_size < 2.2 * 2**20
+    assert str(tmp_path / "new" / "page.html") in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["page.html"]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        (METRICS_FILE, None, "metrics.jsonl does not exist: give the folder that train.py was told to write"),
+        (METRICS_FILE, b'{"step"\n{"step": 2, "loss": 1.0}\n', "metrics.jsonl:1: not a record"),
+        ("run.json", b"{", "run.json is not valid JSON"),
+    ],
+)
+def test_bad_runs_are_refused_in_one_sentence(tmp_path, capsys, file, content, message):
+    write_run(tmp_path)
+    (tmp_path / file).unlink()
+    if content is not None:
+        (tmp_path / file).write_bytes(content)
+    assert main([str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("tools.report: ")
+    assert message in line
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_module_runs_as_a_command(tmp_path):
+    write_run(tmp_path)
+    done = run_cli(["python", "-m", "tools.report", tmp_path, "-o", tmp_path / "r.html"])
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert (tmp_path / "r.html").read_text().startswith("<!doctype html>")

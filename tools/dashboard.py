@@ -1,0 +1,108 @@
+"""The W&B dashboard as code: `python -m tools.dashboard --entity E --project P` saves it as a view of the project.
+
+Every key that a run logs (training/wandb_run.py) is in exactly one section. `--print` shows the view as JSON and needs
+neither a key nor a network.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from training.wandb_run import WANDB_KEYS
+
+if TYPE_CHECKING:
+    from wandb_workspaces.workspaces import Workspace
+
+# section -> (title, what is plotted, further options of the plot); a pattern in /slashes/ takes all keys that match
+SECTIONS: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
+    "Loss": [
+        ("Training loss", "loss", {"smoothing_type": "exponentialTimeWeighted", "smoothing_factor": 0.6}),
+        ("Validation loss", "/^validation/.+/loss$/", {}),
+        ("Validation bits per byte", "/^validation/.+/bits_per_byte$/", {}),
+        ("Objective", "objective", {"smoothing_type": "exponentialTimeWeighted", "smoothing_factor": 0.6}),
+    ],
+    "Optimisation": [
+        ("Learning rate", "learning_rate", {}),
+        ("Gradient norm before clipping", "grad_norm", {"log_y": True}),
+        ("Skipped steps", "skipped_steps", {}),
+    ],
+    "Speed": [
+        ("Tokens per second", "tokens_per_second", {}),
+        ("Share of peak FLOP/s", "mfu", {}),
+        ("Share of time waiting for data", "data_wait_fraction", {}),
+        ("Seconds per step", "step_seconds", {}),
+        ("Peak memory of the first rank", "memory_bytes", {}),
+    ],
+    "Progress": [
+        ("Tokens", "tokens", {}),
+        ("Samples", "samples", {}),
+        ("Seconds to go", "eta_seconds", {}),
+        ("Events", "/^events/.+$/", {}),
+    ],
+}
+
+
+def workspace(entity: str, project: str, name: str) -> "Workspace":
+    """The view, not yet saved: curves over optimizer steps, and last the runs' configurations side by side."""
+    import wandb_workspaces.reports.v2 as reports
+    import wandb_workspaces.workspaces as workspaces
+
+    def plot(title: str, what: str, options: dict[str, Any]) -> reports.LinePlot:
+        shown = {"metric_regex": what.strip("/")} if what.startswith("/") else {"y": [WANDB_KEYS[what]]}
+        return reports.LinePlot(title=title, x="Step", **shown, **options)
+
+    sections = [
+        workspaces.Section(name=section, panels=[plot(*panel) for panel in panels], is_open=True)
+        for section, panels in SECTIONS.items()
+    ]
+    sections.append(workspaces.Section(name="Configurations", panels=[reports.RunComparer(diff_only="split")]))
+    columns = ["run:displayName", f"summary:{WANDB_KEYS['loss']}", f"summary:{WANDB_KEYS['tokens_per_second']}"]
+    return workspaces.Workspace(
+        entity=entity,
+        project=project,
+        name=name,
+        sections=sections,
+        runset_settings=workspaces.RunsetSettings(pinned_columns=columns),
+    )
+
+
+def specification(view: "Workspace") -> dict[str, Any]:
+    """The view as the JSON object that W&B stores."""
+    return view._to_model().model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.dashboard",
+        description=__doc__.partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--entity", required=True, help="W&B user or team")
+    parser.add_argument("--project", default="longform", help="W&B project of the runs")
+    parser.add_argument("--name", default="Longform", help="name of the saved view")
+    parser.add_argument("--print", action="store_true", help="show the view as JSON instead of saving it")
+    options = parser.parse_args(arguments)
+    view = workspace(options.entity, options.project, options.name)
+    if options.print:
+        print(json.dumps(specification(view), indent=2))
+        return 0
+    import wandb
+
+    if not wandb.login(prompt=False, verify=False):
+        print("tools.dashboard: no W&B key: run `wandb login`, or use --print", file=sys.stderr)
+        return 2
+    try:
+        view.save()
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:  # whatever W&B's client raises for a wrong key, project or network
+        print(f"tools.dashboard: W&B did not save the view: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(view.url)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

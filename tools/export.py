@@ -1,0 +1,159 @@
+"""A run as a folder that any `transformers` user can load: weights, config, tokenizer, model card.
+
+    python -m tools.export RUN [--step N] --output HF_DIR
+
+Weights are read from the checkpoint of whatever ZeRO stage one parameter at a time and written as sharded safetensors,
+so memory is bounded by one shard. The folder appears when it is complete.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+from string import Template
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from data_prep.command import run_command
+from engine.checkpoint import CheckpointManifest, find
+from engine.native import read_weights
+from model.config import ModelConfig
+from model.hf import save_hf
+from tools.hf_tokenizer import write_hf_tokenizer
+from tools.trained import DTYPES
+from training.manifest import TokenizerInfo, publish, write_atomically
+from training.metrics import METRICS_FILE
+from training.records import read_records
+
+CARD = Template("""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [llama, deepspeed, longform]
+---
+
+# $name
+
+A $architecture with $parameters parameters, trained with DeepSpeed for $steps optimizer steps on $tokens tokens.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("$folder")
+model = AutoModelForCausalLM.from_pretrained("$folder")
+```
+
+Every document of the training began with the BOS token, which the tokenizer adds by itself. Rows held $seq_length tokens;
+attention did not cross document boundaries.
+
+## Data
+
+Fingerprint `$fingerprint`
+
+| source | documents | bytes of text | tokens |
+|---|---|---|---|
+$sources
+
+## Validation
+
+$validation
+
+## Run
+
+| | |
+|---|---|
+| seed | $seed |
+| optimizer | AdamW, peak learning rate $lr, weight decay $weight_decay |
+| checkpoint | `$checkpoint`, written $created |
+| git commit | $commit |
+| versions | $versions |
+""")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", help="folder of a run (train.py's --output)")
+    parser.add_argument("--output", required=True, help="folder to create")
+    parser.add_argument("--step", type=int, help="checkpoint to take (default: the newest good one)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="bfloat16", help="precision of the weights (default: bfloat16)"
+    )
+    parser.add_argument("--max-shard-gb", type=float, default=5.0, help="size of a weights file at most (default: 5.0)")
+    arguments = parser.parse_args()
+    run, output = Path(arguments.run), Path(arguments.output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"--output {output} exists already: give a folder that is new or empty")
+    checkpoint, manifest = find(run, arguments.step)
+    export(run, checkpoint, manifest, output, DTYPES[arguments.dtype], int(arguments.max_shard_gb * 1e9))
+    print(f"{checkpoint} exported to {output}")
+
+
+def export(
+    run: Path, checkpoint: Path, manifest: CheckpointManifest, output: Path, dtype: torch.dtype, max_shard_bytes: int
+) -> None:
+    """Write the Hugging Face folder beside `output` and rename it when it is complete."""
+    config = ModelConfig.model_validate(manifest.recipe["model"])
+    info = TokenizerInfo.model_validate(manifest.data["tokenizer"])
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        ids = {"bos_token_id": info.bos_id, "eos_token_id": info.eos_id, "pad_token_id": info.pad_id}
+        weights = track(read_weights(checkpoint, manifest), "weights", console=Console(stderr=True), transient=True)
+        save_hf(config, weights, partial, dtype, max_shard_bytes, ids)
+        write_hf_tokenizer(info, run / info.file, partial, config.max_position_embeddings)
+        write_atomically(partial / "README.md", card(run, checkpoint, manifest, config, output).encode())
+        publish(partial, output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def card(run: Path, checkpoint: Path, manifest: CheckpointManifest, config: ModelConfig, output: Path) -> str:
+    """The model card: what the model is, what it saw, how well it predicts, and what made it."""
+    data, recipe, state = manifest.data, manifest.recipe, manifest.state
+    rows = [
+        f"| {name} | {source['documents']:,} | {source['bytes']:,} | {source['tokens']:,} |"
+        for name, source in data["sources"].items()
+    ]
+    return CARD.substitute(
+        name=output.name,
+        folder=output.name,
+        architecture=config.to_hf()["architectures"][0],
+        parameters=f"{config.num_parameters():,}",
+        steps=f"{state.step:,}",
+        tokens=f"{state.consumed_tokens:,}",
+        seq_length=f"{data['seq_length']:,}",
+        fingerprint=data["fingerprint"],
+        sources="\n".join(rows),
+        validation=_validation(run, state.step),
+        seed=state.seed,
+        lr=recipe["optimizer"]["lr"],
+        weight_decay=recipe["optimizer"]["weight_decay"],
+        checkpoint=checkpoint.name,
+        created=manifest.created,
+        commit=(manifest.environment.get("git") or {}).get("commit", "unknown"),
+        versions=", ".join(
+            f"{name} {version}" for name, version in manifest.environment["packages"].items() if version
+        ),
+    )
+
+
+def _validation(run: Path, step: int) -> str:
+    metrics = run / METRICS_FILE
+    records = [
+        r for r in (read_records(metrics) if metrics.exists() else []) if "validation" in r and r["step"] <= step
+    ]
+    if not records:
+        return "None was made during the run."
+    rows = [
+        f"| {name} | {records[-1]['step']} | {s['loss']:.4f} | {s['bits_per_byte']:.4f} |"
+        for name, s in records[-1]["validation"].items()
+    ]
+    return "\n".join(["| set | step | loss (nats per token) | bits per byte |", "|---|---|---|---|", *rows])
+
+
+if __name__ == "__main__":
+    run_command(main)

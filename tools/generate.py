@@ -1,0 +1,70 @@
+"""Continue a text with a trained model, printed as it is made.
+
+python -m tools.generate RUN|HF_DIR --prompt "Enter HAMLET" [--temperature 0.8] [--top-p 0.95]
+"""
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from data_prep.command import run_command
+from data_prep.tokenizer import Tokenizer
+from model.generation import generate
+from tools.trained import DTYPES, default_device, open_trained
+
+UNFINISHED = "\ufffd"  # what the first bytes of a character decode to until its last byte is there
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.generate", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("source", help="folder of a run, or an exported Hugging Face folder")
+    parser.add_argument("--prompt", required=True, help="text to continue; - reads it from standard input")
+    parser.add_argument("--max-new-tokens", type=int, default=200, help="stop after this many tokens")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the most likely token")
+    parser.add_argument("--top-k", type=int, help="choose among the k most likely tokens only")
+    parser.add_argument("--top-p", type=float, help="choose among the fewest tokens with this share of the probability")
+    parser.add_argument("--seed", type=int, help="makes the choices repeatable")
+    parser.add_argument("--step", type=int, help="checkpoint of a run; the newest good one by default")
+    parser.add_argument("--device", default=default_device(), help="where to run")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of the weights")
+    arguments = parser.parse_args()
+
+    trained = open_trained(arguments.source, arguments.step, arguments.device, arguments.dtype)
+    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    start = [] if trained.tokenizer.bos_id is None else [trained.tokenizer.bos_id]
+    ids = [*start, *trained.tokenizer.encode_batch([prompt])[0].tolist()]
+    generator = None if arguments.seed is None else torch.Generator().manual_seed(arguments.seed)
+    tokens = generate(
+        trained.model,
+        torch.tensor(ids or [trained.tokenizer.eos_id], device=arguments.device),
+        arguments.max_new_tokens,
+        arguments.temperature,
+        arguments.top_k,
+        arguments.top_p,
+        trained.tokenizer.eos_id,
+        generator,
+    )
+    for piece in stream(trained.tokenizer, ids, tokens):
+        print(piece, end="", flush=True)
+    print()
+
+
+def stream(tokenizer: Tokenizer, prompt: list[int], tokens: Iterable[int]) -> Iterator[str]:
+    """The text of prompt and tokens in pieces, each as soon as its last character is complete."""
+    ids, printed = list(prompt), tokenizer.decode(prompt)
+    yield printed
+    for token in tokens:
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        if not text.endswith(UNFINISHED):
+            yield text[len(printed) :]
+            printed = text
+    yield tokenizer.decode(ids)[len(printed) :]
+
+
+if __name__ == "__main__":
+    run_command(main)

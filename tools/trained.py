@@ -1,0 +1,60 @@
+"""Open what training made: a run's checkpoint in any ZeRO stage, or an exported Hugging Face folder."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from data_prep.tokenizer import Tokenizer, open_tokenizer
+from engine.checkpoint import CheckpointManifest, find
+from engine.native import read_weights
+from model.config import ModelConfig
+from model.hf import load_model
+from model.llama import Llama
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Trained(NamedTuple):
+    model: Llama
+    tokenizer: Tokenizer
+    name: str
+
+
+def open_trained(source: str, step: int | None, device: str, dtype: str) -> Trained:
+    """A model in evaluation mode and the tokenizer it was trained with.
+
+    `source`: a run's folder (`step`: which checkpoint, the newest good one by default) or a Hugging Face folder.
+    Raises ValueError when it is neither, or damaged.
+    """
+    folder = Path(source)
+    if (folder / "config.json").is_file():
+        if step is not None:
+            raise ValueError(f"--step {step} has no meaning for the exported model {folder}")
+        model, tokenizer, name = load_model(folder, DTYPES[dtype], device), open_tokenizer(folder), folder.name
+    else:
+        checkpoint, manifest = find(folder, step)
+        model, name = load_checkpoint(checkpoint, manifest, DTYPES[dtype], device), f"{folder.name}/{checkpoint.name}"
+        tokenizer = open_tokenizer(folder / manifest.data["tokenizer"]["file"])
+    return Trained(model.eval(), tokenizer, name)
+
+
+def load_checkpoint(folder: Path, manifest: CheckpointManifest, dtype: torch.dtype, device: str) -> Llama:
+    """The weights of a checkpoint in one plain model, a parameter at a time."""
+    config = ModelConfig.model_validate(manifest.recipe["model"])
+    with torch.device("meta"):
+        model = Llama(config).to(dtype)
+    model = model.to_empty(device=device)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in read_weights(folder, manifest):
+            if name in parameters:
+                parameters.pop(name).copy_(tensor)
+    assert not parameters, f"{folder} lacks {sorted(parameters)}"
+    return model
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
