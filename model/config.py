@@ -29,15 +29,15 @@ class ModelConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True)
 
-    vocab_size: PositiveInt = 32000
+    vocab_size: PositiveInt
     """Number of token ids, which is the number of rows of the embedding."""
-    hidden_size: PositiveInt = 768
+    hidden_size: PositiveInt
     """Width of the residual stream."""
-    intermediate_size: PositiveInt = 2048
+    intermediate_size: PositiveInt
     """Width inside the SwiGLU feed-forward layer."""
-    num_hidden_layers: PositiveInt = 12
+    num_hidden_layers: PositiveInt
     """Number of decoder blocks."""
-    num_attention_heads: PositiveInt = 12
+    num_attention_heads: PositiveInt
     """Number of query heads."""
     num_key_value_heads: PositiveInt | None = None
     """Number of key/value heads, a divisor of the query heads (1: multi-query attention). Default: as many."""

