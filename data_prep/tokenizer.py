@@ -66,6 +66,11 @@ class Tokenizer(ABC):
         return hashlib.sha256(self.path.read_bytes()).hexdigest()
 
     @property
+    def identity(self) -> str:
+        """A hash that is the same for all files of one tokenizer, the one that an export writes included."""
+        return self.sha256
+
+    @property
     def dtype(self) -> np.dtype:
         return np.dtype(token_dtype(self.vocab_size))
 
@@ -169,6 +174,12 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._model.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    @property
+    def identity(self) -> str:
+        table = json.loads(self._model.to_str()) | {"post_processor": None}  # what surrounds a document is ours
+        named = self.bos_id, self.eos_id, self.pad_id, self.mask_id
+        return hashlib.sha256(json.dumps([table, named], sort_keys=True).encode()).hexdigest()
 
     def _named_tokens(self, vocabulary: dict[str, int]) -> dict[str, int]:
         """Ids of bos, eos, pad and mask: by the files beside the tokenizer, else by their usual names."""

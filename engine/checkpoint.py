@@ -9,6 +9,7 @@
 import datetime
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,10 @@ def agree_on_checkpoint(run: Path) -> tuple[tuple[Path, CheckpointManifest] | No
 
 
 def find(run: Path, step: int | None = None) -> tuple[Path, CheckpointManifest]:
-    """A checkpoint to read from: the given step's, else the newest good one. Raises ValueError when there is none."""
+    """A checkpoint to read from: the given step's, else the newest good one, with a warning on stderr for each damaged.
+
+    Raises ValueError when there is none.
+    """
     if step is not None:
         folder = run / "checkpoints" / f"step-{step:08d}"
         if not folder.is_dir():
@@ -177,6 +181,8 @@ def find(run: Path, step: int | None = None) -> tuple[Path, CheckpointManifest]:
         return folder, read_manifest(folder)
     if (found := newest_good(run)) is None:
         raise ValueError(f"{run} has no checkpoint: give the --output folder of a training run")
+    for sentence in found[2]:
+        print(sentence, file=sys.stderr)
     return found[0], found[1]
 
 

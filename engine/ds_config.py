@@ -5,55 +5,18 @@ processes have found each other. Everything here happens before, and every probl
 """
 
 import json
-import types
-import typing
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from deepspeed.comm.config import CommsLoggerConfig
 from deepspeed.runtime import config as deepspeed_config
-from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from pydantic import BaseModel, ValidationError
 
+from engine.ds_keys import SECTIONS, key_problems, value_problems
 from engine.legality import illegal_combinations
 from training.config import Recipe, did_you_mean
 
-# Sections that DeepSpeed validates itself (unknown keys are errors there) and those that it reads as plain dicts.
-SECTIONS: dict[str, type[BaseModel] | set[str]] = {
-    "zero_optimization": DeepSpeedZeroConfig,
-    "bf16": DeepSpeedBF16Config,
-    "fp16": DeepSpeedFP16Config,
-    "comms_logger": CommsLoggerConfig,
-    "torch_autocast": {"enabled", "dtype", "lower_precision_safe_modules"},
-    "data_types": {"grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"},
-    "checkpoint": {"tag_validation", "use_node_local_storage", "parallel_write"},
-    "flops_profiler": {
-        *("enabled", "recompute_fwd_factor", "profile_step", "module_depth", "top_modules", "detailed", "output_file")
-    },
-    "aio": {"block_size", "queue_depth", "intra_op_parallelism", "single_submit", "overlap_events", "use_gds"},
-    "optimizer": {"type", "params", "legacy_fusion"},
-}
-SCALARS = {
-    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
-    *("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "log_level", "disable_python_gc"),
-    *("communication_data_type", "prescale_gradients", "gradient_predivide_factor"),
-    *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"),
-}
-REFUSED = {
-    "scheduler": "the schedule belongs to the recipe (section schedule); remove it from the JSON",
-    "activation_checkpointing": "it does nothing by itself; set training.activation_checkpointing in the recipe",
-    "wandb": "Longform logs to Weights & Biases itself, from one process (recipe section logging); remove it",
-    "tensorboard": "Longform logs through its own metrics (recipe section logging); remove it",
-    "csv_monitor": "metrics.jsonl is always written; remove it",
-    "comet": "Longform logs through its own metrics (recipe section logging); remove it",
-    "data_efficiency": "it needs DeepSpeed's own data loader, which cannot resume; remove it",
-    "autotuning": "it ends the process in the middle of a step; remove it",
-    "managed_gradient_accumulation": "the accumulation boundary is Longform's; remove it",
-    "gradient_allreduce_op": "the loss is weighted for averaging by DeepSpeed; remove it",
-}
-UNSUPPORTED = {"pipeline", "tensor_parallel", "sequence_parallel_size", "expert_parallel", "compile", "hybrid_engine"}
+OPTIMIZER_KEYS = {"type", "params", "legacy_fusion"}
+OPTIMIZER_PARAMS = {"lr", "betas", "eps", "weight_decay", "torch_adam", "adam_w_mode"}
 NEVER_AUTO = "; DeepSpeed would read the word itself: write a value or leave the key out"
 
 
@@ -102,7 +65,7 @@ def resolve_ds_config(
     """
     config = json.loads(json.dumps(raw))
     problems = key_problems(config)
-    malformed = [key for key in SECTIONS if not isinstance(config.get(key, {}), dict)]
+    malformed = [key for key in (*SECTIONS, "optimizer") if not isinstance(config.get(key, {}), dict)]
     problems += [f"{key} must be an object with keys, got {config[key]!r}" for key in malformed]
     for key in malformed:
         del config[key]
@@ -112,78 +75,13 @@ def resolve_ds_config(
     _fill_zero(config, recipe, device)
     config.setdefault("steps_per_print", 2**31)
     problems += [f'{key} is "auto"{NEVER_AUTO}' for key in _autos(config)]
-    problems += _section_problems(config)
+    problems += value_problems(config)
     problems += illegal_combinations(config, batch, device)
     if not problems:
         problems += _deepspeeds_own_verdict(config)
     if problems:
         raise ValueError("\n".join(f"{path}: {problem}" for problem in problems))
     return config, batch
-
-
-def key_problems(config: dict[str, Any]) -> list[str]:
-    """A sentence for each top-level key that is unknown, removed, or not for a JSON used here."""
-    problems = []
-    removed = deepspeed_config._REMOVED_TOP_LEVEL_CONFIG_KEYS
-    for key in sorted(config):
-        if key in removed:
-            problems.append(f"{key} was removed from DeepSpeed 0.19: remove it from the JSON")
-        elif key in REFUSED:
-            problems.append(f"{key}: {REFUSED[key]}")
-        elif key in UNSUPPORTED:
-            problems.append(f"{key} is not supported by train.py: remove it and choose a ZeRO stage (0 to 3)")
-        elif key not in SCALARS and key not in SECTIONS:
-            problems.append(f"unknown key {key!r}{did_you_mean(key, [*SCALARS, *SECTIONS])}")
-    return problems
-
-
-def _section_problems(config: dict[str, Any]) -> list[str]:
-    """Check each section's keys and values, removing what is wrong so that later checks see a sound remainder."""
-    problems = []
-    for name, schema in SECTIONS.items():
-        section = config.get(name, {})
-        removed = deepspeed_config._REMOVED_ZERO_CONFIG_KEYS if name == "zero_optimization" else {}
-        for key in [key for key in section if key in removed]:
-            problems.append(f"{name}.{key} was removed from DeepSpeed 0.19: remove it from the JSON")
-            del section[key]
-        if isinstance(schema, set):
-            for key in [key for key in section if key not in schema]:
-                problems.append(f"unknown key '{name}.{key}'{did_you_mean(key, sorted(schema))}")
-                del section[key]
-            continue
-        try:
-            schema(**section)
-        except ValidationError as error:
-            for detail in error.errors():
-                problems.append(_deepspeed_sentence(name, schema, detail))
-                section.pop(str(detail["loc"][0]) if detail["loc"] else "", None)
-        except (ValueError, AssertionError, TypeError, AttributeError) as error:
-            problems.append(f"{name}: {' '.join(str(error).split())}")
-            config[name] = {}
-    return problems
-
-
-def _deepspeed_sentence(section: str, schema: type[BaseModel], detail: dict[str, Any]) -> str:
-    path = [str(part) for part in detail["loc"]]
-    dotted = ".".join([section, *path])
-    if detail["type"] == "extra_forbidden":
-        for part in path[:-1]:
-            schema = _model_of(schema, part)
-        return f"unknown key '{dotted}'{did_you_mean(path[-1], _names(schema))}"
-    return f"{dotted}: {detail['msg'].removeprefix('Value error, ')}, got {detail['input']!r}"
-
-
-def _names(schema: type[BaseModel]) -> list[str]:
-    return [field.alias or name for name, field in schema.model_fields.items()] if schema else []
-
-
-def _model_of(schema: type[BaseModel], name: str) -> type[BaseModel] | None:
-    """The config class of a nested key such as `offload_optimizer`, through Optional."""
-    field = next((f for key, f in schema.model_fields.items() if name in (key, f.alias)), None) if schema else None
-    options = [field.annotation] if field else []
-    if options and typing.get_origin(options[0]) in (typing.Union, types.UnionType):
-        options = list(typing.get_args(options[0]))
-    return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
 
 
 def _agree(config: dict[str, Any], key: str, value: Any, recipe_key: str, label: str = "") -> list[str]:
@@ -201,16 +99,15 @@ def _fill_optimizer(config: dict[str, Any], recipe: Recipe) -> list[str]:
     block = config.pop("optimizer", None)
     if block is None:
         return problems
-    problems += [f"unknown key 'optimizer.{key}'" for key in block if key not in SECTIONS["optimizer"]]
+    problems += [f"unknown key 'optimizer.{key}'" for key in block if key not in OPTIMIZER_KEYS]
     kind, params = block.get("type", "auto"), block.get("params", {})
     if str(kind).lower() not in ("auto", "adamw", "adam"):
         problems.append(f"optimizer.type is {kind!r} but the recipe's optimizer is AdamW: make them equal")
     if not isinstance(params, dict):
         return [*problems, f"optimizer.params must be an object with keys, got {params!r}"]
-    known = {"lr", "betas", "eps", "weight_decay", "torch_adam", "adam_w_mode"}
     for key in params:
-        if key not in known:
-            problems.append(f"unknown key 'optimizer.params.{key}'{did_you_mean(key, sorted(known))}")
+        if key not in OPTIMIZER_PARAMS:
+            problems.append(f"unknown key 'optimizer.params.{key}'{did_you_mean(key, sorted(OPTIMIZER_PARAMS))}")
         elif hasattr(recipe.optimizer, key):
             value, place = getattr(recipe.optimizer, key), f"the recipe's optimizer.{key}"
             problems += _agree(dict(params), key, value, place, "optimizer.params.")
@@ -271,14 +168,12 @@ def _fill_zero(config: dict[str, Any], recipe: Recipe, device: torch.device) -> 
         config["zero_force_ds_cpu_optimizer"] = device.type != "cpu"
 
 
-def _autos(tree: dict[str, Any], prefix: str = "") -> list[str]:
-    found = []
-    for key, value in tree.items():
-        if value == "auto" and prefix + key != "data_types.keep_in_fp32_modules":
-            found.append(prefix + key)
-        elif isinstance(value, dict):
-            found += _autos(value, f"{prefix}{key}.")
-    return found
+def _autos(tree: Any, place: str = "") -> list[str]:
+    """The places of "auto" that are left; DeepSpeed itself knows it in one place only."""
+    if tree == "auto":
+        return [] if place == "data_types.keep_in_fp32_modules" else [place]
+    children = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    return [found for key, value in children for found in _autos(value, f"{place}.{key}".lstrip("."))]
 
 
 def _deepspeeds_own_verdict(config: dict[str, Any]) -> list[str]:

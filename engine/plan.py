@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from engine.ds_config import Batch, key_problems, read_ds_config, resolve_ds_config
+from engine.ds_config import Batch, read_ds_config, resolve_ds_config
+from engine.ds_keys import key_problems
 from engine.topology import Topology
 from model.config import ModelConfig
 from training.config import Recipe, load_recipe

@@ -91,8 +91,8 @@ def any_rank(engine: deepspeed.DeepSpeedEngine, flag: bool) -> bool:
 
 def forward(engine, batch: dict, z_loss_weight: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The sums (objective, cross-entropy) over one micro-batch of this rank."""
-    tensors = [batch[key].to(engine.device, non_blocking=True) for key in ("input_ids", "position_ids", "targets")]
-    return engine(*tensors, z_loss_weight=z_loss_weight)
+    inputs, targets = (batch[key].to(engine.device, non_blocking=True) for key in ("input_ids", "targets"))
+    return engine(inputs, batch["position_ids"], targets, z_loss_weight=z_loss_weight)
 
 
 def sum_over_ranks(engine, values: list[float]) -> list[float]:

@@ -32,7 +32,7 @@ def generate(
     prompt = input_ids.reshape(1, -1)
     if prompt.shape[1] == 0 or len(prompt.flatten()) != input_ids.shape[-1]:
         raise ValueError(f"generation takes one prompt of at least one token, not a tensor of shape {input_ids.shape}")
-    if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+    if not temperature >= 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
         raise ValueError("generation needs temperature >= 0, top_k >= 1 and 0 < top_p <= 1")
     stop = {eos_id} if isinstance(eos_id, int) else set(eos_id or ())
     return _decode(

@@ -196,7 +196,11 @@ def _read(places: dict[str, tuple[Path, str]]) -> Iterator[tuple[str, Tensor]]:
 
 def _write_shard(folder: Path, number: int, shard: dict[str, Tensor]) -> tuple[Path, list[str]]:
     path = folder / f".model-{number + 1:05d}.part"
-    save_file(shard, path, metadata={"format": "pt"})
+    try:
+        save_file(shard, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written ({error})") from None
+    path.chmod(folder.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return path, list(shard)

@@ -3,8 +3,8 @@
 import fcntl
 import json
 import re
+import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import yaml
 from engine.checkpoint import read_manifest, steps
 from tests.engine.programs import prepare
 from tests.launch import free_port, run_cli, start_cli
+from tests.training.test_wandb_run import read_run
 from training.records import read_records
 
 LAUNCHERS = {
@@ -48,7 +49,8 @@ def events(output: Path) -> list[str]:
 def finished(setting):
     """An uninterrupted run of 8 steps under the deepspeed launcher on two ranks."""
     output = setting[0] / "finished"
-    done = run_cli(command(setting, output, launcher="deepspeed"), timeout=200)
+    flags = ["--logging.wandb", "true", "--logging.wandb_project", "plays"]
+    done = run_cli(command(setting, output, *flags, launcher="deepspeed"), timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     return output, done
 
@@ -67,6 +69,28 @@ def test_finished_run_leaves_all_its_files(finished):
     assert [r["step"] for r in validations] == [4, 8]
     assert not [line for line in done.stderr.splitlines() if "terminate called" in line or "Traceback" in line]
     assert len([line for line in done.stdout.splitlines() if re.match(r"step 8/8 \| loss", line)]) == 1
+
+
+def test_wandb_run_is_one_and_complete(setting, finished, tmp_path):
+    """Of two ranks one records; a later launch continues the same run id; the config says what determined the run."""
+    output = tmp_path / "longer"
+    shutil.copytree(finished[0], output)
+    flags = ["--logging.wandb", "true", "--logging.wandb_project", "plays", "--training.max_steps", "10"]
+    done = run_cli(command(setting, output, *flags), timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    files = sorted(output.glob("wandb/offline-run-*/run-*.wandb"))
+    assert len(files) == 2
+    first, second = (read_run(path) for path in files)
+    assert first[0].run_id == second[0].run_id == read_manifest(steps(output)[0]).state.wandb_id
+    config = first[1]
+    assert config["recipe"]["optimizer"]["lr"] == 3e-3
+    assert config["ds_config"]["train_batch_size"] == 8
+    assert config["data"]["fingerprint"] == read_manifest(steps(output)[0]).state.data_fingerprint
+    assert config["environment"]["packages"]["deepspeed"]
+    assert sorted(first[2]) == list(range(1, 9))
+    assert first[2][8]["train/loss"] == losses(output)[8]
+    assert "validation/again/loss" in first[2][8]
+    assert {9, 10} <= set(second[2])
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "python"])
@@ -121,7 +145,7 @@ def test_time_limit_stops_with_a_checkpoint(setting, tmp_path):
 
 
 def test_all_checkpoints_damaged_is_an_error_not_a_fresh_start(setting, finished, tmp_path):
-    subprocess.run(["cp", "-r", finished[0], tmp_path / "copy"], check=True)
+    shutil.copytree(finished[0], tmp_path / "copy")
     for folder in steps(tmp_path / "copy"):
         (folder / "manifest.json").write_text("{")
     done = run_cli(command(setting, tmp_path / "copy", "--training.max_steps", "9"), timeout=120)

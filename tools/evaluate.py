@@ -10,16 +10,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from data_prep.command import run_command
+from data_prep.progress import Progress
+from data_prep.tokenizer import open_tokenizer
 from model.llama import Llama
 from tools.trained import DTYPES, default_device, open_trained
 from training.data import make_batch
 from training.manifest import write_atomically
 from training.scores import scores
 from training.shards import ShardedDataset, open_split
+
+TOKEN_BYTES = 8  # of the int64 ids that the model reads
 
 
 def main() -> None:
@@ -36,10 +39,13 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of the weights")
     parser.add_argument("--json", help="also write the figures to this file")
     arguments = parser.parse_args()
+    if arguments.batch_samples < 1 or (arguments.max_samples is not None and arguments.max_samples < 1):
+        raise ValueError("--batch-samples and --max-samples must be at least 1")
 
     trained = open_trained(arguments.source, arguments.step, arguments.device, arguments.dtype)
     dataset = open_split(Path(arguments.data), arguments.split)
-    if trained.tokenizer.sha256 != dataset.manifest.tokenizer.sha256:
+    theirs = open_tokenizer(Path(arguments.data) / dataset.manifest.tokenizer.file)
+    if trained.tokenizer.identity != theirs.identity:
         raise ValueError(
             f"{arguments.data} was built with another tokenizer than {arguments.source}: build it with that one"
         )
@@ -60,13 +66,17 @@ def source_sums(
     count = min(dataset.rows_per_source[source], max_samples or dataset.rows_per_source[source])
     device = model.embed_tokens.weight.device
     loss_sum, targets = 0.0, 0
-    for first in track(range(0, count, batch_samples), source, console=Console(stderr=True), transient=True):
-        numbers = np.arange(first, min(first + batch_samples, count))
-        batch = make_batch(dataset, np.full(len(numbers), dataset.sources.index(source)), numbers)
-        with torch.inference_mode():
-            tensors = (batch[key].to(device) for key in ("input_ids", "position_ids", "targets"))
-            loss_sum += float(model(*tensors)[1])
-        targets += batch["num_targets"]
+    row_tokens = dataset.manifest.seq_length
+    with Progress(source, count * row_tokens * TOKEN_BYTES) as progress:
+        for first in range(0, count, batch_samples):
+            numbers = np.arange(first, min(first + batch_samples, count))
+            batch = make_batch(dataset, np.full(len(numbers), dataset.sources.index(source)), numbers)
+            with torch.inference_mode():
+                tensors = (batch[key].to(device) for key in ("input_ids", "position_ids", "targets"))
+                loss_sum += float(model(*tensors)[1])
+            targets += batch["num_targets"]
+            tokens = len(numbers) * row_tokens
+            progress.advance(tokens * TOKEN_BYTES, tokens)
     return loss_sum, targets
 
 

@@ -8,14 +8,14 @@ so memory is bounded by one shard. The folder appears when it is complete.
 
 import argparse
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from string import Template
 
 import torch
-from rich.console import Console
-from rich.progress import track
 
 from data_prep.command import run_command
+from data_prep.progress import Progress
 from engine.checkpoint import CheckpointManifest, find
 from engine.native import read_weights
 from model.config import ModelConfig
@@ -43,8 +43,7 @@ tokenizer = AutoTokenizer.from_pretrained("$folder")
 model = AutoModelForCausalLM.from_pretrained("$folder")
 ```
 
-Every document of the training began with the BOS token, which the tokenizer adds by itself. Rows held $seq_length tokens;
-attention did not cross document boundaries.
+$beginning Rows held $seq_length tokens; attention did not cross document boundaries.
 
 ## Data
 
@@ -68,6 +67,7 @@ $validation
 | git commit | $commit |
 | versions | $versions |
 """)
+BEGINNING = "Every document of the training began with the BOS token, which the tokenizer adds by itself."
 
 
 def main() -> None:
@@ -83,6 +83,8 @@ def main() -> None:
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="size of a weights file at most (default: 5.0)")
     arguments = parser.parse_args()
     run, output = Path(arguments.run), Path(arguments.output)
+    if not 0 < arguments.max_shard_gb < float("inf"):
+        raise ValueError(f"--max-shard-gb {arguments.max_shard_gb:g}: more than 0")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"--output {output} exists already: give a folder that is new or empty")
     checkpoint, manifest = find(run, arguments.step)
@@ -101,14 +103,21 @@ def export(
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
         ids = {"bos_token_id": info.bos_id, "eos_token_id": info.eos_id, "pad_token_id": info.pad_id}
-        weights = track(read_weights(checkpoint, manifest), "weights", console=Console(stderr=True), transient=True)
-        save_hf(config, weights, partial, dtype, max_shard_bytes, ids)
+        with Progress("writing weights", config.num_parameters() * dtype.itemsize) as progress:
+            weights = counted(read_weights(checkpoint, manifest), dtype.itemsize, progress)
+            save_hf(config, weights, partial, dtype, max_shard_bytes, ids)
         write_hf_tokenizer(info, run / info.file, partial, config.max_position_embeddings)
         write_atomically(partial / "README.md", card(run, checkpoint, manifest, config, output).encode())
         publish(partial, output)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def counted(weights: Iterable[tuple[str, torch.Tensor]], item_bytes: int, progress: Progress) -> Iterator:
+    for name, tensor in weights:
+        yield name, tensor
+        progress.advance(tensor.numel() * item_bytes)
 
 
 def card(run: Path, checkpoint: Path, manifest: CheckpointManifest, config: ModelConfig, output: Path) -> str:
@@ -125,6 +134,7 @@ def card(run: Path, checkpoint: Path, manifest: CheckpointManifest, config: Mode
         parameters=f"{config.num_parameters():,}",
         steps=f"{state.step:,}",
         tokens=f"{state.consumed_tokens:,}",
+        beginning=BEGINNING if data["tokenizer"]["bos_id"] is not None else "Documents have no BOS token.",
         seq_length=f"{data['seq_length']:,}",
         fingerprint=data["fingerprint"],
         sources="\n".join(rows),

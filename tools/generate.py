@@ -32,6 +32,10 @@ def main() -> None:
     parser.add_argument("--device", default=default_device(), help="where to run")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of the weights")
     arguments = parser.parse_args()
+    if arguments.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens {arguments.max_new_tokens}: at least 1")
+    if arguments.seed is not None and not 0 <= arguments.seed < 2**63:
+        raise ValueError(f"--seed {arguments.seed}: from 0 to 2**63 - 1")
 
     trained = open_trained(arguments.source, arguments.step, arguments.device, arguments.dtype)
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt

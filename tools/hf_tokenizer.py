@@ -15,6 +15,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
 from graphlib import CycleError, TopologicalSorter
+from itertools import pairwise
 from pathlib import Path
 
 import tokenizers
@@ -196,7 +197,7 @@ def _last_pair(entry: str, scores: dict[str, float]) -> Pair | None:
     """The two entries that SentencePiece joins into this one; None if it never does."""
     parts = list(entry)
     while len(parts) > 2:
-        found = [scores.get(left + right) for left, right in zip(parts, parts[1:], strict=False)]
+        found = [scores.get(left + right) for left, right in pairwise(parts)]
         best = max((score for score in found if score is not None), default=None)
         if best is None:
             return None
@@ -208,8 +209,9 @@ def _last_pair(entry: str, scores: dict[str, float]) -> Pair | None:
 def _order_ties(group: dict[str, Pair]) -> dict[str, Pair]:
     """Entries of one score in an order of ranks that has the effect of joining the leftmost pair first.
 
-    Where a symbol can go with its left or its right neighbour, the left one has to win: that join, and all joins of
-    the group by which the left neighbour comes about, rank before the join with the right one.
+    Where a symbol can go with its left or its right neighbour, the left one has to win: that join, and all joins by
+    which the left neighbour comes about, rank before the join with the right one. Joins by which the symbol itself
+    comes about are exempt: the same join happens at the left first.
     """
 
     def derivation(entry: str) -> set[str]:
@@ -218,7 +220,7 @@ def _order_ties(group: dict[str, Pair]) -> dict[str, Pair]:
     starting = defaultdict(list)
     for entry, (left, _) in group.items():
         starting[left].append(entry)
-    order = TopologicalSorter({entry: () for entry in group})
+    order = TopologicalSorter(dict.fromkeys(group, ()))
     for entry, (left, right) in group.items():
         if starting[right]:
             before = derivation(left) - derivation(right) | {entry}

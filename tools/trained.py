@@ -25,9 +25,13 @@ def open_trained(source: str, step: int | None, device: str, dtype: str) -> Trai
     """A model in evaluation mode and the tokenizer it was trained with.
 
     `source`: a run's folder (`step`: which checkpoint, the newest good one by default) or a Hugging Face folder.
-    Raises ValueError when it is neither, or damaged.
+    Raises ValueError when it is neither, or damaged, or when this machine has no such device.
     """
     folder = Path(source)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from None
     if (folder / "config.json").is_file():
         if step is not None:
             raise ValueError(f"--step {step} has no meaning for the exported model {folder}")

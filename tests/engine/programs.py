@@ -62,7 +62,8 @@ def prepare(folder: Path) -> tuple[str, str]:
     build(folder / "data", lengths, 64, vocab_size=256, splits=("train", "validation"), weights={"long": 3, "short": 1})
     (folder / "data/tokenizer").mkdir()
     (folder / "data/tokenizer/tokenizer.model").write_bytes(b"stands for a tokenizer")
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    validation = RECIPE["validation"] | {"sets": {"again": str(folder / "data")}}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | {"validation": validation}))
     return str(folder / "recipe.yaml"), str(folder / "data")
 
 
@@ -166,18 +167,18 @@ def poisoned(folder: str, recipe: str, data: str, configs: dict[str, dict]) -> d
     return results
 
 
-def interrupted(folder: str, recipe: str, data: str, configs: dict[str, dict]) -> dict[str, dict]:
-    """Per config: 8 steps in one go; 4 steps, a checkpoint, a fresh engine that restores it, 4 more."""
+def interrupted(folder: str, recipe: str, data: str, configs: dict[str, tuple[dict, dict]]) -> dict[str, dict]:
+    """Per (ds_config, overrides): 8 steps in one go; 4 steps, a checkpoint, a fresh engine that restores it, 4 more."""
     results = {}
-    for name, ds_config in configs.items():
+    for name, (ds_config, overrides) in configs.items():
         whole = Run(recipe, data, ds_config, Path(folder) / "whole" / name)
         expected = whole.steps(8)
         whole.close()
-        first = Run(recipe, data, ds_config, Path(folder) / name)
+        first = Run(recipe, data, ds_config, Path(folder) / name, overrides)
         history = first.steps(4)
         first.save()
         first.close()
-        second = Run(recipe, data, ds_config, Path(folder) / name)
+        second = Run(recipe, data, ds_config, Path(folder) / name, overrides)
         second.restore()
         history += second.steps(4)
         results[name] = {"expected": expected, "history": history, "weights": second.weights()}
@@ -185,11 +186,13 @@ def interrupted(folder: str, recipe: str, data: str, configs: dict[str, dict]) -
     return results
 
 
-def continued(folder: str, recipe: str, data: str, configs: dict[str, dict], steps: int) -> dict[str, dict]:
-    """Per config: restore the newest checkpoint, whatever wrote it, train on and save."""
+def continued(
+    folder: str, recipe: str, data: str, configs: dict[str, tuple[dict, dict]], steps: int
+) -> dict[str, dict]:
+    """Per (ds_config, overrides): restore the newest checkpoint, whatever wrote it, train on and save."""
     results = {}
-    for name, ds_config in configs.items():
-        run = Run(recipe, data, ds_config, Path(folder) / name)
+    for name, (ds_config, overrides) in configs.items():
+        run = Run(recipe, data, ds_config, Path(folder) / name, overrides)
         run.restore()
         groups = [(g["weight_decay"], len(g["params"])) for g in run.engine.optimizer.param_groups]
         results[name] = {"history": run.steps(steps), "weights": run.weights(), "groups": groups}

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.ds_config import SCALARS, SECTIONS, read_ds_config, resolve_ds_config
+from engine.ds_config import read_ds_config, resolve_ds_config
+from engine.ds_keys import KNOWN, SECTIONS
 from training.config import Recipe
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -107,6 +108,10 @@ def test_every_problem_is_reported_at_once():
         ({"train_batch_size": 16}, "train_batch_size is 16 but the recipe's global batch"),
         ({"train_batch_size": "8"}, "whole number"),
         ({"gradient_accumulation_steps": 3}, "cannot be cut"),
+        ({"zero_allow_untested_optimizer": ["auto"]}, 'zero_allow_untested_optimizer.0 is "auto"'),
+        ({"zero_allow_untested_optimizer": "yes"}, "zero_allow_untested_optimizer"),
+        ({"data_types": {"grad_accum_dtype": "float23"}}, "data_types.grad_accum_dtype"),
+        ({"checkpoint": {"tag_validation": "fail"}}, "checkpoint.tag_validation"),
         ({"tensor_parallel": {"autotp_size": 2}}, "not supported"),
         ({"wandb": {"enabled": True}}, "Longform logs"),
     ],
@@ -163,15 +168,12 @@ scalars = (
 anything = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
 )
-section_keys = {
-    name: st.sampled_from(sorted(schema if isinstance(schema, set) else schema.model_fields))
+sections = {
+    name: st.dictionaries(st.sampled_from(sorted(schema.model_fields)) | st.text(max_size=6), anything, max_size=4)
     for name, schema in SECTIONS.items()
 }
-sections = {
-    name: st.dictionaries(keys | st.text(max_size=6), anything, max_size=4) for name, keys in section_keys.items()
-}
 documents = st.fixed_dictionaries(
-    {}, optional={name: anything | section for name, section in sections.items()} | dict.fromkeys(SCALARS, anything)
+    {}, optional={name: anything | sections.get(name, anything) for name in sorted(KNOWN)}
 )
 
 

@@ -67,11 +67,24 @@ def reference(setting):
     return np.array(history), {name: p.detach().numpy() for name, p in model.named_parameters()}
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
-def results(request, setting):
+def run_layouts(setting, ranks: int) -> list[dict]:
     folder, recipe, data = setting
-    where = str(folder / f"world{request.param}")
-    return run_ranks(histories, request.param, where, recipe, data, RUNS | HALF, STEPS, timeout=500)
+    return run_ranks(histories, ranks, str(folder / f"world{ranks}"), recipe, data, RUNS | HALF, STEPS, timeout=500)
+
+
+@pytest.fixture(scope="module")
+def one_rank(setting):
+    return run_layouts(setting, 1)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(setting):
+    return run_layouts(setting, 2)
+
+
+@pytest.fixture(params=["one_rank", "two_ranks"])
+def results(request):
+    return request.getfixturevalue(request.param)
 
 
 def curve(result) -> np.ndarray:
@@ -96,9 +109,20 @@ def test_all_ranks_report_the_same(results):
 
 
 def test_validation_is_the_same_in_every_layout(results):
+    for name in RUNS | HALF:
+        sets = results[0][name]["validation"]
+        assert sets["again"] == sets["validation"]
     losses = [results[0][name]["validation"]["validation"] for name in RUNS]
     np.testing.assert_allclose([r["loss"] for r in losses], losses[0]["loss"], rtol=1e-5)
     assert len({r["targets"] for r in losses}) == 1
+
+
+def test_validation_is_the_same_on_one_and_two_ranks(one_rank, two_ranks):
+    for name in RUNS:
+        one, two = (r[0][name]["validation"]["validation"] for r in (one_rank, two_ranks))
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert two["bits_per_byte"] == pytest.approx(one["bits_per_byte"], rel=1e-5)
+        assert two["targets"] == one["targets"]
 
 
 def test_half_precision_stays_near_float32(results, reference):

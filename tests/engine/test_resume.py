@@ -7,12 +7,14 @@ from tests.engine.programs import BF16, continued, interrupted, prepare, zero
 from tests.launch import run_ranks
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+READ_AHEAD = {"data.num_workers": "2", "data.prefetch_batches": "8"}
 CONFIGS = {
-    **{f"zero{stage}": zero(stage) for stage in range(4)},
-    "zero0-autocast": zero(0, torch_autocast={"enabled": True, "dtype": "bfloat16"}),
-    **{f"zero{stage}-bf16": zero(stage, **BF16) for stage in (1, 2, 3)},
-    "zero2-offload": zero(2, zero=OFFLOAD),
-    "zero3-offload": zero(3, zero=OFFLOAD | {"offload_param": {"device": "cpu"}}),
+    **{f"zero{stage}": (zero(stage), {}) for stage in range(4)},
+    "zero0-autocast": (zero(0, torch_autocast={"enabled": True, "dtype": "bfloat16"}), {}),
+    **{f"zero{stage}-bf16": (zero(stage, **BF16), {}) for stage in (1, 2, 3)},
+    "zero2-offload": (zero(2, zero=OFFLOAD), {}),
+    "zero3-offload": (zero(3, zero=OFFLOAD | {"offload_param": {"device": "cpu"}}), {}),
+    "zero1-read-ahead": (zero(1), READ_AHEAD),
 }
 FLOAT32 = [name for name in CONFIGS if "bf16" not in name and "autocast" not in name]
 

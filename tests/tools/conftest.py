@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from data_prep.tokenizer import train
-from tests.data_prep.support import PROSE, build_here
+from tests.data_prep.support import PROSE
 from tests.launch import run_ranks
 from tests.tools import support
 
@@ -30,8 +30,7 @@ def data(tokenizer, tmp_path_factory) -> Path:
         "topics": support.write_documents(folder / "topics.jsonl", [text[:900] for text in PROSE]),
     }
     sources = [f"plays={files['plays']}:3", f"topics={files['topics']}:1"]
-    build_here([], tokenizer, folder / "data", sources=sources, seq_length=96, validation_fraction=0.1)
-    return folder / "data"
+    return support.build_data(sources, tokenizer, folder / "data", seq_length=96, validation_fraction=0.1)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,8 @@
 """For the tests of the commands: a trained run of every layout with its live weights, and the commands called."""
 
+import itertools
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -8,13 +10,21 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import xxhash
 
+from data_prep.build import build
 from data_prep.command import run_command
+from data_prep.plan import BuildOptions, Plan
+from data_prep.sources import parse_sources
+from data_prep.tokenizer import open_tokenizer
+from engine.checkpoint import MANIFEST, read_manifest, steps
+from engine.ds_config import read_ds_config
 from engine.run_folder import describe, fill_run
 from model.config import ModelConfig
 from model.llama import Llama
-from tests.engine.programs import BF16, Run, zero
+from tests.engine.programs import Run, zero
 from train import open_outputs, train
+from training.manifest import PackingPolicy
 
 STEPS = 4
 EVERY = 2  # steps between checkpoints and between validations
@@ -42,10 +52,10 @@ LAYOUTS = {
     "zero1": (zero(1), TIED),
     "zero2": (zero(2), {}),
     "zero3": (zero(3), TIED),
-    "zero0-autocast": (zero(0, torch_autocast={"enabled": True, "dtype": "bfloat16"}), TIED),
-    "zero1-bf16": (zero(1, **BF16), {}),
-    "zero2-bf16": (zero(2, **BF16), TIED),
-    "zero3-bf16": (zero(3, **BF16), {}),
+    "zero0-autocast": (read_ds_config("ds_configs/zero0.json"), TIED),
+    "zero1-bf16": (read_ds_config("ds_configs/zero1.json"), {}),
+    "zero2-bf16": (read_ds_config("ds_configs/zero2.json"), TIED),
+    "zero3-bf16": (read_ds_config("ds_configs/zero3.json"), {}),
 }
 
 
@@ -106,3 +116,63 @@ def call(main: Callable[[], None], capsys, monkeypatch, *arguments) -> Called:
 def write_documents(path: Path, texts: list[str]) -> Path:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path
+
+
+def build_data(sources: list[str], tokenizer: Path, output: Path, seq_length: int, validation_fraction: float) -> Path:
+    """`data_prep.build --source ...` within this process."""
+    options = BuildOptions(packing=PackingPolicy(seq_length=seq_length), validation_fraction=validation_fraction)
+    opened = open_tokenizer(tokenizer)
+    build(Plan(parse_sources([], sources), options, opened), opened, output, encoder="plain")
+    return output
+
+
+LARGE_MODEL = RECIPE["model"] | {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 7,
+    "num_attention_heads": 16,
+    "head_dim": 64,
+}
+
+
+class LargeRun(NamedTuple):
+    """A run whose only checkpoint, of ZeRO-2 on two ranks, has more than 400 MB of weights."""
+
+    folder: Path
+    shards: list[Path]
+    """The optimizer files, one a rank."""
+    starts: dict[str, int]
+    """Where each parameter begins in the vector of all weights, which is cut over the ranks."""
+
+    @property
+    def bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.shards)
+
+    @staticmethod
+    def values(start: int, count: int) -> torch.Tensor:
+        """Elements of that vector: each says where it stands."""
+        return (torch.arange(start, start + count) % 65521).float()
+
+
+def write_large_run(trained: Trained, run: Path) -> LargeRun:
+    """The files of a real run with another checkpoint, written in the form of DeepSpeed's."""
+    newest = steps(trained.folder / "zero2")[0]
+    shutil.copytree(trained.folder / "zero2/tokenizer", run / "tokenizer")
+    folder = run / "checkpoints" / newest.name
+    folder.mkdir(parents=True)
+    with torch.device("meta"):
+        shapes = {name: parameter.shape for name, parameter in Llama(ModelConfig(**LARGE_MODEL)).named_parameters()}
+    ends = list(itertools.accumulate(shape.numel() for shape in shapes.values()))
+    share = -(-ends[-1] // 2)
+    torch.save({"param_shapes": [shapes]}, folder / "mp_rank_00_model_states.pt")
+    shards = [folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(2)]
+    for rank, shard in enumerate(shards):
+        states = {"single_partition_of_fp32_groups": [LargeRun.values(rank * share, share)]}
+        torch.save({"optimizer_state_dict": states}, shard)
+    manifest = read_manifest(newest, full=False)
+    manifest.recipe["model"] = LARGE_MODEL
+    manifest.files = {
+        path.name: (path.stat().st_size, xxhash.xxh3_128(path.read_bytes()).hexdigest()) for path in folder.iterdir()
+    }
+    (folder / MANIFEST).write_text(manifest.model_dump_json())
+    return LargeRun(run, shards, dict(zip(shapes, [0, *ends], strict=False)))

@@ -1,6 +1,7 @@
 import dataclasses
 import io
 import json
+import random
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import mistral_common
 import pytest
 import sentencepiece
 import tokenizers
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, NormalizerSpec, TrainerSpec
 from transformers import AutoTokenizer
@@ -27,7 +28,8 @@ Piece = ModelProto.SentencePiece
 
 PIECES = [
     *(" ", "  ", " " * 7, " " * 31, "▁", "▁▁", "\n", "\n\n\n", "\t", "\r\n", "\0", "\u200b", "\u3000", "\ufeff", "\u00a0"),
-    *("👩‍👩‍👧", "🏳️‍🌈", "é", "e\u0301", "中文", "ß", "\U0010ffff", "\ue000", "the", " and", "The", "ing", "x", "==", "aaaa", "1234"),
+    *("👩‍👩‍👧", "🏳️‍🌈", "é", "e\u0301", "中文", "ß", "\U0010ffff", "\ue000", "the", " and"),
+    *("The", "ing", "x", "==", "aaaa", "1234"),
     *("<s>", "</s>", "<pad>", "<mask>", "<unk>", "<0x0A>", "<0x41>", "</", "s>", "<｜User｜>", "<|EOT|>"),
     *("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>", "<think>"),
 ]  # fmt: skip
@@ -35,9 +37,7 @@ awkward = st.lists(
     st.one_of(st.sampled_from(PIECES), st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=8)),
     max_size=12,
 ).map("".join)
-quiet = settings(
-    deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much]
-)
+quiet = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @dataclasses.dataclass
@@ -150,19 +150,17 @@ def test_beside_the_config_of_a_model(exported, options):
         file.unlink()
 
 
-CONTROL = [
-    Piece(piece=name, type=kind)
-    for name, kind in [("<unk>", Piece.UNKNOWN), ("<s>", Piece.CONTROL), ("</s>", Piece.CONTROL)]
-]
+CONTROL = {"<unk>": Piece.UNKNOWN, "<s>": Piece.CONTROL, "</s>": Piece.CONTROL}
 BYTES = [Piece(piece=f"<0x{byte:02X}>", type=Piece.BYTE) for byte in range(256)]
 
 
 def sentencepiece_model(scores: dict[str, float], dummy_prefix: bool, symbols=(), byte_fallback=True) -> ModelProto:
     """A BPE model with these entries; characters that are no entry themselves are made of bytes, if it has bytes."""
+    control = [Piece(piece=name, type=kind) for name, kind in CONTROL.items()]
     own = [Piece(piece=symbol, type=Piece.USER_DEFINED) for symbol in symbols]
     own += [Piece(piece=entry, score=score) for entry, score in scores.items()]
     return ModelProto(
-        pieces=CONTROL + (BYTES if byte_fallback else []) + own,
+        pieces=control + (BYTES if byte_fallback else []) + own,
         trainer_spec=TrainerSpec(model_type=TrainerSpec.BPE, byte_fallback=byte_fallback),
         normalizer_spec=NormalizerSpec(name="identity", add_dummy_prefix=dummy_prefix, remove_extra_whitespaces=False),
     )
@@ -180,7 +178,7 @@ def entries(draw, alphabet: str) -> dict[str, float]:
     return scores | dict.fromkeys(alphabet, -200.0)
 
 
-@settings(quiet, max_examples=300)
+@settings(quiet, max_examples=200)
 @given(data=st.data())
 def test_any_sentencepiece_model_is_reproduced_or_refused(tmp_path, data):
     alphabet = data.draw(st.sampled_from(["a▁", "ab▁", "abc▁", "▁"]))
@@ -189,15 +187,17 @@ def test_any_sentencepiece_model_is_reproduced_or_refused(tmp_path, data):
     model = sentencepiece_model(scores, prefix, symbols)
     path = tmp_path / "m.model"
     path.write_bytes(model.SerializeToString())
-    texts = data.draw(st.lists(st.text(alphabet.replace("▁", " ") + "▁xé", max_size=30), min_size=4, max_size=4))
-    texts += ["".join(random.choices(alphabet.replace("▁", " "), k=60)) for random in [data.draw(st.randoms())] * 8]
-    try:
+    generator, letters = random.Random(data.draw(st.integers(0, 2**32))), alphabet.replace("▁", " ")
+    texts = ["".join(generator.choices(letters, k=60)) for _ in range(20)]
+    texts += ["".join(generator.choices(letters + "▁xbé", k=generator.randint(0, 30))) for _ in range(20)]
+    joined = [score for entry, score in scores.items() if len(entry) > 1]
+    if len(set(joined)) == len(joined):
         backend = _from_sentencepiece(path)
-    except ValueError as error:
-        assert "score" in str(error)
-        joined = [score for entry, score in scores.items() if len(entry) > 1]
-        assert len(set(joined)) < len(joined), "only equal scores may be in the way"
-        assume(False)
+    else:
+        try:
+            backend = _from_sentencepiece(path)
+        except ValueError:  # equal scores, and nothing else, may have no equivalent
+            return
     backend.encode_special_tokens = True
     reference = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
     for text, encoding in zip(texts, backend.encode_batch(texts, add_special_tokens=False), strict=True):
