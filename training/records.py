@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from training.manifest import publish
+
 
 class RecordFile:
     """Appends records to a file that a run continues from `resumed_step` (0: from the beginning)."""
@@ -48,12 +50,7 @@ def drop_records_after(path: Path, step: int) -> None:
         file.writelines(kept)
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    publish(temporary, path)
 
 
 def finite(value: Any) -> Any:
