@@ -22,7 +22,6 @@ from training.manifest import publish, write_atomically
 from training.state import TrainState
 
 MANIFEST = "manifest.json"
-UNIVERSAL_INFO = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.4}}
 
 
 class Layout(BaseModel):
@@ -45,6 +44,8 @@ class CheckpointManifest(BaseModel):
 
     format_version: int = 1
     layout: Layout
+    parameters: list[str] = []
+    """Names in the order of the optimizer's state, where DeepSpeed's files do not say it (stage 0)."""
     state: TrainState
     recipe: dict[str, Any]
     ds_config: dict[str, Any]
@@ -64,6 +65,13 @@ def layout_of(engine) -> Layout:
         wrapper=type(engine.optimizer).__name__,
         optimizer=type(engine.basic_optimizer).__name__,
     )
+
+
+def _parameter_order(engine) -> list[str]:
+    if engine.zero_optimization_stage() > 0:
+        return []
+    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+    return [names[id(p)] for group in engine.basic_optimizer.param_groups for p in group["params"] if id(p) in names]
 
 
 def save(engine, run: Path, state: TrainState, facts: dict[str, Any], policy: CheckpointConfig) -> Path:
@@ -90,12 +98,13 @@ def _save(engine, run: Path, state: TrainState, facts: dict[str, Any], policy: C
     if first:
         shutil.rmtree(partial, ignore_errors=True)
     dist.barrier()
-    client_state = {"longform": state.model_dump(), **UNIVERSAL_INFO}
+    client_state = {"longform": state.model_dump()}
     engine.save_checkpoint(str(root), tag=partial.name, client_state=client_state, save_latest=False)
     files = _sync_and_hash(partial)
     if first:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        manifest = CheckpointManifest(layout=layout_of(engine), state=state, files=files, created=now, **facts)
+        place = {"layout": layout_of(engine), "parameters": _parameter_order(engine)}
+        manifest = CheckpointManifest(**place, state=state, files=files, created=now, **facts)
         write_atomically(partial / MANIFEST, manifest.model_dump_json(indent=1).encode())
         shutil.rmtree(final, ignore_errors=True)
         publish(partial, final)

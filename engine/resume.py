@@ -1,21 +1,17 @@
-"""Continue a run from its newest good checkpoint, in the same layout or on another number of ranks.
+"""Continue a run from its newest good checkpoint, in the same layout or in any other.
 
-The same layout loads DeepSpeed's own files and is exact to the bit. Another number of ranks is converted on the way
-(DeepSpeed universal checkpoint), without a separate command, to the rounding of another order of summation.
+The same layout loads DeepSpeed's own files and is exact to the bit. Another number of ranks, ZeRO stage, precision or
+offload reads the same files parameter by parameter, without a separate command, and is exact to rounding.
 """
 
-import argparse
-import contextlib
-import io
-import shutil
 from pathlib import Path
 
-import torch.distributed as dist
-from deepspeed.checkpoint import ds_to_universal
 from pydantic import ValidationError
 
 from engine.checkpoint import MANIFEST, CheckpointManifest, Layout, layout_of, steps
+from engine.native import read_states
 from engine.plan import RunPlan
+from engine.transplant import transplant
 from training.config import Recipe
 from training.state import TrainState
 
@@ -62,63 +58,18 @@ def restore(engine, folder: Path, manifest: CheckpointManifest) -> TrainState:
     groups = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
     here = layout_of(engine)
     if _loads_natively(manifest.layout, here):
-        _load(engine, folder)
+        path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        if path is None:
+            raise ValueError(f"{folder}: DeepSpeed could not load this checkpoint")
     else:
-        _load_converted(engine, folder, manifest.layout, here)
+        transplant(engine, read_states(folder, manifest))
+        engine.global_steps, engine.global_samples = manifest.state.step, manifest.state.consumed_samples
     for group, hyperparameters in zip(engine.optimizer.param_groups, groups, strict=True):
         group.update(hyperparameters)
     return manifest.state
 
 
 def _loads_natively(there: Layout, here: Layout) -> bool:
-    if here == there:
-        return True
-    same_classes = (here.wrapper, here.optimizer) == (there.wrapper, there.optimizer)
-    if here.zero_stage == there.zero_stage == 0:
-        return same_classes
-    return same_classes and here.world_size == there.world_size and {here.zero_stage, there.zero_stage} == {1, 2}
-
-
-def _load(engine, folder: Path) -> None:
-    path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
-    if path is None:
-        raise ValueError(f"{folder}: DeepSpeed could not load this checkpoint")
-
-
-def _load_converted(engine, folder: Path, there: Layout, here: Layout) -> None:
-    if (there.zero_stage in (1, 2)) != (here.zero_stage in (1, 2)) or 0 in (there.zero_stage, here.zero_stage):
-        raise ValueError(
-            f"{folder} was written by {there} and cannot continue as {here}: stages 1 and 2 convert into each other, "
-            "stage 3 into stage 3 and stage 0 into stage 0, each on any number of ranks"
-        )
-    universal = folder.with_name(f".{folder.name}.universal.partial")
-    if dist.get_rank() == 0:
-        print(f"converting {folder.name} from {there} to {here} ...", flush=True)
-        shutil.rmtree(universal, ignore_errors=True)
-        _convert(folder, universal)
-    dist.barrier()
-    engine._config.load_universal_checkpoint = True
-    try:
-        _load(engine, universal)
-    finally:
-        engine._config.load_universal_checkpoint = False
-    for state in engine.basic_optimizer.state.values():
-        if hasattr(state.get("step"), "clone"):
-            state["step"] = state["step"].clone()  # DeepSpeed's stage 3 shares one counter between its groups
-    dist.barrier()
-    if dist.get_rank() == 0:
-        shutil.rmtree(universal)
-
-
-def _convert(folder: Path, universal: Path) -> None:
-    options = argparse.Namespace(
-        input_folder=str(folder),
-        output_folder=str(universal),
-        num_extract_workers=1,
-        num_merge_workers=1,
-        keep_temp_folder=False,
-        strict=True,
-        inject_missing_state=False,
-    )
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        ds_to_universal.main(options)
+    """Whether DeepSpeed's files are cut as this engine's states are; stage 0 keeps them whole on every rank."""
+    whole = {"world_size": 1} if here.zero_stage == 0 else {}
+    return here.model_copy(update=whole) == there.model_copy(update=whole)

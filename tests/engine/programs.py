@@ -114,8 +114,8 @@ class Run:
     def save(self) -> Path:
         return save(self.engine, self.folder, self.state, describe(self.plan, self.data), self.plan.recipe.checkpoint)
 
-    def restore(self) -> None:
-        found, damaged = agree_on_checkpoint(self.folder)
+    def restore(self, folder: Path | None = None) -> None:
+        found, damaged = agree_on_checkpoint(folder or self.folder)
         assert not damaged
         self.state = restore(self.engine, *found)
 
@@ -197,5 +197,17 @@ def continued(
         groups = [(g["weight_decay"], len(g["params"])) for g in run.engine.optimizer.param_groups]
         results[name] = {"history": run.steps(steps), "weights": run.weights(), "groups": groups}
         run.save()
+        run.close()
+    return results
+
+
+def moved(folder: str, recipe: str, data: str, pairs: list[tuple[str, str]], configs: dict, steps: int) -> dict:
+    """Per (source, target): an engine of the target's config continues the checkpoint that the source's run wrote."""
+    results = {}
+    for source, target in pairs:
+        ds_config, overrides = configs[target]
+        run = Run(recipe, data, ds_config, Path(folder) / "moved" / f"{source}-{target}", overrides)
+        run.restore(Path(folder) / source)
+        results[source, target] = {"history": run.steps(steps), "weights": run.weights()}
         run.close()
     return results

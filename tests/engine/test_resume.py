@@ -1,9 +1,9 @@
-"""A run that stopped and continued is the run that never stopped: in every stage, and on another number of ranks."""
+"""A run that stopped and continued is the run that never stopped: in every stage, and from any stage and ranks to any."""
 
 import numpy as np
 import pytest
 
-from tests.engine.programs import BF16, continued, interrupted, prepare, zero
+from tests.engine.programs import BF16, continued, interrupted, moved, prepare, zero
 from tests.launch import run_ranks
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
@@ -16,6 +16,9 @@ CONFIGS = {
     "zero3-offload": (zero(3, zero=OFFLOAD | {"offload_param": {"device": "cpu"}}), {}),
     "zero1-read-ahead": (zero(1), READ_AHEAD),
 }
+STAGES = ["zero0", "zero1", "zero2", "zero3", "zero3-offload"]
+PAIRS = [(source, target) for source in STAGES for target in STAGES if source != target]
+PAIRS += [("zero1-bf16", "zero3-bf16"), ("zero3-bf16", "zero1-bf16"), ("zero2-bf16", "zero0-autocast")]
 FLOAT32 = [name for name in CONFIGS if "bf16" not in name and "autocast" not in name]
 
 
@@ -25,9 +28,10 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("resume")
     arguments = str(folder), *prepare(folder), CONFIGS
     two = run_ranks(interrupted, 2, *arguments, timeout=400)
+    elsewhere = run_ranks(moved, 1, *arguments[:-1], PAIRS, CONFIGS, 4, timeout=400)
     one = run_ranks(continued, 1, *arguments, 2, timeout=400)
     again = run_ranks(continued, 2, *arguments, 2, timeout=400)
-    return two, one, again
+    return two, one, again, elsewhere[0]
 
 
 def values(history) -> np.ndarray:
@@ -50,7 +54,7 @@ def test_same_layout_is_exact_to_the_bit(runs, name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_other_ranks_continue_the_same_samples(runs, name):
-    two, one, again = runs
+    two, one, again, _ = runs
     expected = rows(two, name, "expected", range(4, 8))
     assert rows(one, name, "history", range(2)) == expected[:2]
     assert rows(again, name, "history", range(2)) == expected[2:]
@@ -59,7 +63,7 @@ def test_other_ranks_continue_the_same_samples(runs, name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_other_ranks_compute_the_same(runs, name):
     """float32 to rounding; bf16 rounds each rank's sum, so 2 ranks differ from 1 by that."""
-    two, one, again = runs
+    two, one, again, _ = runs
     tolerance = 1e-5 if name in FLOAT32 else 0.02
     expected = values(two[0][name]["expected"])
     np.testing.assert_allclose(values(one[0][name]["history"]), expected[4:6], rtol=tolerance)
@@ -71,6 +75,19 @@ def test_other_ranks_compute_the_same(runs, name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_groups_keep_their_own_weight_decay(runs, name):
-    for run in runs[1:]:
+    for run in runs[1:3]:
         decays = [decay for decay, _ in run[0][name]["groups"]]
         assert decays == [0.1, 0.0]
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="->".join)
+def test_any_stage_continues_in_any_other_on_other_ranks(runs, pair):
+    """From 2 ranks in one stage to 1 rank in another: the curve of the run that never stopped and never moved."""
+    source, target = pair
+    tolerance = 1e-5 if {source, target} <= set(FLOAT32) else 0.02
+    moved_run, stayed = runs[3][pair], runs[0][0][source]
+    assert [step["step"] for step in moved_run["history"]] == [5, 6, 7, 8]
+    np.testing.assert_allclose(values(moved_run["history"]), values(stayed["expected"][4:]), rtol=tolerance)
+    if tolerance == 1e-5:
+        for key, value in stayed["weights"].items():
+            np.testing.assert_allclose(moved_run["weights"][key], value, rtol=1e-5, atol=1e-5)

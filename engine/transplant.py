@@ -1,0 +1,106 @@
+"""Put weights and optimizer states, one parameter at a time, into a live engine of any ZeRO stage.
+
+With `engine.native.read_states` on the other side this is how a checkpoint continues in another layout: no intermediate
+files, and no more memory than the largest parameter.
+"""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+from engine.native import MOMENTS, ParameterState
+from engine.optimizer import GuardedAdamW
+
+
+def transplant(engine, states: Iterable[ParameterState]) -> None:
+    """Overwrite all parameters and moments of a fresh engine. Every rank reads all states and keeps its part.
+
+    Raises ValueError for an optimizer wrapper whose states this does not know (fp16 at stage 0, for example).
+    """
+    wrapper = engine.optimizer
+    if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
+        _into_stage_3(engine, states)
+    elif isinstance(wrapper, DeepSpeedZeroOptimizer | BF16_Optimizer):
+        _into_stages_1_and_2(engine, states)
+    elif isinstance(wrapper, GuardedAdamW):
+        _into_stage_0(engine, states)
+    else:
+        raise ValueError(
+            f"checkpoints of another layout cannot be continued under DeepSpeed's {type(wrapper).__name__}"
+        )
+
+
+def _into_stage_0(engine, states: Iterable[ParameterState]) -> None:
+    parameters = dict(engine.module.named_parameters())
+    for state in states:
+        parameter = parameters.pop(state.name)
+        parameter.data.copy_(state.weight)
+        moments = _start(engine, parameter, state.step)
+        for key in MOMENTS:
+            moments[key].copy_(state.moments[key])
+    assert not parameters, f"no states for {sorted(parameters)}"
+
+
+def _into_stages_1_and_2(engine, states: Iterable[ParameterState]) -> None:
+    """A parameter's `_hp_mapping` says which of its elements lie where in this rank's flat vector; none: not here."""
+    wrapper, parameters = engine.optimizer, dict(engine.module.named_parameters())
+    groups = wrapper.bf16_groups if isinstance(wrapper, BF16_Optimizer) else wrapper.bit16_groups
+    number = {id(parameter): index for index, group in enumerate(groups) for parameter in group}
+    for state in states:
+        parameter = parameters.pop(state.name)
+        (flat,) = engine.basic_optimizer.param_groups[number[id(parameter)]]["params"]
+        moments, mapping = _start(engine, flat, state.step), parameter._hp_mapping
+        if mapping is None:
+            continue
+        here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
+        for target, value in [(flat, state.weight), *((moments[key], state.moments[key]) for key in MOMENTS)]:
+            target.data.narrow(0, here.start, here.numel).copy_(value.flatten().narrow(0, there.start, there.numel))
+    assert not parameters, f"no states for {sorted(parameters)}"
+    wrapper.update_lp_params()
+
+
+def _into_stage_3(engine, states: Iterable[ParameterState]) -> None:
+    """Each rank's share of a parameter stands in the flat vector of its sub-group, in the order of the group."""
+    wrapper = engine.optimizer
+    wrapper.checkpoint_event_prologue()
+    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+    places = {}
+    for group, flat in zip(wrapper.fp16_groups, wrapper.fp32_partitioned_groups_flat, strict=True):
+        offset = 0
+        for parameter in group:
+            places[names[id(parameter)]] = flat, offset, parameter.partition_numel()
+            offset += parameter.partition_numel()
+    for state in states:
+        flat, offset, share = places.pop(state.name)
+        moments = _start(engine, flat, state.step)
+        for target, value in [(flat, state.weight), *((moments[key], state.moments[key]) for key in MOMENTS)]:
+            part = value.flatten()[dist.get_rank() * share :][:share]
+            target.data.narrow(0, offset, len(part)).copy_(part)
+    assert not places, f"no states for {sorted(places)}"
+    for half, flat, parts in zip(
+        wrapper.fp16_partitioned_groups_flat,
+        wrapper.fp32_partitioned_groups_flat,
+        wrapper.fp16_partitioned_groups,
+        strict=True,
+    ):
+        half.data.copy_(flat.data)
+        for part, value in zip(parts, wrapper.unflatten(half, parts), strict=True):
+            part.data = value.data
+    wrapper.checkpoint_event_epilogue()
+
+
+def _start(engine, target: torch.Tensor, step: int) -> dict:
+    """The base optimizer's state of one of its tensors, made if it is not there yet."""
+    optimizer = engine.basic_optimizer
+    state = optimizer.state[target]
+    for key in MOMENTS:
+        if key not in state:
+            state[key] = torch.zeros_like(target.data)
+    is_cpu_adam = isinstance(optimizer, DeepSpeedCPUAdam)
+    state["step"] = step if is_cpu_adam else torch.tensor(float(step), device=target.device)
+    return state
