@@ -9,10 +9,12 @@ import torch
 from engine.ds_config import read_ds_config
 from engine.plan import make_plan
 from engine.topology import Topology
+from model.hf import save_hf
 from model.llama import Llama
 from tests.engine.programs import BF16, histories, prepare, zero
 from tests.launch import run_ranks
 from train import new_state, optimizer_steps
+from training.config import load_recipe
 from training.optimizer import parameter_groups
 from training.schedule import lr_factor
 
@@ -138,3 +140,17 @@ def test_stage_3_really_partitions(results):
         result = rank["zero3"]
         assert result["held_parameters"] == pytest.approx(result["all_parameters"] / ranks, rel=0.02)
         assert rank["zero2"]["held_parameters"] == result["all_parameters"]
+
+
+def test_initial_weights_are_loaded_in_every_stage(setting, two_ranks):
+    """Other, larger weights from a Hugging Face folder: their own first loss, the same whether partitioned or not."""
+    folder, recipe, data = setting
+    config = load_recipe(recipe, {}).model
+    larger = {name: 3 * weight for name, weight in Llama(config, seed=11).state_dict().items()}
+    save_hf(config, larger.items(), folder / "hf")
+    overrides = {"training.initial_weights": str(folder / "hf")}
+    runs = {name: (RUNS[name][0], overrides) for name in ("zero0", "zero2", "zero3")}
+    results = run_ranks(histories, 2, str(folder / "initial"), recipe, data, runs, 2, timeout=200)[0]
+    for name in runs:
+        np.testing.assert_allclose(curve(results[name]), curve(results["zero0"]), rtol=1e-5)
+        assert not np.allclose(curve(results[name])[0, 0], curve(two_ranks[0][name])[0, 0], rtol=0.01)
