@@ -44,7 +44,8 @@ def build_optimizer(model: torch.nn.Module, config: OptimizerConfig, ds_config: 
     if zero.get("offload_optimizer") and ds_config["zero_force_ds_cpu_optimizer"]:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        print("building DeepSpeedCPUAdam for this machine (once, a minute or two) ...", flush=True)
+        if torch.distributed.get_rank() == 0:
+            print("building DeepSpeedCPUAdam for this machine (once, a minute or two) ...", flush=True)
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
     if zero.get("stage", 0) == 0 and not any(ds_config.get(key, {}).get("enabled") for key in ("bf16", "fp16")):
         return GuardedAdamW(groups, config.max_grad_norm or 0.0, fused=True, **options)

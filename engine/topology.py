@@ -71,6 +71,9 @@ def start_process_group(topology: Topology) -> None:
         for name, value in defaults.items():
             os.environ.setdefault(name, value)
     os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if topology.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        # Ranks that share a host share its cores; each with a thread a core, they would be several times slower.
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_SIZE"])))
 
     import deepspeed
     from deepspeed.utils import logger

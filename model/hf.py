@@ -18,6 +18,8 @@ from .llama import Llama
 
 HEAD = "lm_head.weight"
 EMBEDDING = "embed_tokens.weight"
+TRANSFORMERS_VERSION = "5.0.0"
+"""Whose reading of `config.json` is meant; without it transformers guesses at how old the folder is."""
 
 
 def to_hf_name(name: str) -> str:
@@ -143,7 +145,8 @@ def save_hf(
     ids = {key: value for key, value in (token_ids or {}).items() if value is not None}
     write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
     name = str(dtype).removeprefix("torch.")
-    write_json(folder / "config.json", {**hf_config, "dtype": name, "torch_dtype": name})
+    written = {"dtype": name, "torch_dtype": name, "transformers_version": TRANSFORMERS_VERSION}
+    write_json(folder / "config.json", {**hf_config, **written})
     _sync_folder(folder)
 
 

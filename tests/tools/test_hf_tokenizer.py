@@ -286,9 +286,13 @@ def test_settings_of_a_tokenizer_json_that_training_ignores_are_dropped(tmp_path
     one = export(tmp_path / "tokenizer.json", tmp_path / "out")
     begin = [2] if has_bos else []
     assert one.loaded("a b c d e f g h")["input_ids"] == begin + list(range(4, 12))
-    texts = ["a<tag>b", "<tag> <bos> </s>", "a <bos> b", "a </s>", "z"]
+    texts = ["a<tag>b", "a<bos>b", "<tag> <bos> </s>", "a <bos> b", "a </s>", "z"]
     exact = [ids.tolist() for ids in one.trained.encode_batch(texts)]
-    assert exact[0] == [4, 3, 5]
+    assert exact[:2] == [[4, 3, 5], [0] if has_bos else [4, 2, 5]]
     assert one.loaded(texts)["input_ids"] == [begin + ids for ids in exact]
     assert (one.loaded.bos_token_id, one.loaded.eos_token_id) == (one.trained.bos_id, 1)
+    table = json.loads((one.folder / "tokenizer.json").read_text())
+    assert (table["truncation"], table["padding"]) == (None, None)
+    special = {token["content"]: token["special"] for token in table["added_tokens"]}
+    assert special == {"<tag>": False, "<bos>": has_bos}  # also for readers of the file alone
     assert one.loaded.model_max_length == MODEL_MAX_LENGTH
