@@ -89,23 +89,14 @@ def training_command(output: Path, steps: int) -> list:
     gpus = torch.cuda.device_count()
     recipe = ["--recipe", "recipes/tiny.yaml", "--training.max_steps", str(steps)]
     if steps != 80:
-        recipe += [
-            "--checkpoint.every_steps",
-            str(max(1, steps // 4)),
-            "--schedule.decay_steps",
-            str(max(1, steps // 3)),
-        ]
+        quarter, third = (str(max(1, steps // part)) for part in (4, 3))
+        recipe += ["--checkpoint.every_steps", quarter, "--schedule.decay_steps", third]
     config = "ds_configs/zero2.json" if gpus else "ds_configs/zero2_fp32.json"
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    launcher = [
-        Path(sys.executable).with_name("deepspeed"),
-        "--num_gpus",
-        str(min(gpus, 8) or 2),
-        "--master_port",
-        str(port),
-    ]
+    processes = ["--num_gpus", str(min(gpus, 8) or 2), "--master_port", str(port)]
+    launcher = [Path(sys.executable).with_name("deepspeed"), "--quiet", *processes]
     paths = ["--data", output / "data", "--output", output / "run"]
     return [*launcher, "train.py", *recipe, "--deepspeed_config", config, *paths]
 
