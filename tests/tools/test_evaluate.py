@@ -1,0 +1,150 @@
+"""`tools.evaluate` gives the run's own validation loss, which is the loss that `transformers` computes."""
+
+import json
+import math
+import sys
+
+import pytest
+import tokenizers
+import torch
+from transformers import AutoModelForCausalLM
+
+from data_prep.tokenizer import open_tokenizer, train
+from model.config import ModelConfig
+from model.hf import save_hf
+from model.llama import Llama
+from tests.data_prep.support import PROSE
+from tests.launch import run_cli
+from tests.tools import support
+from tools import evaluate
+from tools.hf_tokenizer import write_hf_tokenizer
+from training.records import read_records
+
+
+@pytest.fixture(scope="module")
+def exported(trained, tmp_path_factory):
+    return support.exported(trained.folder / "zero2", tmp_path_factory.mktemp("exported") / "hf", "float32")
+
+
+@pytest.fixture
+def command(capsys, monkeypatch):
+    return lambda *arguments: support.call(evaluate.main, capsys, monkeypatch, "--device", "cpu", *arguments)
+
+
+@pytest.fixture
+def figures(command, tmp_path):
+    def evaluated(*arguments) -> dict[str, dict[str, float]]:
+        done = command(*arguments, "--json", tmp_path / "figures.json")
+        assert (done.code, done.err) == (0, "")
+        return json.loads((tmp_path / "figures.json").read_text())
+
+    return evaluated
+
+
+def logged(trained, name: str, step: int) -> dict[str, float]:
+    records = read_records(trained.folder / name / "metrics.jsonl")
+    (found,) = [r["validation"]["validation"] for r in records if "validation" in r and r["step"] == step]
+    return found
+
+
+@pytest.mark.parametrize("step", [2, 4])
+@pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero3"])
+def test_it_is_the_loss_that_the_run_logged(trained, figures, name, step):
+    result = figures(trained.folder / name, "--data", trained.data, "--step", step)
+    assert result.keys() == {"plays", "topics", "all"}
+    assert result["all"] == pytest.approx(logged(trained, name, step), rel=1e-5)
+    assert result["all"].keys() == {"loss", "perplexity", "bits_per_byte", "targets"}
+    parts = result["plays"], result["topics"]
+    assert sum(part["targets"] for part in parts) == result["all"]["targets"]
+    assert sum(part["targets"] * part["loss"] for part in parts) == pytest.approx(
+        result["all"]["targets"] * result["all"]["loss"]
+    )
+    for row in result.values():
+        assert row["perplexity"] == pytest.approx(math.exp(row["loss"]))
+
+
+def test_a_run_and_its_export_and_any_batch_size_agree(trained, exported, figures):
+    expected = figures(trained.folder / "zero2", "--data", trained.data)
+    assert figures(exported, "--data", trained.data) == expected
+    batched = figures(exported, "--data", trained.data, "--batch-samples", "7")
+    assert batched["all"] == pytest.approx(expected["all"], rel=1e-6)
+
+
+def test_it_is_the_loss_of_transformers_document_by_document(tokenizer, exported, tmp_path, figures):
+    texts = [text[:120] for text in PROSE[:12]]  # every one of them fits into a row
+    source = support.write_documents(tmp_path / "short.jsonl", texts)
+    data = support.build_data([f"short={source}"], tokenizer, tmp_path / "data", seq_length=128, validation_fraction=0)
+    model, opened = AutoModelForCausalLM.from_pretrained(exported), open_tokenizer(tokenizer)
+    total, targets = 0.0, 0
+    for ids in opened.encode_batch(texts):
+        document = torch.tensor([[opened.bos_id, *ids.tolist(), opened.eos_id]])
+        assert document.shape[1] <= 129
+        with torch.no_grad():
+            total += float(model(document, labels=document).loss) * (document.shape[1] - 1)
+        targets += document.shape[1] - 1
+    result = figures(exported, "--data", data, "--split", "train")["short"]
+    assert result["targets"] == targets
+    assert result["loss"] == pytest.approx(total / targets, rel=1e-5)
+    size = sum(len(text.encode()) for text in texts)
+    assert result["bits_per_byte"] == pytest.approx(total / math.log(2) / size, rel=1e-5)
+
+
+def test_the_table_and_a_part_of_the_rows(trained):
+    arguments = ["--data", trained.data, "--max-samples", "2"]
+    words = [sys.executable, "-m", "tools.evaluate", trained.folder / "zero2", *arguments]
+    done = run_cli(words, env={"COLUMNS": "200"})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "zero2/step-00000004" in done.stdout
+    rows = {cells[1].strip(): cells for line in done.stdout.splitlines() if len(cells := line.split("│")) == 7}
+    assert rows.keys() == {"plays", "topics", "all"}
+    assert int(rows["plays"][5].replace(",", "")) <= 2 * 96
+
+
+def test_the_export_of_a_foreign_tokenizer_belongs_to_its_data(tmp_path, figures, command):
+    """The tokenizer.json of an export is written anew: it is recognised by what it does, not by its bytes."""
+    trained = tokenizers.ByteLevelBPETokenizer()
+    trained.train_from_iterator(PROSE[:20], vocab_size=300, special_tokens=["<s>", "</s>"], show_progress=False)
+    (tmp_path / "tokenizer").mkdir()
+    trained.save(str(tmp_path / "tokenizer/tokenizer.json"))
+    documents = support.write_documents(tmp_path / "documents.jsonl", PROSE[:8])
+    build = {"seq_length": 64, "validation_fraction": 0.2}
+    data = support.build_data([f"topics={documents}"], tmp_path / "tokenizer", tmp_path / "data", **build)
+    config = ModelConfig(vocab_size=300, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    save_hf(config, Llama(config, seed=0).state_dict().items(), tmp_path / "hf")
+    source = tmp_path / "data/tokenizer/tokenizer.json"
+    write_hf_tokenizer(open_tokenizer(source).info("tokenizer/tokenizer.json"), source, tmp_path / "hf", 64)
+    assert source.read_bytes() != (tmp_path / "hf/tokenizer.json").read_bytes()
+    assert figures(tmp_path / "hf", "--data", data)["topics"]["loss"] == pytest.approx(math.log(300), abs=0.1)
+    table = json.loads((tmp_path / "hf/tokenizer.json").read_text())
+    table["model"]["merges"].pop()
+    (tmp_path / "hf/tokenizer.json").write_text(json.dumps(table))
+    assert "another tokenizer" in command(tmp_path / "hf", "--data", data).err
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--data", "{other}"], "{other} was built with another tokenizer than {run}: build it with that one"),
+        (["--data", "{data}", "--split", "test"], "{data} has no split 'test': it has train, validation"),
+        (["--data", "{run}"], "{run} is not a prepared data set"),
+        (["--data", "{data}", "--step", "5"], "{run} has no checkpoint of step 5; there are: 2, 4"),
+        (["--data", "{data}", "--max-samples", "-1"], "--batch-samples and --max-samples must be at least 1"),
+        (["--data", "{data}", "--batch-samples", "0"], "--batch-samples and --max-samples must be at least 1"),
+        (["--data", "{data}", "--device", "cuda:9"], "--device cuda:9 cannot be used here"),
+    ],
+)
+def test_bad_input_is_one_sentence(trained, other_data, command, flags, sentence):
+    names = {"other": other_data, "data": trained.data, "run": trained.folder / "zero2"}
+    done = command(names["run"], *(flag.format(**names) for flag in flags))
+    assert done.code == 2
+    assert done.err.startswith(f"error: {sentence.format(**names)}")
+    assert done.err.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def other_data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("other")
+    (folder / "tokenizer.model").write_bytes(train(PROSE[40:60], 600))
+    documents = support.write_documents(folder / "documents.jsonl", PROSE[:8])
+    build = {"seq_length": 64, "validation_fraction": 0.2}
+    return support.build_data([f"topics={documents}"], folder / "tokenizer.model", folder / "data", **build)

@@ -1,0 +1,115 @@
+"""`tools.generate` says the same from a run and from its export, and streams whole characters."""
+
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_prep.tokenizer import open_tokenizer
+from tests.data_prep.support import DEEPSEEK, awkward
+from tests.launch import run_cli
+from tests.tools import support
+from tools import generate
+
+PROMPT = "Enter HAMLET — ☃"
+
+
+@pytest.fixture(scope="module")
+def exported(trained, tmp_path_factory):
+    return support.exported(trained.folder / "zero3", tmp_path_factory.mktemp("exported") / "hf", "float32")
+
+
+@pytest.fixture
+def command(capsys, monkeypatch):
+    return lambda *arguments: support.call(generate.main, capsys, monkeypatch, "--device", "cpu", *arguments)
+
+
+@pytest.mark.parametrize(
+    "flags", [["--temperature", "0"], ["--seed", "7"], ["--seed", "7", "--top-k", "50", "--top-p", "0.9"]]
+)
+def test_a_run_and_its_export_say_the_same(trained, exported, command, flags):
+    flags = ["--prompt", PROMPT, "--max-new-tokens", "24", *flags]
+    said = [command(source, *flags) for source in (trained.folder / "zero3", exported)]
+    assert [(done.code, done.err) for done in said] == [(0, "")] * 2
+    assert said[0].out == said[1].out
+    assert said[0].out.startswith(PROMPT)
+    assert len(said[0].out) > len(PROMPT) + 8
+    assert command(exported, *flags).out == said[0].out
+
+
+def test_seeds_and_steps_make_a_difference(trained, command):
+    flags = ["--prompt", PROMPT, "--max-new-tokens", "24"]
+    choices = [["--seed", "1"], ["--seed", "2"], ["--seed", "1", "--step", "2"]]
+    assert len({command(trained.folder / "zero2", *flags, *choice).out for choice in choices}) == 3
+
+
+def test_the_prompt_can_come_from_standard_input(exported, command):
+    flags = ["--max-new-tokens", "20", "--temperature", "0"]
+    words = [sys.executable, "-m", "tools.generate", exported, "--prompt", "-", *flags]
+    done = run_cli(words, stdin=PROMPT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == command(exported, "--prompt", PROMPT, *flags).out
+
+
+def test_an_empty_prompt_begins_a_document(exported, command):
+    done = command(exported, "--prompt", "", "--max-new-tokens", "20", "--seed", "1")
+    assert done.code == 0
+    assert len(done.out) > 5
+
+
+@pytest.mark.parametrize(
+    ("source", "flags", "sentence"),
+    [
+        ("nothing", [], "nothing has no checkpoint: give the --output folder of a training run"),
+        ("run", ["--step", "3"], "has no checkpoint of step 3; there are: 2, 4"),
+        ("exported", ["--step", "2"], "--step 2 has no meaning for the exported model"),
+        ("run", ["--temperature", "-1"], "temperature >= 0"),
+        ("run", ["--temperature", "nan"], "temperature >= 0"),
+        ("run", ["--top-p", "0"], "0 < top_p <= 1"),
+        ("run", ["--top-k", "0"], "top_k >= 1"),
+        ("run", ["--max-new-tokens", "0"], "--max-new-tokens 0: at least 1"),
+        ("run", ["--seed", str(2**64)], f"--seed {2**64}: from 0 to 2**63 - 1"),
+        ("run", ["--device", "gpu"], "--device gpu cannot be used here"),
+        ("run", ["--device", "cuda:9"], "--device cuda:9 cannot be used here"),
+    ],
+)
+def test_bad_input_is_one_sentence(trained, exported, tmp_path, command, source, flags, sentence):
+    place = {"nothing": tmp_path / "nothing", "run": trained.folder / "zero2", "exported": exported}[source]
+    done = command(place, "--prompt", PROMPT, *flags)
+    assert (done.code, done.out) == (2, "")
+    assert sentence in done.err
+    assert done.err.startswith("error: ")
+    assert done.err.count("\n") == 1
+
+
+@pytest.fixture(scope="module", params=["sentencepiece", "byte fallback", "byte level"])
+def any_tokenizer(request, tokenizer, exported):
+    """Three ways of making characters from bytes: SentencePiece's, and two of the `tokenizers` library."""
+    return open_tokenizer(
+        {"sentencepiece": tokenizer, "byte fallback": exported / "tokenizer.json"}.get(request.param, DEEPSEEK)
+    )
+
+
+@given(prompt=awkward, continuation=awkward)
+def test_streamed_pieces_are_whole_characters_and_add_up(any_tokenizer, prompt, continuation):
+    before, after = (ids.tolist() for ids in any_tokenizer.encode_batch([prompt, continuation]))
+    pieces = list(generate.stream(any_tokenizer, before, after))
+    assert pieces[0] == any_tokenizer.decode(before)
+    assert "".join(pieces) == any_tokenizer.decode([*before, *after])
+    assert not any(generate.UNFINISHED in piece for piece in pieces)
+
+
+# the third one replaces all bytes in a row when one of them is wrong, those already shown included
+@pytest.mark.parametrize("any_tokenizer", ["sentencepiece", "byte level"], indirect=True)
+@given(data=st.data())
+def test_streamed_nonsense_adds_up_too(any_tokenizer, data):
+    ids = data.draw(st.lists(st.integers(0, 599), max_size=30))
+    assert "".join(generate.stream(any_tokenizer, [], ids)) == any_tokenizer.decode(ids)
+
+
+def test_a_character_is_shown_with_its_last_byte(tokenizer):
+    opened = open_tokenizer(tokenizer)
+    ids = opened.encode_batch(["a☃b"])[0].tolist()
+    assert [opened.decode(ids[:n]).count(generate.UNFINISHED) for n in range(1, 5)] == [0, 1, 2, 0]
+    assert list(generate.stream(opened, [], ids)) == ["", "a", "☃", "b", ""]
