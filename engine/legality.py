@@ -23,9 +23,9 @@ def illegal_combinations(config: dict[str, Any], batch, device: torch.device) ->
             "fp16 does not train on a CPU: use bf16, or neither for float32",
         ),
         (
-            bf16 and stage == 0 and accumulate == "fp32",
-            "ZeRO stage 0 with bf16 has no fp32 gradient accumulation in DeepSpeed: use stage 1, or torch_autocast "
-            "with bfloat16 at stage 0",
+            bf16 and stage == 0,
+            "ZeRO stage 0 with bf16 neither accumulates gradients nor keeps reachable weights in float32: use stage 1, or "
+            "torch_autocast with bfloat16 at stage 0",
         ),
         (
             bf16 and accumulate is None and batch.accumulation > 1 and stage > 0,

@@ -206,6 +206,7 @@ def _start(command: Sequence[str], variables: Mapping[str, str | None], **option
 def _die_with_parent() -> None:
     parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2): covers a test process that is itself killed
     LIBC.prctl(parent_death_signal, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs, the test run perhaps, ignore it
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 

@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import time
+from functools import partial
 
 import psutil
 import pytest
@@ -143,7 +144,9 @@ def test_a_full_disk_is_one_sentence(prose, tokenizer_folder, reference, tmp_pat
 
 def start_with_workers(prose, tokenizer_folder, output) -> tuple[subprocess.Popen, list[psutil.Process]]:
     words, settings = command("build", *arguments(prose, tokenizer_folder, output, "--workers", 2))
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, start_new_session=True, **settings)
+    # a shell's background jobs, the test run perhaps, ignore Ctrl-C
+    obey = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, start_new_session=True, preexec_fn=obey, **settings)
     while not list((output / "tokens").glob("unit-*.json")):
         assert process.poll() is None
         time.sleep(0.005)

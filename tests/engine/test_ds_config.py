@@ -97,6 +97,7 @@ def test_every_problem_is_reported_at_once():
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "keep one"),
         ({"bf16": {"enabled": "auto"}}, 'bf16.enabled is "auto"'),
         ({"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}, "use stage 1"),
+        ({"bf16": {"enabled": True}, "gradient_accumulation_steps": 1}, "use stage 1"),
         ({"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}, '"grad_accum_dtype": "fp32"'),
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "needs stage 3"),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "raise the stage"),
