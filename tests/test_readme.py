@@ -50,7 +50,8 @@ def test_every_shipped_json_is_in_the_table():
 
 
 def test_line_counts_are_about_right():
-    rows = re.findall(r"^\| (`[^|]+) \| (\d+) \|", README, re.MULTILINE)
+    table = README.partition("## Read the code")[2]
+    rows = re.findall(r"^\| (`[^|]+) \| (\d+) \|", table, re.MULTILINE)
     assert len(rows) == 7
     for names, stated in rows:
         first = Path(re.findall(r"`([^`]+)`", names)[0])
@@ -59,4 +60,4 @@ def test_line_counts_are_about_right():
             for name in re.findall(r"`([^`]+)`", names)
         ]
         lines = sum(len(file.read_text().splitlines()) for file in files)
-        assert lines == pytest.approx(int(stated), rel=0.15), names
+        assert lines == pytest.approx(int(stated), rel=0.1), names
