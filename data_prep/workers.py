@@ -4,10 +4,11 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from data_prep.encode import UnitEncoder, Work
 from data_prep.progress import Progress
@@ -32,10 +33,15 @@ def encode_units(work: Work, units: list[Unit], workers: int, progress: Progress
             yield from map(encoder.run, units)
         return
     context = multiprocessing.get_context("spawn")
-    counters, stop = context.Array("q", 2), context.Event()
-    pool = ProcessPoolExecutor(min(workers, len(units)), context, _start_worker, (work, counters, stop))
+    counters, stop, started = context.Array("q", 2), context.Event(), context.Value("i", 0)
+    processes = min(workers, len(units))
+    pool = ProcessPoolExecutor(processes, context, _start_worker, (work, counters, stop, started))
     with _stopping(pool, stop):
-        pending = {pool.submit(_run_unit, unit) for unit in units}
+        with _interrupts_later() as unseen_by_children:
+            with unseen_by_children:
+                pending = {pool.submit(_run_unit, unit) for unit in units}
+            while started.value < processes and not any(future.done() for future in pending):
+                time.sleep(0.01)
         while pending:
             done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
             progress.advance(counters[0] - progress.bytes, counters[1] - progress.tokens)
@@ -54,6 +60,32 @@ def _results(futures: Iterable) -> Iterator[Ledger]:
 
 
 @contextmanager
+def _interrupts_later() -> Iterator[AbstractContextManager]:
+    """Hold a Ctrl-C back until the end, when workers can be told of it in an orderly way.
+
+    Processes that start within the yielded context never see one, not even while they import.
+    """
+    seen = []
+    before = signal.signal(signal.SIGINT, lambda *_: seen.append(True))
+    try:
+        yield _blocked(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if seen:
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def _blocked(number: signal.Signals) -> Iterator[None]:
+    """In this thread and in processes that it starts; another thread may still receive the signal for the process."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
 def _stopping(pool: ProcessPoolExecutor, stop) -> Iterator[None]:
     try:
         yield
@@ -64,9 +96,10 @@ def _stopping(pool: ProcessPoolExecutor, stop) -> Iterator[None]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _start_worker(work: Work, counters, stop) -> None:
+def _start_worker(work: Work, counters, stop, started) -> None:
     global _encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which tells the workers
+    with started.get_lock():
+        started.value += 1
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_follow_parent, daemon=True).start()
 

@@ -15,7 +15,6 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (
-    "torch",
     "deepspeed",
     "transformers",
     "datasets",
@@ -34,7 +33,7 @@ def environment() -> dict[str, Any]:
         "command": sys.argv,
         "git": _git(),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: _version(name) for name in PACKAGES} | {"torch": torch.__version__},
         "host": socket.gethostname(),
         "platform": platform.platform(),
         "cpu": _cpu_name(),
