@@ -2,7 +2,10 @@
 
 import datetime
 import os
+import re
+import signal
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -10,7 +13,12 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.hostfile import hosts_of_ranks, launcher_commands, refuse_missing_hostfile
+from engine.rendezvous import interface_towards, wait_for_all_ranks
+
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+LOST_PEER = re.compile(r"Read error \S+ Connection reset by peer|Connection closed by peer \S+[^\s.]")
+OTHERS_FIRST_SECONDS = 10.0
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 
 # DeepSpeed looks for an accelerator once, while it is imported, and warns where it finds none.
@@ -33,9 +41,12 @@ class Topology:
 def read_topology(environment: dict[str, str] | None = None) -> Topology:
     """Read what `deepspeed` or `torchrun` put into the environment; one process when there is nothing.
 
-    Raises ValueError for a half-set environment, which would otherwise train as many separate models.
+    Raises ValueError for a half-set environment, which would otherwise train as many separate models, and for a hostfile
+    that `deepspeed` did not find.
     """
-    environment = dict(os.environ) if environment is None else environment
+    if environment is None:
+        refuse_missing_hostfile(launcher_commands())
+        environment = dict(os.environ)
     given = {name: environment[name] for name in LAUNCHER_VARIABLES if name in environment}
     if not {"RANK", "WORLD_SIZE"} & set(given):
         rank, local_rank, world_size = 0, 0, 1
@@ -59,13 +70,21 @@ def read_topology(environment: dict[str, str] | None = None) -> Topology:
     return Topology(rank, local_rank, world_size, torch.device("cuda", local_rank) if use_cuda else torch.device("cpu"))
 
 
+def shell_environment() -> dict[str, str]:
+    """What this process was given, for `tools.doctor` to explain."""
+    return dict(os.environ)
+
+
 def wandb_mode() -> str | None:
     """The W&B mode that the user asked for in the environment, if any."""
     return os.environ.get("WANDB_MODE")
 
 
 def start_process_group(topology: Topology) -> None:
-    """Join the other ranks. Must come before anything that communicates, zero.Init included."""
+    """Join the other ranks. Must come before anything that communicates, zero.Init included.
+
+    Raises ValueError when a rank does not come.
+    """
     if topology.world_size == 1:
         defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
         for name, value in defaults.items():
@@ -82,7 +101,17 @@ def start_process_group(topology: Topology) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of names DeepSpeed uses
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # an inference collective, compiled at every start
     backend = "gloo" if topology.device.type == "cpu" else "nccl"
+    store = None
+    if topology.world_size > 1:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        several_hosts = topology.world_size > int(os.environ["LOCAL_SIZE"])
+        if interface := interface_towards(address, port, several_hosts):  # gloo's own choice is often 127.0.0.1
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # torchrun's agents have met, and own the port
+            meeting = (topology.rank, topology.world_size, address, port)
+            store = wait_for_all_ranks(*meeting, hosts_of_ranks(launcher_commands()))
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=COLLECTIVE_TIMEOUT, verbose=False)
+    del store  # the group has one of its own on the same port
 
 
 def run_command(main: Callable[[], int]) -> None:
@@ -93,15 +122,21 @@ def run_command(main: Callable[[], int]) -> None:
     try:
         leave(main())
     except (ValueError, OSError) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, OSError):
-            for line in str(error).splitlines():
-                print(f"error: {line}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") != "0" and isinstance(error, ValueError):
+            # The first rank of this host is about to say the same; the launcher then ends this one.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(OTHERS_FIRST_SECONDS)
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
         leave(2, wait=False)
     except KeyboardInterrupt:
         print("interrupted: the same command continues from the newest checkpoint", file=sys.stderr)
         leave(130, wait=False)
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        if lost := LOST_PEER.search(str(error)):
+            print(f"error: another rank ended or cannot be reached ({lost[0]}): see its messages", file=sys.stderr)
+        else:
+            traceback.print_exc()
         leave(1, wait=False)
 
 

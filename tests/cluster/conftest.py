@@ -1,0 +1,40 @@
+"""One pair of hosts for all tests here; skipped with the reason where a machine cannot have them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.cluster.network import Cluster, missing_device
+from tests.engine.programs import RECIPE, prepare
+from tests.launch import ROOT
+
+CHANGES = {
+    # no end and no decay: a run that is stopped at any step had the same losses before as one that went on
+    "training": RECIPE["training"] | {"max_steps": 100_000},
+    "schedule": {"schedule": "constant", "warmup_steps": 2},
+    "validation": {"every_steps": None},
+    "checkpoint": {"every_steps": 50},
+}
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    if reason := missing_device():
+        pytest.skip(reason)
+    with Cluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def shared(cluster) -> Path:
+    """A folder that both hosts see, with the repository, `data`, `recipe.yaml` and a hostfile."""
+    folder = cluster.folder / "shared"
+    folder.mkdir()
+    prepare(folder)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | CHANGES))
+    for name in ("data_prep", "ds_configs", "engine", "model", "recipes", "tools", "train.py", "training"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / "hosts").write_text("node1 slots=1\nnode2 slots=1\n")
+    return folder

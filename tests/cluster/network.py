@@ -1,0 +1,246 @@
+"""Two hosts on one machine: namespaces with an address, a name, a hosts file and an sshd each, joined by one cable.
+
+`Cluster` starts this module as a keeper process, which makes everything, and takes it away again when its standard input
+ends: when the test run closes it, and also when the test run is killed. What a killed keeper leaves is swept by the next one.
+Nothing is written to ~/.ssh. Names contain the keeper's process id, so two test runs do not meet.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+from tests.launch import ROOT, RunningCommand, clean_environment, start_cli
+
+HOSTS = {"node1": "10.77.0.1", "node2": "10.77.0.2"}
+INTERFACE = "eth0"
+SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+HOSTS_FILES = Path("/etc/netns")  # `ip netns exec NAME` shows /etc/netns/NAME/hosts as /etc/hosts
+NAMESPACE = re.compile(r"longform-(\d+)-(node\d)")
+
+
+def missing_device() -> str | None:
+    """What this machine lacks to hold the two hosts, in words."""
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    programs = ("ip", "unshare", "hostname", "sshd", "ssh", "ssh-keygen", "pdsh", "pkill")
+    if missing := [name for name in programs if not _program(name)]:
+        return f"not installed: {', '.join(missing)}"
+    name = f"longform-{os.getpid()}-node0"
+    made = subprocess.run([_program("ip"), "netns", "add", name], capture_output=True, text=True)
+    if made.returncode:
+        return f"`ip netns add` fails: {made.stderr.strip()}"
+    subprocess.run([_program("ip"), "netns", "delete", name], check=True)
+    return None
+
+
+class Cluster:
+    """The two hosts, for as long as the `with` block lasts; `run` and `start` act on one of them as its user would."""
+
+    def __enter__(self) -> "Cluster":
+        command = [sys.executable, "-m", "tests.cluster.network"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        # A session of its own: a Ctrl-C in the terminal must not end the keeper before it has cleaned up.
+        self._keeper = subprocess.Popen(command, cwd=ROOT, env=clean_environment(), start_new_session=True, **pipes)
+        answer = self._keeper.stdout.readline().strip()
+        if not answer:
+            raise RuntimeError(f"the two hosts could not be made (exit code {self._keeper.wait()}), see stderr")
+        self.folder = Path(answer)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._keeper.stdin.close()
+        self._keeper.wait(30)
+
+    def namespace(self, host: str) -> str:
+        return f"longform-{self._keeper.pid}-{host}"
+
+    def processes(self, host: str, word: str) -> list[psutil.Process]:
+        """What runs on a host with this word in its command line."""
+        found = []
+        for process in _processes_in(self.namespace(host)):
+            with contextlib.suppress(psutil.Error):
+                if word in process.cmdline():
+                    found.append(process)
+        return found
+
+    @contextlib.contextmanager
+    def start(
+        self,
+        command: Sequence[str | os.PathLike[str]],
+        cwd: Path,
+        env: Mapping[str, str | None] | None = None,
+        host: str = "node1",
+    ) -> Iterator[RunningCommand]:
+        """Starts a command; when the block ends, nothing that it started runs on either host."""
+        variables = {
+            "PATH": os.pathsep.join([str(self.folder / "bin"), str(Path(sys.executable).parent), SYSTEM_PATH]),
+            "HOME": str(self.folder / "home"),
+            "GLOO_SOCKET_IFNAME": None,
+            "DS_ACCELERATOR": None,
+        }
+        try:
+            with start_cli(
+                [*_on(self.namespace(host), host), *command], env=variables | (env or {}), cwd=cwd
+            ) as running:
+                yield running
+        finally:
+            for each in HOSTS:
+                _kill_all_in(self.namespace(each), spare="sshd: /")
+
+    def run(self, command: Sequence[str | os.PathLike[str]], cwd: Path, timeout: float = 120, **options):
+        """Runs a command to its end, whatever its exit code."""
+        with self.start(command, cwd, **options) as running:
+            return running.finish(timeout)
+
+
+def _program(name: str) -> str | None:
+    return shutil.which(name, path=SYSTEM_PATH)
+
+
+def _ip(*words: str) -> str:
+    return subprocess.run([_program("ip"), *words], check=True, capture_output=True, text=True).stdout
+
+
+def _on(namespace: str, host: str) -> list[str]:
+    """What turns a command into one of this host; its mounts and its hostname are its own, and its children's."""
+    name = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', host]
+    return [_program("ip"), "netns", "exec", namespace, *name]
+
+
+def _processes_in(namespace: str) -> list[psutil.Process]:
+    found = []
+    command = [_program("ip"), "netns", "pids", namespace]
+    for pid in subprocess.run(command, capture_output=True, text=True).stdout.split():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found.append(psutil.Process(int(pid)))
+    return found
+
+
+def _kill_all_in(namespace: str, spare: str | None = None) -> None:
+    """Kills what runs on a host, except processes whose title begins with `spare`."""
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        alive = 0
+        for process in _processes_in(namespace):
+            with contextlib.suppress(psutil.Error):
+                title = " ".join(process.cmdline())
+                if process.status() != psutil.STATUS_ZOMBIE and not (spare and title.startswith(spare)):
+                    process.kill()
+                    alive += 1
+        if not alive:
+            return
+        time.sleep(0.02)
+
+
+def _sweep(pid: int) -> None:
+    """Take away everything that the process with this id made."""
+    for owner, host in NAMESPACE.findall(_ip("netns", "list")):
+        if int(owner) == pid:
+            _kill_all_in(f"longform-{pid}-{host}")
+            subprocess.run([_program("ip"), "netns", "delete", f"longform-{pid}-{host}"], capture_output=True)
+    for folder in [*HOSTS_FILES.glob(f"longform-{pid}-*"), _folder(pid)]:
+        shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        HOSTS_FILES.rmdir()  # when it is empty
+
+
+def _folder(pid: int) -> Path:
+    return Path(tempfile.gettempdir()) / f"longform-{pid}"
+
+
+def _make_keys(folder: Path) -> None:
+    """One key for the hosts, one for the user, an ssh that knows both, earlier on PATH than the real one."""
+    for name in ("host", "user"):
+        key = ["-q", "-t", "ed25519", "-N", "", "-C", name, "-f", str(folder / name)]
+        subprocess.run([_program("ssh-keygen"), *key], check=True)
+    host_key = (folder / "host.pub").read_text()
+    (folder / "known_hosts").write_text("".join(f"{name},{address} {host_key}" for name, address in HOSTS.items()))
+    (folder / "ssh_config").write_text(
+        f"IdentityFile {folder}/user\nIdentitiesOnly yes\nStrictHostKeyChecking yes\n"
+        f"UserKnownHostsFile {folder}/known_hosts\nGlobalKnownHostsFile /dev/null\nLogLevel ERROR\n"
+    )
+    (folder / "sshd_config").write_text(
+        f"HostKey {folder}/host\nAuthorizedKeysFile {folder}/user.pub\nStrictModes no\nUsePAM no\nPidFile none\n"
+        "PermitRootLogin prohibit-password\nPasswordAuthentication no\nMaxStartups 100\n"
+    )
+    (folder / "bin").mkdir()
+    wrapper = folder / "bin" / "ssh"
+    wrapper.write_text(f'#!/bin/sh\nexec {_program("ssh")} -F {folder}/ssh_config "$@"\n')
+    wrapper.chmod(0o755)
+
+
+def _make_hosts(pid: int, folder: Path) -> None:
+    """Namespaces, the cable between them, their /etc/hosts, and what node2 sees in two of the shared folders."""
+    lines = ["127.0.0.1 localhost", *(f"{address} {host}" for host, address in HOSTS.items())]
+    first, second = (f"longform-{pid}-{host}" for host in HOSTS)
+    for namespace in (first, second):
+        files = HOSTS_FILES / namespace
+        files.mkdir(parents=True)
+        (files / "hosts").write_text("\n".join(lines) + "\n")
+        (files / "resolv.conf").write_text("nameserver 127.0.0.1\n")  # nobody answers there: unknown names fail at once
+        _ip("netns", "add", namespace)
+    _ip("link", "add", INTERFACE, "netns", first, "type", "veth", "peer", "name", INTERFACE, "netns", second)
+    for namespace, address in zip((first, second), HOSTS.values(), strict=True):
+        _ip("-n", namespace, "address", "add", f"{address}/24", "dev", INTERFACE)
+        for device in ("lo", INTERFACE):
+            _ip("-n", namespace, "link", "set", device, "up")
+    for name in ("home", "only_node1", "differs", "differs_node2"):
+        (folder / name).mkdir()
+
+
+def _start_sshd(pid: int, folder: Path, host: str) -> subprocess.Popen:
+    """sshd in the host's namespaces: `ip netns exec` gives it mounts of its own, which its sessions inherit."""
+    script = ["mount -t tmpfs tmpfs /run", "mkdir /run/sshd"]
+    if host == "node2":
+        script += [f"mount -t tmpfs tmpfs {folder}/only_node1", f"mount --bind {folder}/differs_node2 {folder}/differs"]
+    script += [f"exec {_program('sshd')} -D -e -f {folder}/sshd_config"]
+    command = [*_on(f"longform-{pid}-{host}", host), "sh", "-ec", "; ".join(script)]
+    with (folder / f"sshd-{host}.log").open("wb") as log:
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+
+
+def _wait_until_reachable(pid: int, folder: Path) -> None:
+    deadline = time.monotonic() + 20
+    for host in HOSTS:
+        ssh = [_program("ip"), "netns", "exec", f"longform-{pid}-node1", str(folder / "bin/ssh"), host, "true"]
+        while (done := subprocess.run(ssh, capture_output=True, text=True)).returncode:
+            if time.monotonic() > deadline:
+                log = (folder / f"sshd-{host}.log").read_text()
+                raise RuntimeError(f"{host} does not answer: {done.stderr}\n{log}")
+            time.sleep(0.1)
+
+
+def _keep() -> None:
+    """The keeper's life: sweep, make, say where, wait for the end of standard input, take away."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(1))
+    for pid in {int(pid) for pid, _ in NAMESPACE.findall(_ip("netns", "list"))}:
+        if not psutil.pid_exists(pid):
+            _sweep(pid)
+    own = os.getpid()
+    folder = _folder(own)
+    try:
+        folder.mkdir(mode=0o700)
+        _make_keys(folder)
+        _make_hosts(own, folder)
+        for host in HOSTS:
+            _start_sshd(own, folder, host)
+        _wait_until_reachable(own, folder)
+        print(folder, flush=True)
+        sys.stdin.read()
+    finally:
+        _sweep(own)
+
+
+if __name__ == "__main__":
+    _keep()

@@ -1,0 +1,195 @@
+"""The doctor against a stand-in for ssh; `tests/cluster` has the real one."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.tools import support
+from tools import doctor, host_facts, machine_report
+
+SSH = """#!/bin/sh
+while [ "$1" = -o ]; do shift 2; done
+host=$1; shift
+case $host in
+    localhost) exec sh -c "$*" ;;
+    localhost.localdomain) echo "welcome to $host"; exec sh -c "$*" ;;
+    other) echo "sh: 1: $1: not found" >&2; exit 127 ;;
+    broken) echo "Traceback"  >&2; echo "SyntaxError: invalid syntax" >&2; exit 1 ;;
+    *) echo "Warning: added" >&2; echo "$host: Permission denied (publickey)." >&2; exit 255 ;;
+esac
+"""
+
+
+@pytest.fixture
+def command(capsys, monkeypatch, tmp_path):
+    """Runs the doctor in an empty folder, with our ssh, and pdsh only on request."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("HOME", "DS_ENV_FILE", "GLOO_SOCKET_IFNAME"):
+        monkeypatch.delenv(name, raising=False)
+    programs = tmp_path / "bin"
+    programs.mkdir()
+
+    def run(hostfile: str | None, pdsh: bool = True):
+        for name, text in {"ssh": SSH, **({"pdsh": "#!/bin/sh\n"} if pdsh else {})}.items():
+            (programs / name).write_text(text)
+            (programs / name).chmod(0o755)
+        if not pdsh:  # whether or not this machine has it
+            for tool in ("sh", "hostname"):
+                (programs / tool).symlink_to(f"/bin/{tool}")
+        monkeypatch.setenv("PATH", str(programs) + ("" if not pdsh else os.pathsep + os.environ["PATH"]))
+        if hostfile is None:
+            return support.call(doctor.main, capsys, monkeypatch)
+        Path("hosts").write_text(hostfile)
+        return support.call(doctor.main, capsys, monkeypatch, "--hostfile", "hosts")
+
+    return run
+
+
+def test_a_good_host(command, tmp_path):
+    done = command("localhost slots=2\n", pdsh=False)
+    assert (done.code, done.err) == (0, ""), done.out
+    assert done.out.splitlines()[-1] == "every host is ready for the launch"
+    assert not list(tmp_path.glob(".longform-doctor-*"))
+
+
+def test_a_greeting_would_become_the_address(command):
+    done = command("localhost.localdomain slots=2\n", pdsh=False)
+    assert done.code == 2
+    assert "its login shell prints 'welcome', which DeepSpeed would take for the address of this host" in done.out
+    assert done.out.count("problem: ") == 1
+    assert "localhost.localdomain slots=2, " in done.out
+
+
+def test_hosts_that_do_not_answer_as_they_should(command):
+    done = command("closed slots=1\nother slots=1\nbroken slots=1\n", pdsh=False)
+    assert done.code == 2
+    for part in (
+        "not installed here: pdsh",
+        "closed: `ssh closed` must work without a password or a question, but says: closed: Permission denied (publickey).",
+        "must be at the same path on every host, but ssh says: sh: 1:",
+        "fails there: SyntaxError: invalid syntax",
+    ):
+        assert part in done.out
+    assert done.out.count("problem: ") == 4
+    assert done.err == "error: 4 problems to solve, see above\n"
+
+
+def test_bad_files_are_reported_beside_each_other(command, tmp_path, monkeypatch):
+    (tmp_path / "forwarded").write_text("WANDB_API_KEY=x\n\n")
+    monkeypatch.setenv("DS_ENV_FILE", "forwarded")
+    monkeypatch.setenv("WANDB_API_KEY", "x")
+    monkeypatch.setenv("HF_HOME", "/secret")
+    done = command("localhost: 8\n")
+    assert done.code == 2
+    assert "problem: hosts, line 1: 'localhost: 8' is not `name slots=N`" in done.out
+    assert "problem: forwarded, line 2: an empty line makes `deepspeed` crash" in done.out
+    (note,) = [line for line in done.out.splitlines() if line.startswith("note: not forwarded")]
+    assert "HF_HOME" in note
+    assert "WANDB_API_KEY" not in note
+    assert "/secret" not in done.out
+
+
+def facts(**changes) -> dict:
+    return {
+        "python": "3.11.7",
+        "packages": {"torch": "2.13.0", "deepspeed": "0.19.8"},
+        "devices": [],
+        "torch_problem": None,
+        "code": {"train.py": "1", "engine/step.py": "2"},
+        "folder": True,
+        "token": True,
+        "interfaces": ["lo", "eth0", "ib0"],
+        "port": "refused",
+        "machine": "a",
+    } | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "forwarded", "sentence"),
+    [
+        ({"python": "3.12.1"}, {}, "Python 3.12.1 where this machine has 3.11.7"),
+        ({"packages": {"torch": None, "deepspeed": "0.19.8"}}, {}, "torch missing where this machine has 2.13.0"),
+        ({"torch_problem": "ImportError: libcudart"}, {}, "torch cannot be imported (ImportError: libcudart)"),
+        ({"code": None}, {}, "the code must be at the same path on every host"),
+        ({"code": {"train.py": "1"}}, {}, "engine/step.py"),
+        ({"code": {"train.py": "9", "engine/step.py": "2"}}, {}, "train.py"),
+        ({"folder": False, "token": False}, {}, "start the launch in a folder that all hosts share"),
+        ({"token": False}, {}, "is another folder; data and --output must be on a file system that all hosts share"),
+        ({"devices": ["H100"]}, {}, "slots=2 but it has 1 GPUs"),
+        ({"port": "no answer (timed out)"}, {}, "cannot reach 10.0.0.1, the address by which DeepSpeed knows node1"),
+        ({}, {"GLOO_SOCKET_IFNAME": "eth"}, "GLOO_SOCKET_IFNAME=eth but its network interfaces are lo, eth0, ib0"),
+        ({}, {"NCCL_SOCKET_IFNAME": "=eth"}, "NCCL_SOCKET_IFNAME==eth but its network interfaces"),
+        ({}, {"NCCL_SOCKET_IFNAME": "en,wl"}, "NCCL_SOCKET_IFNAME=en,wl but its network interfaces"),
+    ],
+)
+def test_what_is_wrong_with_a_host(changes, forwarded, sentence):
+    here = facts(first_address="10.0.0.1")
+    (problem,) = doctor.host_problems(2, facts(**changes), here, forwarded, "node1")
+    assert sentence in problem
+
+
+@pytest.mark.parametrize(
+    "forwarded",
+    [
+        {"GLOO_SOCKET_IFNAME": "eth0"},
+        {"GLOO_SOCKET_IFNAME": "eth1,ib0"},
+        {"NCCL_SOCKET_IFNAME": "eth"},
+        {"NCCL_SOCKET_IFNAME": "=ib0"},
+        {"NCCL_SOCKET_IFNAME": "^docker0"},
+    ],
+)
+def test_nothing_is_wrong_with_an_equal_host(forwarded):
+    here = facts(first_address="10.0.0.1")
+    assert doctor.host_problems(2, facts(devices=["H100"] * 2, port="in use"), here, forwarded, "node1") == []
+
+
+def test_comparing_hosts(capsys):
+    findings = doctor.Findings()
+    there = {"a": facts(devices=["H100"]), "b": facts(), "c": facts(machine="c", port="in use", devices=["H100"])}
+    doctor.check_between_hosts(there, findings)
+    said = capsys.readouterr().out
+    assert findings.problems == 2
+    assert "a and b are one machine" in said
+    assert "b: no GPU that torch can use, but a, c has" in said
+    assert "note: port 29500 of the first host is in use" in said
+
+
+def test_facts_are_collected_with_the_standard_library_only(tmp_path):
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "train.py").write_text("x")
+    (tmp_path / "engine/step.py").write_text("y")
+    (tmp_path / "token").touch()
+    found = host_facts.collect(str(tmp_path), str(tmp_path), "token", "127.0.0.1", 1)
+    assert sorted(found["code"]) == ["engine/step.py", "train.py"]
+    assert (found["folder"], found["token"], found["port"]) == (True, True, "refused")
+    assert host_facts.code_hashes(tmp_path / "absent") is None
+    lines = Path(host_facts.__file__).read_text().splitlines()
+    ours = ("from data_prep", "from engine", "from model", "from tools", "from training")
+    assert not [line for line in lines if line.startswith(ours)]
+
+
+def test_the_machine_is_described(command, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    done = command(None)
+    assert (done.code, done.err) == (0, "")
+    for part in (
+        "longform ",
+        "usable cores",
+        "torch ",
+        "deepspeed ",
+        "WANDB_MODE=offline",
+        "GB free",
+        "no problem found",
+    ):
+        assert part in done.out
+
+
+def test_other_versions_than_required_are_said(command, monkeypatch, tmp_path):
+    (tmp_path / "requirements.txt").write_text("# pinned\ntorch==0.1.0  # tensors\nno-such-package==3.0\nnumpy>=1\n")
+    monkeypatch.setattr(machine_report, "ROOT", tmp_path)
+    done = command(None)
+    assert done.code == 2
+    assert "note: requirements.txt has torch 0.1.0, here is 2." in done.out
+    assert "problem: requirements.txt has no-such-package 3.0, here is none" in done.out
+    assert done.out.count("requirements.txt has") == 2
