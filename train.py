@@ -43,6 +43,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--deepspeed_config", required=True, help="DeepSpeed JSON: ZeRO stage, precision, offload")
     parser.add_argument("--data", required=True, help="folder made by data_prep.build")
     parser.add_argument("--output", required=True, help="folder of the run: checkpoints, metrics.jsonl, run.json")
+    parser.add_argument(
+        "--pipeline_stages", type=int, help="stages of a pipeline JSON (none: all ranks, or what it says)"
+    )
     parser.add_argument("--allow_data_change", action="store_true", help="continue a run on another data set")
     parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # given by the launcher
     add_recipe_flags(parser)
@@ -55,14 +58,15 @@ def main() -> int:
     overrides = {name: value for name, value in vars(arguments).items() if "." in name}
 
     # Whatever can be wrong is found here, before any process group exists.
-    plan = make_plan(arguments.recipe, overrides, arguments.deepspeed_config, arguments.data, topology)
+    files = (arguments.recipe, overrides, arguments.deepspeed_config, arguments.data)
+    plan = make_plan(*files, topology, arguments.pipeline_stages)
     run = Path(arguments.output)
     notices = plan.warnings + check_resumable(run, plan, arguments.allow_data_change)
-    lock = claim_run(run) if topology.is_first else None
 
     start_process_group(topology)
+    lock = claim_run(run) if topology.is_first else None
     stop = StopSignal()
-    engine = build_engine(plan.recipe, plan.ds_config, topology)
+    engine = build_engine(plan)
 
     # Continue where the newest good checkpoint stopped, or begin.
     found, damaged = agree_on_checkpoint(run)
@@ -103,7 +107,7 @@ def train(engine, plan: RunPlan, state: TrainState, logger, clock, stop, topolog
         stopping = any_rank(engine, stop.name is not None or out_of_time) and not last
         with clock.aside():
             if plan.validation_sets and (last or state.step % recipe.validation.every_steps == 0):
-                logger.log_validation(state.step, validate_all(engine, plan, topology))
+                logger.log_validation(state.step, validate_all(engine, plan))
             if last or stopping or state.step % recipe.checkpoint.every_steps == 0:
                 folder = save(engine, run, state, facts, recipe.checkpoint)
                 logger.log_event(state.step, "checkpoint", name=folder.name)
@@ -131,8 +135,8 @@ def optimizer_steps(plan: RunPlan, state: TrainState, topology: Topology) -> Ite
         consumed=state.consumed_samples,
         micro_batch_samples=plan.batch.micro_batch_samples,
         accumulation=plan.batch.accumulation,
-        world_size=topology.world_size,
-        rank=topology.rank,
+        world_size=plan.mesh.data,
+        rank=plan.mesh.data_rank,
         pin_memory=topology.device.type == "cuda",
     )
 
@@ -171,6 +175,7 @@ def report(logger, clock, state: TrainState, result: StepResult, learning_rate: 
             skipped_steps=state.skipped_steps,
             rates=clock.read(),
             memory_bytes=peak_memory_bytes(topology.device),
+            wire_bytes=result.wire_bytes,
         )
 
 

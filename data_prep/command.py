@@ -37,7 +37,7 @@ def sentence(error: Exception) -> str:
     for number, words in DISK_ERRORS.items():
         if error.errno == number or os.strerror(number) in str(error):
             where = f" while writing {error.filename}" if error.filename else ""
-            return f"{words}{where}: make room and run the same command again, which continues"
+            return f"{words}{where}: make room and run the same command again"
     if error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split())

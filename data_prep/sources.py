@@ -72,6 +72,8 @@ def parse_sources(inputs: list[str], named: list[str]) -> list[Source]:
     weights: dict[str, float] = {}
     for text in named:
         name, equals, place = text.partition("=")
+        if name == "all":
+            raise ValueError(f'--source {text}: reports call all sources together "all"; choose another name')
         if not equals or not place or not SOURCE_NAME.fullmatch(name):
             raise ValueError(f"--source {text}: write NAME=PATH or NAME=PATH:WEIGHT, the name in letters and digits")
         head, colon, tail = place.rpartition(":")

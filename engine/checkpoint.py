@@ -17,6 +17,7 @@ import torch.distributed as dist
 import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from engine.names import named_parameters
 from training.config import CheckpointConfig
 from training.manifest import publish, write_atomically
 from training.state import TrainState
@@ -34,9 +35,21 @@ class Layout(BaseModel):
     wrapper: str
     """DeepSpeed's optimizer class around the base optimizer."""
     optimizer: str
+    stage_bounds: tuple[int, ...] = ()
+    """Where the layer plan is cut into pipeline stages; empty without a pipeline."""
+    tensor: int = 1
+    """Ranks over which the matrices of every layer are split."""
+
+    @property
+    def parts(self) -> int:
+        """Ranks that hold different parameters: pipeline stages times tensor-parallel ranks."""
+        return max(len(self.stage_bounds) - 1, 1) * self.tensor
 
     def __str__(self) -> str:
-        return f"ZeRO-{self.zero_stage} on {self.world_size} rank{'s' if self.world_size > 1 else ''}"
+        words = [f"ZeRO-{self.zero_stage} on {self.world_size} rank{'s' if self.world_size > 1 else ''}"]
+        words += [f"{len(self.stage_bounds) - 1} pipeline stages"] if self.stage_bounds else []
+        words += [f"tensor parallel {self.tensor}"] if self.tensor > 1 else []
+        return ", ".join(words)
 
 
 class CheckpointManifest(BaseModel):
@@ -64,13 +77,15 @@ def layout_of(engine) -> Layout:
         world_size=dist.get_world_size(),
         wrapper=type(engine.optimizer).__name__,
         optimizer=type(engine.basic_optimizer).__name__,
+        stage_bounds=tuple(getattr(engine.module, "bounds", ())),
+        tensor=engine.mesh.tensor,
     )
 
 
 def _parameter_order(engine) -> list[str]:
     if engine.zero_optimization_stage() > 0:
         return []
-    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+    names = {id(parameter): name for name, parameter in named_parameters(engine.module)}
     return [names[id(p)] for group in engine.basic_optimizer.param_groups for p in group["params"] if id(p) in names]
 
 
@@ -100,6 +115,8 @@ def _save(engine, run: Path, state: TrainState, facts: dict[str, Any], policy: C
     dist.barrier()
     client_state = {"longform": state.model_dump()}
     engine.save_checkpoint(str(root), tag=partial.name, client_state=client_state, save_latest=False)
+    if engine.gradient_compression:
+        engine.gradient_compression.save(partial)
     files = _sync_and_hash(partial)
     if first:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -13,6 +13,8 @@ from deepspeed.runtime import config as deepspeed_config
 
 from engine.ds_keys import SECTIONS, key_problems, value_problems
 from engine.legality import illegal_combinations
+from engine.mesh import Mesh, read_mesh
+from engine.topology import Topology
 from training.config import Recipe, did_you_mean
 
 OPTIMIZER_KEYS = {"type", "params", "legacy_fusion"}
@@ -21,11 +23,18 @@ NEVER_AUTO = "; DeepSpeed would read the word itself: write a value or leave the
 
 
 class Batch(NamedTuple):
-    """How one optimizer step is cut: `samples = micro_batch_samples * accumulation * world_size`."""
+    """How one optimizer step is cut: `samples = micro_batch_samples * accumulation * data-parallel ranks`."""
 
     samples: int
     micro_batch_samples: int
     accumulation: int
+
+
+class Resolved(NamedTuple):
+    config: dict[str, Any]
+    """To hand to `deepspeed.initialize`."""
+    batch: Batch
+    mesh: Mesh
 
 
 def read_ds_config(path: str | Path) -> dict[str, Any]:
@@ -55,11 +64,15 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
 
 
 def resolve_ds_config(
-    raw: dict[str, Any], path: str | Path, recipe: Recipe, seq_length: int, world_size: int, device: torch.device
-) -> tuple[dict[str, Any], Batch]:
+    raw: dict[str, Any],
+    path: str | Path,
+    recipe: Recipe,
+    seq_length: int,
+    topology: Topology,
+    pipeline_stages: int | None = None,
+) -> Resolved:
     """Fill and check a parsed JSON for this recipe, data and launch.
 
-    Returns the config to hand to `deepspeed.initialize` and the cut of a step.
     Raises ValueError with one line a problem: unknown keys (nearest name given), removed features, values that disagree
     with the recipe, impossible batch arithmetic, illegal combinations (legal neighbour named).
     """
@@ -70,18 +83,19 @@ def resolve_ds_config(
     for key in malformed:
         del config[key]
     problems += _fill_optimizer(config, recipe)
-    batch, batch_problems = _fill_batch(config, recipe, seq_length, world_size)
-    problems += batch_problems
-    _fill_zero(config, recipe, device)
+    mesh, mesh_problems = read_mesh(config, topology.rank, topology.world_size, pipeline_stages)
+    batch, batch_problems = _fill_batch(config, recipe, seq_length, mesh.data)
+    problems += mesh_problems + batch_problems
+    _fill_zero(config, recipe, topology.device)
     config.setdefault("steps_per_print", 2**31)
     problems += [f'{key} is "auto"{NEVER_AUTO}' for key in _autos(config)]
     problems += value_problems(config)
-    problems += illegal_combinations(config, batch, device)
+    problems += illegal_combinations(config, batch, mesh, recipe, topology.device)
     if not problems:
         problems += _deepspeeds_own_verdict(config)
     if problems:
         raise ValueError("\n".join(f"{path}: {problem}" for problem in problems))
-    return config, batch
+    return Resolved(config, batch, mesh)
 
 
 def _agree(config: dict[str, Any], key: str, value: Any, recipe_key: str, label: str = "") -> list[str]:
@@ -101,8 +115,9 @@ def _fill_optimizer(config: dict[str, Any], recipe: Recipe) -> list[str]:
         return problems
     problems += [f"unknown key 'optimizer.{key}'" for key in block if key not in OPTIMIZER_KEYS]
     kind, params = block.get("type", "auto"), block.get("params", {})
-    if str(kind).lower() not in ("auto", "adamw", "adam"):
-        problems.append(f"optimizer.type is {kind!r} but the recipe's optimizer is AdamW: make them equal")
+    ours = recipe.optimizer.name
+    if str(kind).lower() not in ("auto", ours, ours.removesuffix("w")):
+        problems.append(f"optimizer.type is {kind!r} but the recipe's optimizer.name is {ours!r}: make them equal")
     if not isinstance(params, dict):
         return [*problems, f"optimizer.params must be an object with keys, got {params!r}"]
     for key in params:
@@ -112,12 +127,12 @@ def _fill_optimizer(config: dict[str, Any], recipe: Recipe) -> list[str]:
             value, place = getattr(recipe.optimizer, key), f"the recipe's optimizer.{key}"
             problems += _agree(dict(params), key, value, place, "optimizer.params.")
     if params.get("adam_w_mode", True) is not True:
-        problems.append("optimizer.params.adam_w_mode must be true: the recipe's optimizer is AdamW")
+        problems.append("optimizer.params.adam_w_mode must be true: the recipe's Adam decays weights directly (AdamW)")
     return problems
 
 
-def _fill_batch(config: dict[str, Any], recipe: Recipe, seq_length: int, world_size: int) -> tuple[Batch, list[str]]:
-    """Solve `train_batch_size = micro_batch * accumulation * world_size` for what the JSON leaves open."""
+def _fill_batch(config: dict[str, Any], recipe: Recipe, seq_length: int, data_ranks: int) -> tuple[Batch, list[str]]:
+    """Solve `train_batch_size = micro_batch * accumulation * data_ranks` for what the JSON leaves open."""
     tokens = recipe.training.global_batch_tokens
     micro_key, accumulation_key = "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"
     problems = []
@@ -138,16 +153,16 @@ def _fill_batch(config: dict[str, Any], recipe: Recipe, seq_length: int, world_s
     if micro == "auto" and accumulation == "auto":
         micro = recipe.training.micro_batch_samples
     if micro == "auto":
-        micro = max(1, samples // (accumulation * world_size))
+        micro = max(1, samples // (accumulation * data_ranks))
     if accumulation == "auto":
-        accumulation = max(1, samples // (micro * world_size))
+        accumulation = max(1, samples // (micro * data_ranks))
     config[micro_key], config[accumulation_key] = micro, accumulation
-    if micro * accumulation * world_size != samples:
-        unit = micro * world_size
+    if micro * accumulation * data_ranks != samples:
+        unit = micro * data_ranks
         near = sorted({max(unit, samples // unit * unit), (samples // unit + 1) * unit})
         problems.append(
-            f"a step of {samples} samples ({tokens} tokens) cannot be cut into micro-batches of {micro} on {world_size} "
-            f"ranks with {accumulation} accumulation steps: set training.global_batch_tokens to "
+            f"a step of {samples} samples ({tokens} tokens) cannot be cut into micro-batches of {micro} on "
+            f"{data_ranks} data-parallel ranks with {accumulation} accumulation steps: set training.global_batch_tokens to "
             f"{' or '.join(str(n * seq_length) for n in near)}, or choose another micro-batch size"
         )
     return Batch(samples, micro, accumulation), problems

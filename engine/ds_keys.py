@@ -11,9 +11,11 @@ from typing import Any, Literal
 from deepspeed.comm.config import CommsLoggerConfig
 from deepspeed.runtime import config as deepspeed_config
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+from deepspeed.runtime.tensor_parallel.config import TPTrainingConfig
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
 
+from engine.compression import GradientCompression
 from training.config import did_you_mean
 
 Dtype = Literal["fp32", "fp16", "bf16"]
@@ -30,6 +32,7 @@ class TopLevel(PlainSection):
     train_micro_batch_size_per_gpu: PositiveInt
     gradient_accumulation_steps: PositiveInt
     gradient_clipping: NonNegativeFloat
+    sequence_parallel_size: PositiveInt = 1
     steps_per_print: PositiveInt | None = None
     wall_clock_breakdown: bool = False
     memory_breakdown: bool = False
@@ -76,6 +79,19 @@ class FlopsProfiler(PlainSection):
     output_file: str | None = None
 
 
+class Pipeline(PlainSection):
+    """`stages` and `partition` are DeepSpeed's names, which it does not read itself; here they cut the layer plan."""
+
+    stages: PositiveInt = 1
+    partition: str = Field(default="flops", pattern=r"^(flops|parameters|uniform|type:.+)$")
+    use_reentrant: Literal[False] = False
+
+
+class TensorParallel(PlainSection):
+    autotp_size: PositiveInt
+    tp_overlap_comm: bool = False
+
+
 class Aio(PlainSection):
     block_size: PositiveInt = 1048576
     queue_depth: PositiveInt = 8
@@ -95,6 +111,9 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "checkpoint": Checkpoint,
     "flops_profiler": FlopsProfiler,
     "aio": Aio,
+    "gradient_compression": GradientCompression,
+    "pipeline": Pipeline,
+    "tensor_parallel": TensorParallel,
 }
 KNOWN = {*TopLevel.model_fields, *SECTIONS, "optimizer"}
 REFUSED = {
@@ -109,7 +128,13 @@ REFUSED = {
     "managed_gradient_accumulation": "the accumulation boundary is Longform's; remove it",
     "gradient_allreduce_op": "the loss is weighted for averaging by DeepSpeed; remove it",
 }
-UNSUPPORTED = {"pipeline", "tensor_parallel", "sequence_parallel_size", "expert_parallel", "compile", "hybrid_engine"}
+UNSUPPORTED = {"expert_parallel", "compile", "hybrid_engine"}
+NOT_CHOSEN = {
+    f"tensor_parallel.{field.alias or name}": "how matrices are cut follows from the model's layers; remove it"
+    for name, field in TPTrainingConfig.model_fields.items()
+    if name not in TensorParallel.model_fields
+}
+"""Keys of sections that DeepSpeed knows, and that a run has no choice about."""
 
 
 def key_problems(config: dict[str, Any]) -> list[str]:
@@ -134,9 +159,13 @@ def value_problems(config: dict[str, Any]) -> list[str]:
     """
     problems = _judge(TopLevel, {key: config[key] for key in config if key in TopLevel.model_fields}, config, "")
     for name, schema in SECTIONS.items():
-        section = config.get(name, {})
+        if (section := config.get(name)) is None:
+            continue
         for key in [key for key in section if key in deepspeed_config._REMOVED_ZERO_CONFIG_KEYS]:
             problems.append(f"{name}.{key} was removed from DeepSpeed 0.19: remove it from the JSON")
+            del section[key]
+        for key in [key for key in section if f"{name}.{key}" in NOT_CHOSEN]:
+            problems.append(f"{name}.{key}: {NOT_CHOSEN[f'{name}.{key}']}")
             del section[key]
         problems += _judge(schema, section, section, f"{name}.")
     return problems

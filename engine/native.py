@@ -6,7 +6,8 @@ The float32 master weights and the two moments of Adam lie cut in the same way:
     stage 1, 2   the parameters of a group stand one after another in one vector, which is cut evenly over the ranks
     stage 3      every parameter by itself is cut evenly (rounded up) over the ranks; each rank keeps its pieces in order
 
-The files are memory-mapped, so a parameter costs its own size however large the checkpoint is.
+A pipeline has such a set of files for every stage, tensor parallelism one for every rank of its group (with slices of the
+matrices). The files are memory-mapped, so a parameter costs its own size however large the checkpoint is.
 """
 
 import re
@@ -18,8 +19,10 @@ from typing import NamedTuple
 import torch
 
 from engine.checkpoint import CheckpointManifest
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from engine.names import plan_name
+from engine.slices import cut_dimensions, join
+from model.config import ModelConfig
+from training.optimizer import OptimizerConfig
 
 
 class ParameterState(NamedTuple):
@@ -27,52 +30,72 @@ class ParameterState(NamedTuple):
     weight: torch.Tensor
     """The whole parameter, float32 wherever the checkpoint has float32."""
     moments: dict[str, torch.Tensor]
-    """By the names of MOMENTS, in the parameter's shape."""
+    """The optimizer's state tensors by name (`OptimizerConfig.moments`), in the parameter's shape."""
     step: int
     """Updates that the moments have seen."""
 
 
 def read_weights(folder: Path, manifest: CheckpointManifest) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and whole tensors. The folder must have been checked before (`engine.checkpoint.find`)."""
-    if manifest.layout.zero_stage == 0:
-        yield from _load(folder / "mp_rank_00_model_states.pt")["module"].items()
-        return
-    vectors = [_vectors(_load(path)["optimizer_state_dict"])["weight"] for path in _optimizer_files(folder)]
-    for name, cut in _cuts(folder, manifest, len(vectors)):
-        yield name, cut(vectors)
+    """Names in the layer plan and whole tensors. The folder must have been checked before (`engine.checkpoint.find`)."""
+    for name, weight, _ in _read(folder, manifest, ("weight",)):
+        yield name, weight["weight"]
 
 
 def read_states(folder: Path, manifest: CheckpointManifest) -> Iterator[ParameterState]:
     """Weights with their optimizer states, one parameter at a time."""
-    if manifest.layout.zero_stage == 0:
-        yield from _read_stage_0(folder, manifest)
-        return
-    ranks = [_vectors(_load(path)["optimizer_state_dict"]) for path in _optimizer_files(folder)]
-    for name, cut in _cuts(folder, manifest, len(ranks)):
-        weight, *moments = (cut([rank[key] for rank in ranks]) for key in ("weight", *MOMENTS))
-        yield ParameterState(name, weight, dict(zip(MOMENTS, moments, strict=True)), ranks[0]["step"])
+    moments = OptimizerConfig.model_validate(manifest.recipe["optimizer"]).moments
+    for name, tensors, step in _read(folder, manifest, ("weight", *moments)):
+        yield ParameterState(name, tensors.pop("weight"), tensors, step)
 
 
-def _read_stage_0(folder: Path, manifest: CheckpointManifest) -> Iterator[ParameterState]:
-    content = _load(folder / "mp_rank_00_model_states.pt")
+def _read(
+    folder: Path, manifest: CheckpointManifest, keys: tuple[str, ...]
+) -> Iterator[tuple[str, dict[str, torch.Tensor], int]]:
+    """Each parameter of the plan once: its name, the tensors of `keys` and the optimizer's step."""
+    config, seen = ModelConfig.model_validate(manifest.recipe["model"]), set()
+    layout, dimensions = manifest.layout, cut_dimensions(config)
+    read_part = _read_stage_0 if layout.zero_stage == 0 else _read_shards
+    for first in range(0, layout.parts, layout.tensor):
+        group = (read_part(folder, manifest, part, keys) for part in range(first, first + layout.tensor))
+        for (name, tensors, step), *others in zip(*group, strict=True):
+            if (name := plan_name(name, config)) in seen:  # tied weights are on two stages
+                continue
+            seen.add(name)
+            for key in keys:
+                tensors[key] = join([tensors[key], *(more[key] for _, more, _ in others)], dimensions[name])
+            yield name, tensors, step
+
+
+def _read_stage_0(folder: Path, manifest: CheckpointManifest, part: int, keys: tuple[str, ...]):
+    content = _load(folder / f"mp_rank_{part:02d}_model_states.pt")
     for index, name in enumerate(manifest.parameters):
-        state = content["optimizer"]["state"][index]
-        yield ParameterState(name, content["module"][name], {key: state[key] for key in MOMENTS}, int(state["step"]))
+        state = content["optimizer"]["state"].get(index, {}) | {"weight": content["module"][name]}
+        yield name, {key: state[key] for key in keys}, int(state.get("step", 0))
 
 
-def _vectors(content: dict) -> dict:
+def _read_shards(folder: Path, manifest: CheckpointManifest, part: int, keys: tuple[str, ...]):
+    files = _optimizer_files(folder, part)
+    contents = [_load(path)["optimizer_state_dict"] for path in files]
+    ranks = [_vectors(content, keys[1:]) for content in contents]
+    for name, cut in _cuts(folder, manifest, part, len(ranks), contents[0].get("param_alignment_paddings")):
+        yield name, {key: cut([rank[key] for rank in ranks]) for key in keys}, ranks[0]["step"]
+
+
+def _vectors(content: dict, moments: tuple[str, ...]) -> dict:
     """One rank's flat vectors, a list each: stages 1 and 2 have one a parameter group, stage 3 one a sub-group."""
     weights = content.get("fp32_flat_groups") or content["single_partition_of_fp32_groups"]
     states = (content.get("optimizer_state_dict") or content["base_optimizer_state"])["state"]
-    moments = {key: [states[i][key] for i in sorted(states)] for key in MOMENTS if states}
-    return {"weight": weights, "step": int(states[0]["step"]) if states else 0, **moments}
+    vectors = {key: [states[i][key] for i in sorted(states)] for key in moments}
+    return {"weight": weights, "step": int(states[0]["step"]) if states else 0, **vectors}
 
 
-def _cuts(folder: Path, manifest: CheckpointManifest, ranks: int) -> Iterator[tuple[str, object]]:
+def _cuts(
+    folder: Path, manifest: CheckpointManifest, part: int, ranks: int, paddings: list[list[int]] | None
+) -> Iterator[tuple[str, object]]:
     """Every parameter's name, with a function that cuts it out of the vectors of all ranks."""
     stage_3 = manifest.layout.zero_stage == 3
-    model_file = "zero_pp_rank_0_mp_rank_00_model_states.pt" if stage_3 else "mp_rank_00_model_states.pt"
-    groups = _load(folder / model_file)["param_shapes"]
+    prefix = "zero_pp_rank_0_" if stage_3 else ""
+    groups = _load(folder / f"{prefix}mp_rank_{part:02d}_model_states.pt")["param_shapes"]
     if stage_3:
         offset = 0
         for name, shape in (item for group in groups for item in group.items()):
@@ -80,7 +103,6 @@ def _cuts(folder: Path, manifest: CheckpointManifest, ranks: int) -> Iterator[tu
             yield name, _StageThreeCut(offset, share, shape)
             offset += share
         return
-    paddings = _load(_optimizer_files(folder)[0])["optimizer_state_dict"].get("param_alignment_paddings")
     for number, group in enumerate(groups):
         offset = 0
         for index, (name, shape) in enumerate(group.items()):
@@ -118,8 +140,8 @@ def _cut(pieces: list[torch.Tensor], start: int, count: int) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def _optimizer_files(folder: Path) -> list[Path]:
-    files = folder.glob("*zero_pp_rank_*_optim_states.pt")
+def _optimizer_files(folder: Path, part: int) -> list[Path]:
+    files = folder.glob(f"*zero_pp_rank_*_mp_rank_{part:02d}_optim_states.pt")
     return sorted(files, key=lambda path: int(re.search(r"pp_rank_(\d+)_", path.name)[1]))
 
 

@@ -1,12 +1,15 @@
-"""The optimizer object that a DeepSpeed engine is given: the recipe's AdamW in the form its JSON needs."""
+"""The optimizer object that a DeepSpeed engine is given: the recipe's, in the form its JSON needs."""
 
 import torch
+from deepspeed import comm as dist
+from deepspeed.runtime.utils import is_model_parallel_parameter
+from deepspeed.utils.groups import get_tensor_model_parallel_group
 
-from training.optimizer import OptimizerConfig, parameter_groups
+from training.optimizer import Lion, OptimizerConfig, parameter_groups
 
 
-class GuardedAdamW(torch.optim.AdamW):
-    """AdamW that measures, guards and clips its own gradients, for ZeRO-0 in float32 or autocast.
+class Guarded:
+    """An optimizer that measures, guards and clips its own gradients, for ZeRO-0 in float32 or autocast.
 
     There DeepSpeed (0.19) neither reports a gradient norm nor skips a step whose gradients are not finite. The two
     attributes carry the names under which its engine looks for them after `step`.
@@ -20,9 +23,10 @@ class GuardedAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """Update unless the norm of all gradients is not finite; every rank holds the same gradients and agrees."""
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        self._global_grad_norm = torch.nn.utils.get_total_norm(gradients)
+        """Update unless the norm of all gradients is not finite; all ranks find the same norm and agree."""
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        gradients = [p.grad for p in parameters]
+        self._global_grad_norm = _total_norm(parameters)
         self.overflow = not bool(torch.isfinite(self._global_grad_norm))
         if self.overflow:
             return None
@@ -32,21 +36,45 @@ class GuardedAdamW(torch.optim.AdamW):
         return super().step(closure)
 
 
-def build_optimizer(model: torch.nn.Module, config: OptimizerConfig, ds_config: dict) -> torch.optim.Optimizer:
-    """AdamW over the recipe's decay and no-decay groups.
+class GuardedAdamW(Guarded, torch.optim.AdamW):
+    pass
 
-    DeepSpeedCPUAdam where optimizer states are offloaded and the JSON wants it, GuardedAdamW where DeepSpeed does not
-    guard (ZeRO-0 without bf16/fp16), else torch's fused AdamW, which needs no compiler at start-up.
+
+class GuardedLion(Guarded, Lion):
+    pass
+
+
+def _total_norm(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
+    """The norm of the whole model's gradient. Under tensor parallelism the parts that ranks hold add up."""
+    parts = [p.grad for p in parameters if is_model_parallel_parameter(p)]
+    if not parts:
+        return torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    group = get_tensor_model_parallel_group()
+    same_on_all = [p.grad for p in parameters if not is_model_parallel_parameter(p)]
+    square, square_on_all = (torch.nn.utils.get_total_norm(grads).square() for grads in (parts, same_on_all))
+    square += square_on_all / dist.get_world_size(group)
+    dist.all_reduce(square, group=group)
+    return square.sqrt()
+
+
+def build_optimizer(model: torch.nn.Module, config: OptimizerConfig, ds_config: dict) -> torch.optim.Optimizer:
+    """The recipe's optimizer over its decay and no-decay groups.
+
+    DeepSpeedCPUAdam where the states of AdamW are offloaded and the JSON wants it, a guarded optimizer where DeepSpeed does
+    not guard (ZeRO-0 without bf16/fp16), else torch's fused AdamW or Lion, which need no compiler at start-up.
     """
     zero = ds_config.get("zero_optimization", {})
-    options = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
-    groups = parameter_groups(model, config)
+    unguarded = zero.get("stage", 0) == 0 and not any(ds_config.get(key, {}).get("enabled") for key in ("bf16", "fp16"))
+    groups, options = parameter_groups(model, config), {"lr": config.lr, "betas": tuple(config.betas)}
+    if config.name == "lion":
+        return GuardedLion(groups, config.max_grad_norm or 0.0, **options) if unguarded else Lion(groups, **options)
+    options["eps"] = config.eps
     if zero.get("offload_optimizer") and ds_config["zero_force_ds_cpu_optimizer"]:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         if torch.distributed.get_rank() == 0:
             print("building DeepSpeedCPUAdam for this machine (once, a minute or two) ...", flush=True)
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
-    if zero.get("stage", 0) == 0 and not any(ds_config.get(key, {}).get("enabled") for key in ("bf16", "fp16")):
+    if unguarded:
         return GuardedAdamW(groups, config.max_grad_norm or 0.0, fused=True, **options)
     return torch.optim.AdamW(groups, fused=True, **options)

@@ -5,6 +5,9 @@ from typing import NamedTuple
 
 from engine.ds_config import Batch, read_ds_config, resolve_ds_config
 from engine.ds_keys import key_problems
+from engine.mesh import Mesh
+from engine.pipeline import stage_bounds
+from engine.sequence import sequence_problems
 from engine.topology import Topology
 from model.config import ModelConfig
 from training.config import Recipe, load_recipe
@@ -16,9 +19,12 @@ class RunPlan(NamedTuple):
     recipe: Recipe
     ds_config: dict
     batch: Batch
+    mesh: Mesh
     dataset: ShardedDataset
     validation_sets: dict[str, ShardedDataset]
     total_steps: int
+    stage_bounds: list[int]
+    """Where the layer plan is cut into pipeline stages; empty without a pipeline."""
     warnings: list[str]
 
     @property
@@ -34,7 +40,12 @@ class RunPlan(NamedTuple):
 
 
 def make_plan(
-    recipe_file: str, overrides: dict[str, str], ds_config_file: str, data: str, topology: Topology
+    recipe_file: str,
+    overrides: dict[str, str],
+    ds_config_file: str,
+    data: str,
+    topology: Topology,
+    pipeline_stages: int | None = None,
 ) -> RunPlan:
     """Read and cross-check recipe, DeepSpeed JSON and data. Raises ValueError with one line a problem."""
     problems: list[str] = []
@@ -47,24 +58,33 @@ def make_plan(
     seq_length = dataset.manifest.seq_length
     resolved = None
     if raw is not None:
-        launch = (recipe, seq_length, topology.world_size, topology.device)
+        launch = (recipe, seq_length, topology, pipeline_stages)
         resolved = _collect(problems, resolve_ds_config, raw, ds_config_file, *launch)
+    bounds = []
+    if resolved is not None and "pipeline" in resolved.config:
+        pipeline, model = resolved.config["pipeline"], recipe.model
+        bounds = _collect(problems, stage_bounds, model, pipeline["stages"], pipeline["partition"], seq_length)
     problems += [f"{recipe_file}: {problem}" for problem in model_data_problems(recipe.model, dataset, data)]
     sets = _open_validation_sets(recipe, dataset, data, problems)
+    if resolved is not None:
+        lengths = {seq_length, *(other.manifest.seq_length for other in sets.values() if other is not None)}
+        found = [p for length in sorted(lengths) for p in sequence_problems(recipe.model, resolved.mesh, length)]
+        problems += [f"{ds_config_file}: {problem}" for problem in dict.fromkeys(found)]
     if recipe.training.initial_weights:
         problems += _initial_weights_problems(recipe)
     total_steps = recipe.training.max_steps or -(-recipe.training.max_tokens // recipe.training.global_batch_tokens)
     _collect(problems, landmarks, recipe.schedule, total_steps, recipe.training.global_batch_tokens)
     if problems:
         raise ValueError("\n".join(problems))
-    config, batch = resolved
     warnings = [f"{recipe_file}: schedule.{key} has no effect here" for key in recipe.schedule.without_effect()]
     if recipe.model.vocab_size > dataset.manifest.tokenizer.vocab_size:
         unused = recipe.model.vocab_size - dataset.manifest.tokenizer.vocab_size
         warnings.append(
             f"{recipe_file}: model.vocab_size has {unused} entries more than the tokenizer; they stay untrained"
         )
-    return RunPlan(recipe, config, batch, dataset, sets, total_steps, warnings)
+    if "gradient_compression" in resolved.config and topology.world_size == 1:
+        warnings.append(f"{ds_config_file}: gradient_compression has no effect on one rank")
+    return RunPlan(recipe, *resolved, dataset, sets, total_steps, bounds, warnings)
 
 
 def model_data_problems(model: ModelConfig, dataset: ShardedDataset, data: str) -> list[str]:

@@ -36,7 +36,7 @@ def check_resumable(run: Path, plan: RunPlan, allow_data_change: bool) -> list[s
         for key, value in keys.items()
         if before[section][key] != value
     }
-    fixed = {key for key in changes if key.startswith("model.") or key == "training.seed"}
+    fixed = {key for key in changes if key.startswith("model.") or key in ("training.seed", "optimizer.name")}
     if not allow_data_change:
         fixed |= changes.keys() & {"data.weights"}
     problems = [f"{key} was {changes[key][0]!r} and is now {changes[key][1]!r}" for key in sorted(fixed)]
@@ -66,6 +66,8 @@ def restore(engine, folder: Path, manifest: CheckpointManifest) -> TrainState:
         engine.global_steps, engine.global_samples = manifest.state.step, manifest.state.consumed_samples
     for group, hyperparameters in zip(engine.optimizer.param_groups, groups, strict=True):
         group.update(hyperparameters)
+    if engine.gradient_compression:
+        engine.gradient_compression.restore(folder)
     return manifest.state
 
 

@@ -1,4 +1,4 @@
-"""One optimizer step on a DeepSpeed engine of any ZeRO stage.
+"""One optimizer step on a DeepSpeed engine of any layout.
 
 The loss is a sum over valid targets divided by the number of targets of the whole step, counted over all ranks and
 micro-batches before the first backward pass. So it depends neither on how a step is cut nor on where padding falls.
@@ -9,11 +9,18 @@ from typing import NamedTuple
 import deepspeed
 import torch
 from deepspeed import comm as dist
+from deepspeed.utils import groups
 
+from engine import pipeline
+from engine.compression import compress_gradients
+from engine.mesh import Mesh
+from engine.names import named_parameters
 from engine.optimizer import build_optimizer
-from engine.topology import Topology
-from model.llama import Llama
-from training.config import Recipe
+from engine.plan import RunPlan
+from engine.sequence import share_rows
+from engine.tensor import cut_vocabulary, for_autotp, sum_gradients_once
+from model.llama import Block, Llama
+from training.optimizer import Lion
 
 
 class StepResult(NamedTuple):
@@ -26,30 +33,65 @@ class StepResult(NamedTuple):
     """Norm of the whole gradient before clipping; not finite when the step was skipped for it."""
     applied: bool
     """False when the loss or the gradient was not finite: the weights are untouched."""
+    wire_bytes: int | None
+    """What this rank handed to the calls of a compressed reduction; None where DeepSpeed reduces."""
 
 
-def build_engine(recipe: Recipe, ds_config: dict, topology: Topology) -> deepspeed.DeepSpeedEngine:
-    """The model on its ZeRO stage, with the same initial weights in every layout."""
-    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
-    with deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=stage == 3):
-        model = Llama(recipe.model, seed=recipe.training.seed)
-    model.activation_checkpointing = recipe.training.activation_checkpointing
+def build_engine(plan: RunPlan) -> deepspeed.DeepSpeedEngine:
+    """The model in the layout of the plan's JSON, with the same initial weights in every layout."""
+    recipe, config = plan.recipe, dict(plan.ds_config)
+    compression = config.pop("gradient_compression", None)
+    if plan.stage_bounds:
+        model = pipeline.PipelinedLlama(recipe, plan.stage_bounds)
+        config["pipeline"] = {"use_reentrant": False}
+    else:
+        if plan.mesh.tensor > 1:
+            config = for_autotp(config, recipe.model)
+        stage = config.get("zero_optimization", {}).get("stage", 0)
+        with deepspeed.zero.Init(config_dict_or_path=config, enabled=stage == 3):
+            model = Llama(recipe.model, seed=recipe.training.seed)
+        model.activation_checkpointing = recipe.training.activation_checkpointing
+    if config.pop("sequence_parallel_size", 1) > 1:
+        share_rows(model, plan.mesh)
+        config["train_batch_size"] *= plan.mesh.sequence  # DeepSpeed counts every rank's micro-batch as other rows
     if recipe.training.initial_weights:
         load_initial_weights(model, recipe.training.initial_weights)
-    optimizer = build_optimizer(model, recipe.optimizer, ds_config)
-    config = dict(ds_config)
+    if plan.mesh.tensor > 1:
+        cut_vocabulary(model, plan.mesh)
+    if recipe.training.compile:
+        compile_blocks(model)
+    optimizer = build_optimizer(model, recipe.optimizer, config)
+    if isinstance(optimizer, Lion):
+        config["zero_allow_untested_optimizer"] = True  # DeepSpeed has not tested this one; tests/engine has
     if hasattr(optimizer, "max_grad_norm"):
         config["gradient_clipping"] = 0.0  # this optimizer clips by itself, after measuring
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    engine.mesh = plan.mesh
+    if plan.mesh.tensor > 1 and not config["tensor_parallel"].get("tp_overlap_comm"):
+        sum_gradients_once(model)
+    compress_gradients(engine, compression)
     return engine
 
 
-def load_initial_weights(model: Llama, folder: str) -> None:
+def compile_blocks(model: torch.nn.Module, backend: str = "inductor") -> None:
+    """`torch.compile` every block in place; parameters keep their names, and all blocks share one compilation."""
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.compile(backend=backend)
+
+
+def close_engine(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Let go of an engine and of what DeepSpeed remembers of its layout, so that the process may build another."""
+    engine.destroy()
+    groups._release_process_group_references()
+
+
+def load_initial_weights(model: torch.nn.Module, folder: str) -> None:
     """Copy a Hugging Face folder's weights into the model, one tensor at a time, partitioned or not."""
     from model.hf import load_hf
 
     _, tensors = load_hf(folder)
-    parameters = dict(model.named_parameters())
+    parameters = dict(named_parameters(model))
     for name, tensor in tensors:
         if name not in parameters:
             continue
@@ -70,18 +112,23 @@ def train_step(
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
-    targets = sum_over_ranks(engine, [sum(batch["num_targets"] for batch in micro_batches)])[0]
-    # DeepSpeed averages over ranks and divides by the accumulation steps; both are undone here.
-    weight = dist.get_world_size() * len(micro_batches) / max(targets, 1)
-    sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
-    for batch in micro_batches:
-        objective_sum, loss_sum = forward(engine, batch, z_loss_weight)
-        sums += torch.stack([objective_sum.detach(), loss_sum.detach()]).double()
-        engine.backward(objective_sum * weight)
-        engine.step()
-    objective, loss = (total / max(targets, 1) for total in sum_over_ranks(engine, sums.tolist()))
+    mesh: Mesh = engine.mesh
+    targets = count_targets(engine, micro_batches)
+    # DeepSpeed averages over the ranks that hold other tokens and divides by the accumulation steps; both are undone here.
+    weight = mesh.data * mesh.sequence * len(micro_batches) / max(targets, 1)
+    if isinstance(engine, pipeline.PipelineEngine):
+        sums = pipeline.train_batch(engine, micro_batches, z_loss_weight, weight)
+    else:
+        sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
+        for batch in micro_batches:
+            objective_sum, loss_sum = forward(engine, batch, z_loss_weight)
+            sums += torch.stack([objective_sum.detach(), loss_sum.detach()]).double()
+            engine.backward(objective_sum * weight)
+            engine.step()
+    objective, loss = (total / max(targets, 1) for total in sum_over_tokens(engine, sums.tolist()))
     norm = engine.get_global_grad_norm()
-    return StepResult(loss, objective, int(targets), float(norm), engine.was_step_applied())
+    wire_bytes = engine.gradient_compression and engine.gradient_compression.wire_bytes
+    return StepResult(loss, objective, targets, float(norm), engine.was_step_applied(), wire_bytes)
 
 
 def any_rank(engine: deepspeed.DeepSpeedEngine, flag: bool) -> bool:
@@ -90,9 +137,18 @@ def any_rank(engine: deepspeed.DeepSpeedEngine, flag: bool) -> bool:
 
 
 def forward(engine, batch: dict, z_loss_weight: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sums (objective, cross-entropy) over one micro-batch of this rank."""
-    inputs, targets = (batch[key].to(engine.device, non_blocking=True) for key in ("input_ids", "targets"))
-    return engine(inputs, batch["position_ids"], targets, z_loss_weight=z_loss_weight)
+    """The sums (objective, cross-entropy) over this rank's tokens of one micro-batch."""
+    mesh: Mesh = engine.mesh
+    share = batch["input_ids"].shape[1] // mesh.sequence
+    columns = slice(mesh.sequence_rank * share, (mesh.sequence_rank + 1) * share)
+    inputs, targets = (batch[key][:, columns].to(engine.device, non_blocking=True) for key in ("input_ids", "targets"))
+    return engine(inputs, batch["position_ids"], targets, z_loss_weight=z_loss_weight, columns=columns)
+
+
+def count_targets(engine, batches: list[dict]) -> int:
+    """Valid targets of the batches over all ranks; those of a row once, however many ranks work on it."""
+    of_rows = sum(batch["num_targets"] for batch in batches)
+    return round(sum_over_tokens(engine, [of_rows / engine.mesh.sequence])[0])
 
 
 def sum_over_ranks(engine, values: list[float]) -> list[float]:
@@ -100,3 +156,8 @@ def sum_over_ranks(engine, values: list[float]) -> list[float]:
     total = torch.tensor(values, dtype=torch.float64, device=engine.device)
     dist.all_reduce(total)
     return total.tolist()
+
+
+def sum_over_tokens(engine, values: list[float]) -> list[float]:
+    """Over all ranks, each token counted once where several ranks compute the same."""
+    return sum_over_ranks(engine, values if engine.mesh.counts else [0.0] * len(values))

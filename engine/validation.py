@@ -1,33 +1,42 @@
 """Loss on named sets with a live engine: the same figures for every number of ranks."""
 
+from itertools import islice
+
 import torch
 
+from engine import pipeline
 from engine.plan import RunPlan
-from engine.step import forward, sum_over_ranks
-from engine.topology import Topology
+from engine.step import count_targets, forward, sum_over_tokens
 from training.data import validation_batches
 from training.scores import scores
 from training.shards import ShardedDataset
 
+BATCHES_AT_ONCE = 32
 
-def validate_all(engine, plan: RunPlan, topology: Topology) -> dict[str, dict[str, float]]:
+
+def validate_all(engine, plan: RunPlan) -> dict[str, dict[str, float]]:
     """`validate` on every set of the plan, by name."""
     limit = plan.recipe.validation.max_samples
     return {
-        name: validate(engine, dataset, plan.batch.micro_batch_samples, topology, limit)
+        name: validate(engine, dataset, plan.batch.micro_batch_samples, limit)
         for name, dataset in plan.validation_sets.items()
     }
 
 
 def validate(
-    engine, dataset: ShardedDataset, micro_batch_samples: int, topology: Topology, max_samples: int | None = None
+    engine, dataset: ShardedDataset, micro_batch_samples: int, max_samples: int | None = None
 ) -> dict[str, float]:
     """The scores of a set, or of its first `max_samples` rows. Collective over all ranks."""
+    mesh = engine.mesh
+    batches = validation_batches(dataset, micro_batch_samples, mesh.data, mesh.data_rank, max_samples)
+    loss_sum, targets = 0.0, 0
     engine.eval()
-    sums = torch.zeros(2, dtype=torch.float64)
-    with torch.no_grad():
-        for batch in validation_batches(dataset, micro_batch_samples, topology.world_size, topology.rank, max_samples):
-            _, loss_sum = forward(engine, batch, 0.0)
-            sums += torch.tensor([float(loss_sum), batch["num_targets"]], dtype=torch.float64)
+    while some := list(islice(batches, BATCHES_AT_ONCE)):
+        targets += count_targets(engine, some)
+        if isinstance(engine, pipeline.PipelineEngine):
+            loss_sum += float(pipeline.evaluate(engine, some)[1])
+            continue
+        with torch.no_grad():
+            loss_sum += sum(float(forward(engine, batch, 0.0)[1]) for batch in some)
     engine.train()
-    return scores(dataset, *sum_over_ranks(engine, sums.tolist()))
+    return scores(dataset, *sum_over_tokens(engine, [loss_sum]), targets)

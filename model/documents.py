@@ -18,11 +18,13 @@ class Documents:
     """
 
     position_ids: Tensor
-    """int64 [B, T], the place of each token in its document."""
+    """int64 [B, T], the place of each token in its document; of the tokens that are here (see `part`)."""
     lengths: list[int]
     """Tokens of each document, in the order of the flattened rows; they sum to B * T."""
     cu_seqlens: Tensor
     """int32 [N + 1] on the device of the model: where each document starts in the flattened rows, then B * T."""
+    columns: slice = field(default_factory=lambda: slice(None))
+    """Which tokens of every row are here; the others are on other devices."""
     tables: dict = field(default_factory=dict, repr=False)
     """Rotary tables by head width, so that all layers of a forward share one (see model/rope.py)."""
 
@@ -51,6 +53,10 @@ class Documents:
         starts = torch.tensor([0, tokens], dtype=torch.int32, device=device)
         return cls(positions, [tokens], starts)
 
+    def part(self, columns: slice) -> Documents:
+        """The same documents where only some columns of the rows are at hand, as under sequence parallelism."""
+        return Documents(self.position_ids[:, columns], self.lengths, self.cu_seqlens, columns)
+
     @property
     def max_length(self) -> int:
         """Tokens of the longest document."""
@@ -61,4 +67,5 @@ class Documents:
         if len(self.lengths) == 1:
             return torch.full_like(self.position_ids, self.lengths[0])
         lengths = self.cu_seqlens.diff().long()
-        return lengths.repeat_interleave(lengths, output_size=self.position_ids.numel()).view_as(self.position_ids)
+        of_rows = lengths.repeat_interleave(lengths, output_size=sum(self.lengths))
+        return of_rows.view(len(self.position_ids), -1)[:, self.columns]

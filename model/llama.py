@@ -86,6 +86,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, seed: Seed):
         super().__init__()
         self.config = config
+        self.attend = attend  # sequence parallelism puts an exchange between ranks around it
         d, width, bias, std = config.head_width, config.hidden_size, config.attention_bias, config.initializer_range
         heads, kv_heads = config.num_attention_heads * d, config.kv_heads * d
         out_std = std / math.sqrt(2 * config.num_hidden_layers)
@@ -102,15 +103,17 @@ class Attention(nn.Module):
         q, k, v = self.q_proj(x).view(shape), self.k_proj(x).view(shape), self.v_proj(x).view(shape)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
+        return self.o_proj(self._mix(q, k, v, documents, cache).flatten(2))
+
+    @torch.compiler.disable  # the number of documents and their lengths change with every batch
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, cache: KeyValueCache | None) -> Tensor:
         tables = rotary_tables(self.config, documents)
         q, k = rotate(q, *tables), rotate(k, *tables)
         if cache is not None:
             k, v = cache.append(k, v)
         if k.shape[1] == q.shape[1]:
-            out = attend(q, k, v, documents, self.config.sliding_window)
-        else:
-            out = attend_cached(q, k, v, self.config.sliding_window)
-        return self.o_proj(out.flatten(2))
+            return self.attend(q, k, v, documents, self.config.sliding_window)
+        return attend_cached(q, k, v, self.config.sliding_window)
 
 
 class FeedForward(nn.Module):
@@ -232,16 +235,18 @@ class Llama(nn.Module):
         position_ids: Tensor | None = None,
         targets: Tensor | None = None,
         z_loss_weight: float = 0.0,
+        columns: slice = slice(None),
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits [B, T, V]; with `targets` [B, T] the two sums of `linear_cross_entropy`: objective, cross-entropy.
 
         `input_ids` int64 [B, T]. `position_ids` int64 [B, T] restart at 0 where a document starts (default: every row
-        is one document); they may stay on the CPU, which saves a synchronisation.
+        is one document); they may stay on the CPU, which saves a synchronisation. `columns`: the part of every row that
+        `input_ids` and `targets` are, where devices share rows; `position_ids` are those of whole rows.
         """
         if position_ids is None:
             documents = Documents.whole_rows(*input_ids.shape, input_ids.device)
         else:
-            documents = Documents.from_position_ids(position_ids, input_ids.device)
+            documents = Documents.from_position_ids(position_ids, input_ids.device).part(columns)
         x = self.embed_tokens(input_ids)
         for block in self.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -11,27 +14,42 @@ CHUNK_TOKENS = 1024
 """Rows of logits that exist at a time. Each chunk adds to a [V, D] gradient, so far fewer would cost bandwidth."""
 
 
+class VocabularyPart(NamedTuple):
+    """Says that `weight` is only some rows of the output projection, and other processes have the rest."""
+
+    first: int
+    """Token id of the first row."""
+    gather: Callable[[Tensor], Tensor]
+    """[2, C] of every process -> [P, 2, C], the same on all of them."""
+
+
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, z_loss_weight: float = 0.0, chunk_tokens: int = CHUNK_TOKENS
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    z_loss_weight: float = 0.0,
+    chunk_tokens: int = CHUNK_TOKENS,
+    part: VocabularyPart | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of `softmax(x @ weight.T)` without the [N, V] logits.
 
     Args: `x` [..., D]; `weight` [V, D]; `targets` int64 [...], `IGNORED` where a token does not count.
     Returns two scalars (float32, or float64 for float64 inputs), sums over the counted tokens: the objective,
     which is cross-entropy + z_loss_weight * logsumexp(logits)^2 (Chowdhery et al. 2022, section 5) and carries the
-    gradient, and the cross-entropy alone, in nats, which carries none.
+    gradient, and the cross-entropy alone, in nats, which carries none. With `part` every process gets the sums over the
+    whole vocabulary, the gradient of its rows of `weight`, and its share of the gradient of `x`, to be summed over all.
 
     The gradients are made in the forward pass while a chunk's logits exist (they are linear in the incoming gradient),
     so backward recomputes nothing; the gradient of `weight` is summed in float32. Under `no_grad` none is made.
     """
     make_gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     flat, flat_targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
-    return _LinearCrossEntropy.apply(flat, weight, flat_targets, z_loss_weight, chunk_tokens, make_gradients)
+    return _LinearCrossEntropy.apply(flat, weight, flat_targets, z_loss_weight, chunk_tokens, part, make_gradients)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, targets, z_loss_weight, chunk_tokens, make_gradients):
+    def forward(ctx, x, weight, targets, z_loss_weight, chunk_tokens, part, make_gradients):
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         objective, cross_entropy = torch.zeros(2, dtype=wide, device=x.device).unbind()
         want_x, want_weight = (make_gradients and need for need in ctx.needs_input_grad[:2])
@@ -39,14 +57,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = None
         for start in range(0, len(x), chunk_tokens):
             rows = slice(start, start + chunk_tokens)
-            nll, z, grad_logits = _chunk(x[rows] @ weight.T, targets[rows], wide, z_loss_weight, make_gradients)
+            logits = x[rows] @ weight.T
+            nll, z, grad_logits = _chunk(logits, targets[rows], wide, z_loss_weight, part, make_gradients)
             cross_entropy += nll
             objective += nll + z_loss_weight * z
             if want_x:
                 grad_x[rows] = grad_logits @ weight
             if want_weight:
-                part = grad_logits.T @ x[rows]
-                grad_weight = part.to(wide) if grad_weight is None else grad_weight.add_(part)
+                of_chunk = grad_logits.T @ x[rows]
+                grad_weight = of_chunk.to(wide) if grad_weight is None else grad_weight.add_(of_chunk)
         ctx.weight_dtype = weight.dtype
         ctx.save_for_backward(grad_x, grad_weight)
         ctx.mark_non_differentiable(cross_entropy)
@@ -59,7 +78,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_x = _scaled(grad_x, grad_objective, grad_x.dtype)
         if grad_weight is not None:
             grad_weight = _scaled(grad_weight, grad_objective, ctx.weight_dtype)
-        return grad_x, grad_weight, None, None, None, None
+        return grad_x, grad_weight, None, None, None, None, None
 
 
 def _scaled(grad, factor, dtype):
@@ -67,19 +86,29 @@ def _scaled(grad, factor, dtype):
     return torch.mul(grad.to(factor.dtype), factor, out=torch.empty_like(grad, dtype=dtype))
 
 
-def _chunk(logits, targets, wide, z_loss_weight, make_gradients):
+def _chunk(logits, targets, wide, z_loss_weight, part, make_gradients):
     """Sums of cross-entropy and of logsumexp^2 over the counted rows of `logits` [C, V], and d objective / d logits."""
-    counted = targets != IGNORED
-    index = targets.where(counted, 0).unsqueeze(1)
-    log_p = torch.log_softmax(logits, -1, dtype=wide)
+    counted = here = targets != IGNORED
+    if part is not None:
+        targets = targets - part.first
+        here = counted & (targets >= 0) & (targets < logits.shape[1])
+    index = targets.where(here, 0).unsqueeze(1)
+    log_p, at_target = torch.log_softmax(logits, -1, dtype=wide), logits.gather(1, index)
     log_p_target = log_p.gather(1, index)
-    log_z = (logits.gather(1, index) - log_p_target).squeeze(1)
+    log_z = at_target - log_p_target
+    if part is not None:
+        parts = part.gather(torch.stack([log_z.squeeze(1), at_target.squeeze(1).where(here, 0).to(wide)]))
+        whole_log_z = parts[:, 0].logsumexp(0).unsqueeze(1)
+        log_p += log_z - whole_log_z
+        log_p_target, log_z = parts[:, 1].sum(0).unsqueeze(1) - whole_log_z, whole_log_z
     nll = -log_p_target.squeeze(1).where(counted, 0).sum()
-    z = log_z.square().where(counted, 0).sum()
+    z = log_z.squeeze(1).square().where(counted, 0).sum()
     if not make_gradients:
         return nll, z, None
     counted = counted.unsqueeze(1).to(wide)
-    row_scale = counted * (1 + 2 * z_loss_weight * log_z.unsqueeze(1))
-    at_target = log_p_target.exp() * row_scale - counted
+    row_scale = counted * (1 + 2 * z_loss_weight * log_z)
+    grad_at_target = log_p_target.exp() * row_scale - counted
     grad = torch.mul(log_p.exp_(), row_scale, out=logits)
-    return nll, z, grad.scatter_(1, index, at_target.to(grad.dtype))
+    if part is not None:
+        grad_at_target = grad_at_target.where(here.unsqueeze(1), grad.gather(1, index))
+    return nll, z, grad.scatter_(1, index, grad_at_target.to(grad.dtype))

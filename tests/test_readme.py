@@ -1,12 +1,15 @@
 """What the README tells a newcomer to type works as written, and what it says of files is true."""
 
+import os
 import re
 import shutil
 from pathlib import Path
 
 import pytest
 
-from tests.launch import ROOT, run_cli
+from engine.checkpoint import read_manifest, steps
+from tests.engine.programs import prepare
+from tests.launch import ROOT, clean_environment, free_port, run_cli
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -21,7 +24,7 @@ def test_own_documents_step_by_step(tmp_path):
     (tmp_path / "my_documents").mkdir()
     for play in plays[:8]:
         shutil.copy(play, tmp_path / "my_documents")
-    (script,) = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    (script,) = [block for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) if "my_documents" in block]
     free = script.replace("deepspeed --num_gpus 2", "deepspeed --num_gpus 2 --master_port 29731")
     done = run_cli(["bash", "-euc", free], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -52,7 +55,7 @@ def test_every_shipped_json_is_in_the_table():
 def test_line_counts_are_about_right():
     table = README.partition("## Read the code")[2]
     rows = re.findall(r"^\| (`[^|]+) \| (\d+) \|", table, re.MULTILINE)
-    assert len(rows) == 7
+    assert len(rows) == 8
     for names, stated in rows:
         first = Path(re.findall(r"`([^`]+)`", names)[0])
         files = [
@@ -61,3 +64,39 @@ def test_line_counts_are_about_right():
         ]
         lines = sum(len(file.read_text().splitlines()) for file in files)
         assert lines == pytest.approx(int(stated), rel=0.1), names
+
+
+SRUN = """#!/bin/bash
+# Two tasks on this machine, with the variables that srun sets and its exit code: the largest of the tasks.
+while [[ $1 == --* ]]; do shift; done
+for task in 0 1; do SLURM_PROCID=$task SLURM_LOCALID=$task "$@" & tasks+=($!); done
+for task in "${tasks[@]}"; do wait "$task"; code=$?; ((code > most)) && most=$code; done
+exit "$most"
+"""
+SCONTROL = """#!/bin/bash
+if [[ $1 == show ]]; then echo 127.0.0.1; else echo "$@" > requeued; fi
+"""
+
+
+def test_slurm_script_trains_and_queues_again(tmp_path):
+    """The script itself, under stand-ins for Slurm's commands, until its time limit."""
+    (script,) = [block for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) if "#SBATCH" in block]
+    assert run_cli(["bash", "-n"], stdin=script).stderr == ""
+    recipe, _ = prepare(tmp_path)
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/activate").write_text("hash -r\n")
+    for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
+        (tmp_path / ".venv/bin" / name).write_text(text)
+        (tmp_path / ".venv/bin" / name).chmod(0o755)
+    for name in ("ds_configs", "train.py"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    script, changed = re.subn(r"recipes/\S+(.*--output run)\n", rf"{recipe}\1 --training.max_hours 1e-7\n", script)
+    assert changed == 1
+    port = next(port for port in iter(free_port, None) if port < 30_000)  # of those that the script can choose
+    slurm = {"JOB_ID": port - 20_000, "JOB_NODELIST": "node", "NTASKS": 2, "NTASKS_PER_NODE": 2, "CPUS_PER_TASK": 1}
+    path = os.pathsep.join([str(tmp_path / ".venv/bin"), clean_environment()["PATH"]])
+    variables = {f"SLURM_{name}": str(value) for name, value in slurm.items()}
+    done = run_cli(["bash", "-c", script], cwd=tmp_path, env={"PATH": path} | variables, timeout=200)
+    assert done.returncode == 75, done.stdout + done.stderr
+    assert (tmp_path / "requeued").read_text() == f"requeue {port - 20_000}\n"
+    assert read_manifest(steps(tmp_path / "run")[0]).layout.world_size == 2

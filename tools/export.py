@@ -62,7 +62,7 @@ $validation
 | | |
 |---|---|
 | seed | $seed |
-| optimizer | AdamW, peak learning rate $lr, weight decay $weight_decay |
+| optimizer | $optimizer, peak learning rate $lr, weight decay $weight_decay |
 | checkpoint | `$checkpoint`, written $created |
 | git commit | $commit |
 | versions | $versions |
@@ -140,6 +140,7 @@ def card(run: Path, checkpoint: Path, manifest: CheckpointManifest, config: Mode
         sources="\n".join(rows),
         validation=_validation(run, state.step),
         seed=state.seed,
+        optimizer={"adamw": "AdamW", "lion": "Lion"}[recipe["optimizer"]["name"]],
         lr=recipe["optimizer"]["lr"],
         weight_decay=recipe["optimizer"]["weight_decay"],
         checkpoint=checkpoint.name,

@@ -42,6 +42,8 @@ class TrainingConfig(Section):
     """Weight of the mean squared log-partition added to the loss (PaLM, section 5)."""
     activation_checkpointing: bool = False
     """Recompute each block's activations in the backward pass: less memory, about a third more work."""
+    compile: bool = False
+    """torch.compile each block, attention excepted: a minute or more at the start, then less memory traffic on GPUs."""
     max_consecutive_skipped_steps: int = Field(default=10, ge=1)
     """Give up after this many steps in a row whose loss or gradient was not finite."""
 

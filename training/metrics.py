@@ -4,6 +4,7 @@ Only the first rank writes; on the others the logger is the same object without 
 special cases.
 """
 
+import contextlib
 import math
 import statistics
 import time
@@ -103,6 +104,7 @@ class MetricsLogger:
         skipped_steps: int,
         rates: Rates,
         memory_bytes: int | None = None,
+        wire_bytes: int | None = None,
     ) -> None:
         """Reports one optimizer step.
 
@@ -112,6 +114,7 @@ class MetricsLogger:
             loss: mean cross entropy per target, in nats; `objective` is what was minimised (with z-loss, for example).
             grad_norm: global norm before clipping.
             skipped_steps: steps not applied since the beginning of the run.
+            wire_bytes: what the first rank handed to the calls of a compressed reduction; left out where there is none.
         """
         record = {
             "samples": samples,
@@ -125,6 +128,8 @@ class MetricsLogger:
             "memory_bytes": memory_bytes,
             "eta_seconds": (self._total_steps - step) * rates.step_seconds,
         }
+        if wire_bytes is not None:
+            record["wire_bytes"] = wire_bytes
         self._last = {"step": step, **record}
         self._speeds.append(rates.tokens_per_second)
         self._write(step, record)
@@ -169,7 +174,7 @@ class MetricsLogger:
 
 
 class Console:
-    """One aligned line per record on standard output."""
+    """One aligned line per record on standard output; a reader who has gone, a launcher perhaps, does not end the run."""
 
     def __init__(self, total_steps: int, peak_label: str):
         self._total_steps, self._peak_label = total_steps, peak_label
@@ -184,7 +189,8 @@ class Console:
             cells.append(" ".join([record["event"], *(f"{key}={_short(value)}" for key, value in details.items())]))
         else:
             cells += self._metrics_cells(record)
-        print(" | ".join(cells), flush=True)
+        with contextlib.suppress(BrokenPipeError):
+            print(" | ".join(cells), flush=True)
 
     def close(self, exit_code: int) -> None:
         """Nothing to close."""

@@ -9,12 +9,15 @@ import torch
 import yaml
 
 from engine.checkpoint import agree_on_checkpoint, save
+from engine.names import named_parameters
 from engine.plan import make_plan
 from engine.resume import restore
 from engine.run_folder import describe
-from engine.step import build_engine, train_step
+from engine.slices import cut_dimensions, join
+from engine.step import build_engine, close_engine, train_step
 from engine.topology import read_topology, start_process_group
 from engine.validation import validate_all
+from model.llama import RMSNorm
 from tests.training.corpus import build
 from train import new_state, optimizer_steps
 from training.schedule import lr_factor
@@ -24,7 +27,7 @@ RECIPE = {
         "vocab_size": 256,
         "hidden_size": 32,
         "intermediate_size": 64,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 64,
@@ -38,7 +41,7 @@ RECIPE = {
     },
     "optimizer": {"lr": 3e-3, "max_grad_norm": 0.5},
     "schedule": {"schedule": "wsd", "warmup_steps": 2, "decay_steps": 3},
-    "validation": {"every_steps": 4},
+    "validation": {"every_steps": 4, "max_samples": 20},
     "checkpoint": {"every_steps": 4},
     "logging": {"log_every_steps": 1, "wandb": False},
 }
@@ -78,7 +81,7 @@ class Run:
         self.plan = make_plan(recipe, overrides or {}, str(file), data, self.topology)
         if not torch.distributed.is_initialized():
             start_process_group(self.topology)
-        self.engine = build_engine(self.plan.recipe, self.plan.ds_config, self.topology)
+        self.engine = build_engine(self.plan)
         self.state = new_state(self.plan)
 
     def steps(self, count: int, poison_at: int | None = None) -> list[dict]:
@@ -92,7 +95,8 @@ class Run:
             )
             micro_batches = next(batches)
             poisoned = number == poison_at and self.topology.rank == self.topology.world_size - 1
-            hook = self.engine.module.norm.register_forward_hook(_to_nan) if poisoned else None
+            *_, norm = (module for module in self.engine.module.modules() if isinstance(module, RMSNorm))
+            hook = norm.register_forward_hook(_to_nan) if poisoned else None
             result = train_step(self.engine, micro_batches, rate, recipe.training.z_loss_weight)
             if hook:
                 hook.remove()
@@ -103,13 +107,19 @@ class Run:
         return history
 
     def weights(self) -> dict[str, np.ndarray]:
-        """Full float32 weights by name, whatever the stage; the same on every rank."""
+        """Full float32 weights by name, whatever the stage; in a pipeline those of this rank's layers."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        named = self.engine.module.named_parameters()
+        named = named_parameters(self.engine.module)
         partitioned = self.engine.zero_optimization_stage() > 0
         full = {name: safe_get_full_fp32_param(p) if partitioned else p.detach() for name, p in named}
-        return {name: tensor.float().cpu().numpy().copy() for name, tensor in full.items()}
+        held = {name: tensor.float().cpu().clone() for name, tensor in full.items()}
+        parts, mesh, dimensions = [held], self.plan.mesh, cut_dimensions(self.plan.recipe.model)
+        if mesh.tensor > 1:
+            of_ranks: list = [None] * mesh.world_size
+            torch.distributed.all_gather_object(of_ranks, held)
+            parts = of_ranks[mesh.rank - mesh.tensor_rank :][: mesh.tensor]
+        return {name: join([part[name] for part in parts], dimensions[name]).numpy() for name in held}
 
     def save(self) -> Path:
         return save(self.engine, self.folder, self.state, describe(self.plan, self.data), self.plan.recipe.checkpoint)
@@ -120,7 +130,7 @@ class Run:
         self.state = restore(self.engine, *found)
 
     def close(self) -> None:
-        self.engine.destroy()
+        close_engine(self.engine)
 
 
 def _to_nan(module, inputs, output):
@@ -138,7 +148,7 @@ def histories(folder: str, recipe: str, data: str, runs: dict[str, tuple[dict, d
         results[name] = {
             "history": history,
             "weights": run.weights(),
-            "validation": validate_all(run.engine, run.plan, run.topology),
+            "validation": validate_all(run.engine, run.plan),
             "held_parameters": held,
             "all_parameters": run.plan.recipe.model.num_parameters(),
         }
@@ -171,7 +181,8 @@ def interrupted(folder: str, recipe: str, data: str, configs: dict[str, tuple[di
     """Per (ds_config, overrides): 8 steps in one go; 4 steps, a checkpoint, a fresh engine that restores it, 4 more."""
     results = {}
     for name, (ds_config, overrides) in configs.items():
-        whole = Run(recipe, data, ds_config, Path(folder) / "whole" / name)
+        mathematics = {key: value for key, value in overrides.items() if not key.startswith("data.")}
+        whole = Run(recipe, data, ds_config, Path(folder) / "whole" / name, mathematics)
         expected = whole.steps(8)
         whole.close()
         first = Run(recipe, data, ds_config, Path(folder) / name, overrides)

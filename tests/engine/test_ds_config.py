@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from engine.ds_config import read_ds_config, resolve_ds_config
 from engine.ds_keys import KNOWN, SECTIONS
+from engine.topology import Topology
 from training.config import Recipe
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -27,10 +28,17 @@ RECIPE = Recipe.model_validate(
         "optimizer": {"lr": 1e-3, "max_grad_norm": 0.5},
     }
 )
+QUANTIZED, GROUPED = "kernels exist only on GPUs", "zero_hpz_partition_size 8 must be the ranks of a host"
+NVME = ["needs the async_io operator", "/local_nvme must be a folder"]
+NOT_HERE = {  # shipped JSONs that this test's two ranks, or a machine without libaio and /local_nvme, cannot take
+    "zero2_fp16": {"cpu": ["fp16 does not train on a CPU: use bf16, or neither for float32"]},
+    "zero3_zeropp": {"cpu": [QUANTIZED, GROUPED], "cuda": [GROUPED]},
+    "zero3_nvme": dict.fromkeys(("cpu", "cuda"), NVME),
+}
 
 
 def resolve(config, world_size=2, device=CPU, recipe=RECIPE):
-    return resolve_ds_config(config, "ds.json", recipe, 128, world_size, device)
+    return resolve_ds_config(config, "ds.json", recipe, 128, Topology(0, 0, world_size, device))
 
 
 def problems(config, **kwargs) -> list[str]:
@@ -45,11 +53,13 @@ def problems(config, **kwargs) -> list[str]:
 @pytest.mark.parametrize("device", [CPU, GPU], ids=str)
 def test_shipped_configs_resolve(path, device):
     raw = read_ds_config(path)
-    if raw.get("fp16") and device == CPU:
-        assert problems(raw) == ["fp16 does not train on a CPU: use bf16, or neither for float32"]
+    if reasons := NOT_HERE.get(path.stem, {}).get(device.type):
+        found = problems(raw, device=device)
+        assert len(found) == len(reasons)
+        assert all(reason in problem for reason, problem in zip(reasons, found, strict=True))
         return
-    config, batch = resolve(raw, device=device)
-    assert batch == (8, 2, 2)
+    config, batch, mesh = resolve(raw, device=device)
+    assert batch == (8, 2, 4 // mesh.data)
     assert (config["train_batch_size"], config["gradient_clipping"]) == (8, 0.5)
     assert '"auto"' not in json.dumps(config)
     if raw.get("bf16"):
@@ -81,7 +91,7 @@ def test_every_problem_is_reported_at_once():
         "unknown key 'bf16.enable'; did you mean 'enabled'?",
         "elasticity was removed from DeepSpeed 0.19",
         "gradient_clipping is 1.0 but the recipe's optimizer.max_grad_norm is 0.5",
-        "a step of 8 samples (1024 tokens) cannot be cut into micro-batches of 3 on 2 ranks",
+        "a step of 8 samples (1024 tokens) cannot be cut into micro-batches of 3 on 2 data-parallel ranks",
     ):
         assert part in text
     assert len(found) == 8
@@ -103,7 +113,7 @@ def test_every_problem_is_reported_at_once():
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "raise the stage"),
         ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "only on GPUs"),
         ({"scheduler": {"type": "WarmupLR"}}, "the schedule belongs to the recipe"),
-        ({"optimizer": {"type": "Lamb"}}, "the recipe's optimizer is AdamW"),
+        ({"optimizer": {"type": "Lamb"}}, "the recipe's optimizer.name is 'adamw'"),
         ({"optimizer": {"type": "AdamW", "params": {"lr": 1.0}}}, "optimizer.params.lr is 1.0 but the recipe's"),
         ({"optimizer": {"type": "AdamW", "params": {"learning_rate": 1.0}}}, "optimizer.params.learning_rate"),
         ({"train_batch_size": 16}, "train_batch_size is 16 but the recipe's global batch"),
@@ -113,12 +123,41 @@ def test_every_problem_is_reported_at_once():
         ({"zero_allow_untested_optimizer": "yes"}, "zero_allow_untested_optimizer"),
         ({"data_types": {"grad_accum_dtype": "float23"}}, "data_types.grad_accum_dtype"),
         ({"checkpoint": {"tag_validation": "fail"}}, "checkpoint.tag_validation"),
-        ({"tensor_parallel": {"autotp_size": 2}}, "not supported"),
+        ({"tensor_parallel": {"tp_overlap_comm": True}}, "tensor_parallel.autotp_size: Field required"),
+        ({"tensor_parallel": {"autotp_size": 2, "overlap": True}}, "unknown key 'tensor_parallel.overlap'"),
+        (
+            {"tensor_parallel": {"autotp_size": 2, "preset_model": "llama"}},
+            "preset_model: how matrices are cut follows",
+        ),
+        ({"tensor_parallel": {"autotp_size": 4}}, "does not divide the 2 ranks of this launch"),
+        ({"tensor_parallel": {"autotp_size": 2}, "pipeline": {"stages": 2}}, "cannot be combined"),
+        (
+            {
+                "tensor_parallel": {"autotp_size": 2, "tp_overlap_comm": True},
+                "torch_autocast": {"enabled": True, "dtype": "bfloat16"},
+            },
+            "tp_overlap_comm stops at the first step under torch_autocast",
+        ),
+        (
+            {"tensor_parallel": {"autotp_size": 2}, "zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}},
+            "zero_hpz_partition_size (ZeRO++) group ranks that hold different parts",
+        ),
+        ({"compile": {"deepcompile": True}}, "not supported"),
         ({"wandb": {"enabled": True}}, "Longform logs"),
     ],
 )
 def test_refusals(config, part):
     assert any(part in problem for problem in problems(config))
+
+
+def test_tensor_parallelism_needs_heads_and_widths_that_divide():
+    assert problems({"tensor_parallel": {"autotp_size": 3}}, world_size=3)[0] == (
+        "tensor_parallel.autotp_size 3 does not divide the model's 4 attention heads, 4 key/value heads, 128 feed-forward "
+        "width: use 2 or 4"
+    )
+    one_kv_head = RECIPE.model_copy(update={"model": RECIPE.model.model_copy(update={"num_key_value_heads": 1})})
+    found = problems({"tensor_parallel": {"autotp_size": 2}}, recipe=one_kv_head)
+    assert found[0].endswith("use another layout")
 
 
 def test_open_batch_numbers_are_solved_for():
@@ -135,7 +174,7 @@ def test_open_batch_numbers_are_solved_for():
 
 def test_agreeing_optimizer_block_is_accepted_and_removed():
     params = {"lr": "auto", "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": "auto"}
-    config, _ = resolve({"optimizer": {"type": "AdamW", "params": params}})
+    config, *_ = resolve({"optimizer": {"type": "AdamW", "params": params}})
     assert "optimizer" not in config
 
 
@@ -184,7 +223,7 @@ def test_any_json_resolves_or_is_refused_in_sentences(config):
     """Whatever the file says, the reader ends in a config without "auto" or in a ValueError."""
     before = json.dumps(config)
     try:
-        resolved, batch = resolve(config)
+        resolved, batch, mesh = resolve(config)
     except ValueError as error:
         refusal = str(error)
     else:
@@ -192,6 +231,6 @@ def test_any_json_resolves_or_is_refused_in_sentences(config):
     if refusal is not None:
         assert refusal.startswith("ds.json: ")
     else:
-        assert batch.samples == batch.micro_batch_samples * batch.accumulation * 2
+        assert batch.samples == batch.micro_batch_samples * batch.accumulation * mesh.data
         assert '"auto"' not in json.dumps({k: v for k, v in resolved.items() if k != "data_types"})
     assert json.dumps(config) == before

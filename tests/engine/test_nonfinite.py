@@ -11,6 +11,10 @@ CONFIGS = {
     **{f"zero{stage}": zero(stage) for stage in range(4)},
     "zero0-autocast": zero(0, torch_autocast={"enabled": True, "dtype": "bfloat16"}),
     **{f"zero{stage}-bf16": zero(stage, **BF16) for stage in (1, 2, 3)},
+    "pipeline": zero(1, pipeline={"stages": 2}),
+    "pipeline-bf16": zero(1, pipeline={"stages": 2}, **BF16),
+    **{f"tensor2-zero{stage}": zero(stage, tensor_parallel={"autotp_size": 2}) for stage in (0, 2, 3)},
+    "tensor2-zero1-bf16": zero(1, tensor_parallel={"autotp_size": 2}, **BF16),
 }
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.loss import IGNORED, linear_cross_entropy
+from model.loss import IGNORED, VocabularyPart, linear_cross_entropy
 from tests.model.support import TensorSizes
 
 
@@ -47,6 +47,42 @@ def test_value_and_gradients_equal_the_full_computation(tokens, width, vocabular
     assert not found[1].requires_grad
     grads = torch.autograd.grad(found[0] * upstream, (x, weight))
     torch.testing.assert_close(grads, expected_grads, atol=1e-10, rtol=1e-10)
+
+
+@given(
+    tokens=st.integers(1, 30),
+    vocabulary=st.integers(3, 20),
+    processes=st.integers(1, 3),
+    chunk=st.integers(1, 35),
+    ignored=st.sampled_from([0.0, 0.3, 1.0]),
+    z=st.sampled_from([0.0, 0.5]),
+    seed=st.integers(0, 5),
+)
+def test_processes_with_a_part_of_the_vocabulary_agree_on_the_whole(
+    tokens, vocabulary, processes, chunk, ignored, z, seed
+):
+    x, weight, targets = problem(tokens, 4, vocabulary, ignored, seed)
+    expected = full(x, weight, targets, z)
+    expected_x, expected_weight = torch.autograd.grad(expected[0], (x, weight))
+    ids = torch.arange(vocabulary).tensor_split(processes)
+    weights = [part.detach().requires_grad_() for part in weight.tensor_split(processes)]
+    sent = [[] for _ in ids]  # by process, what it tells the others in each chunk
+
+    def note(process):
+        return lambda numbers: sent[process].append(numbers) or numbers.unsqueeze(0)
+
+    for process, part in enumerate(weights):
+        vocabulary_part = VocabularyPart(int(ids[process][0]), note(process))
+        linear_cross_entropy(x, part, targets, z, chunk, vocabulary_part)
+    grads = []
+    for process, part in enumerate(weights):
+        chunks = zip(*sent, strict=True)
+        vocabulary_part = VocabularyPart(int(ids[process][0]), lambda _, chunks=chunks: torch.stack(next(chunks)))
+        found = linear_cross_entropy(x, part, targets, z, chunk, vocabulary_part)
+        torch.testing.assert_close(found, tuple(expected), atol=1e-10, rtol=1e-10)
+        grads.append(torch.autograd.grad(found[0], (x, part)))
+    torch.testing.assert_close(sum(grad for grad, _ in grads), expected_x, atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(torch.cat([grad for _, grad in grads]), expected_weight, atol=1e-10, rtol=1e-10)
 
 
 @pytest.mark.parametrize("frozen", ["x", "weight"])

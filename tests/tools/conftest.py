@@ -38,5 +38,5 @@ def trained(data, tmp_path_factory) -> support.Trained:
     folder = tmp_path_factory.mktemp("runs")
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(support.RECIPE))
-    weights = run_ranks(support.train_all, 2, str(folder), str(recipe), str(data), timeout=240)
-    return support.Trained(folder, data, weights[0])
+    first, second = run_ranks(support.train_all, 2, str(folder), str(recipe), str(data), timeout=300)
+    return support.Trained(folder, data, {name: first[name] | second[name] for name in first})

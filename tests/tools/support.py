@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import xxhash
+import yaml
 
 from data_prep.build import build
 from data_prep.command import run_command
@@ -48,6 +49,8 @@ RECIPE = {
     "checkpoint": {"every_steps": EVERY},
     "logging": {"log_every_steps": 1, "wandb": False},
 }
+EVEN_HEADS = {"model.hidden_size": "36", "model.num_attention_heads": "4", "model.num_key_value_heads": "2"}
+EVEN_WIDTH = EVEN_HEADS | {"model.intermediate_size": "56"}
 TIED = {"model.tie_word_embeddings": "true"}
 LAYOUTS = {
     "zero0": (zero(0), {}),
@@ -58,6 +61,11 @@ LAYOUTS = {
     "zero1-bf16": (read_ds_config("ds_configs/zero1.json"), {}),
     "zero2-bf16": (read_ds_config("ds_configs/zero2.json"), TIED),
     "zero3-bf16": (read_ds_config("ds_configs/zero3.json"), {}),
+    "pipeline": (zero(1, pipeline={"stages": 2}), {}),
+    "pipeline-bf16": (read_ds_config("ds_configs/pipeline.json"), TIED),
+    "sequence2": (zero(2, sequence_parallel_size=2), EVEN_HEADS),
+    "tensor2": (zero(0, tensor_parallel={"autotp_size": 2}), EVEN_WIDTH | {"model.vocab_size": "601"}),
+    "tensor2-zero3-bf16": (read_ds_config("ds_configs/tensor2_zero3.json"), EVEN_WIDTH | TIED),
 }
 
 
@@ -89,12 +97,12 @@ class Trained(NamedTuple):
 
     def live(self, name: str) -> Llama:
         """The engine's weights in a plain model."""
-        overrides = {key.removeprefix("model."): value == "true" for key, value in LAYOUTS[name][1].items()}
-        model = Llama(ModelConfig(**RECIPE["model"] | overrides))
+        overrides = {key.removeprefix("model."): yaml.safe_load(value) for key, value in LAYOUTS[name][1].items()}
+        model = Llama(config := ModelConfig(**RECIPE["model"] | overrides))
         state = {key: torch.from_numpy(value) for key, value in self.weights[name].items()}
         missing, unknown = model.load_state_dict(state, strict=False)
         assert not unknown
-        assert missing == (["lm_head.weight"] if overrides else [])
+        assert missing == (["lm_head.weight"] if config.tie_word_embeddings else [])
         return model.eval()
 
 

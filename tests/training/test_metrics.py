@@ -1,7 +1,10 @@
 """One logger, three outputs: the console, metrics.jsonl, and (in test_wandb_run) Weights & Biases."""
 
+import contextlib
 import math
+import os
 import re
+import sys
 import time
 
 import pytest
@@ -61,6 +64,15 @@ def test_records_hold_every_key(tmp_path):
     assert (event["step"], event["event"], event["seconds"]) == (10, "checkpoint", 1.5)
 
 
+def test_bytes_on_the_wire_are_recorded_where_they_are_counted(tmp_path):
+    with open_logger(tmp_path) as logger:
+        log(logger, 5, wire_bytes=4096)
+        log(logger, 10, wire_bytes=None)
+    first, second = read_records(tmp_path / METRICS_FILE)
+    assert first["wire_bytes"] == 4096
+    assert "wire_bytes" not in second
+
+
 def test_a_resumed_logger_replaces_the_records_of_steps_done_again(tmp_path):
     with open_logger(tmp_path) as logger:
         for step in (5, 10, 15):
@@ -99,6 +111,19 @@ def test_console_lines_are_aligned(tmp_path, capsys):
     )
     assert "loss     nan | " in lines[2]
     assert lines[2].endswith("eta 0:00:00 | skipped 3")
+
+
+def test_a_closed_console_does_not_end_the_run(tmp_path, monkeypatch):
+    """As when the launcher, or the ssh session that held it, has gone."""
+    ends = os.pipe()
+    os.close(ends[0])
+    with os.fdopen(ends[1], "w", closefd=True) as console, open_logger(tmp_path) as logger:
+        monkeypatch.setattr(sys, "stdout", console)
+        for step in (5, 10):
+            log(logger, step)
+        with contextlib.suppress(BrokenPipeError):
+            console.close()
+    assert [record["step"] for record in read_records(tmp_path / METRICS_FILE)] == [5, 10]
 
 
 def test_console_shows_validation_events_and_a_measured_peak(tmp_path, capsys):

@@ -6,7 +6,7 @@ from torch import nn
 
 from model.config import ModelConfig
 from model.llama import Llama
-from training.optimizer import OptimizerConfig, parameter_groups
+from training.optimizer import Lion, OptimizerConfig, parameter_groups
 
 SHAPE = {
     "vocab_size": 64,
@@ -98,3 +98,17 @@ def test_torch_takes_the_groups_and_decays_only_the_first():
 def test_impossible_settings_are_refused(fields):
     with pytest.raises(ValueError):
         OptimizerConfig(**fields)
+
+
+def test_lion_is_algorithm_2_of_its_paper():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(5, 3, generator=generator, dtype=torch.float64))
+    expected, average, lr, decay, beta1, beta2 = weight.detach().clone(), torch.zeros(5, 3), 0.01, 0.1, 0.9, 0.99
+    optimizer = Lion([{"params": [weight], "weight_decay": decay}], lr=lr, betas=(beta1, beta2))
+    for _ in range(4):
+        weight.grad = torch.randn(5, 3, generator=generator, dtype=torch.float64)
+        update = (beta1 * average + (1 - beta1) * weight.grad).sign()
+        expected = expected - lr * (update + decay * expected)
+        average = beta2 * average + (1 - beta2) * weight.grad
+        optimizer.step()
+        torch.testing.assert_close(weight.detach(), expected)

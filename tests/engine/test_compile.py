@@ -1,0 +1,39 @@
+"""`training.compile` changes how blocks run, not what they compute, whatever holds them."""
+
+from functools import partial
+
+import numpy as np
+import torch._dynamo.utils
+
+from engine import step
+from tests.engine.programs import histories, prepare, zero
+from tests.launch import run_ranks
+
+LAYOUTS = {
+    "zero2": zero(2),
+    "pipeline": zero(1, pipeline={"stages": 2}),
+    "sequence": zero(1, sequence_parallel_size=2),
+}
+COMPILED = {"training.compile": "true"}
+RECOMPUTED = COMPILED | {"training.activation_checkpointing": "true"}
+
+
+def compiled_histories(*arguments) -> tuple[dict, int]:
+    """`histories` with a backend that captures graphs and differentiates them like the default one, but needs no C++."""
+    step.compile_blocks = partial(step.compile_blocks, backend="aot_eager")
+    return histories(*arguments), torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def test_compiled_blocks_compute_the_same(tmp_path):
+    runs = {name: (config, {}) for name, config in LAYOUTS.items()}
+    runs |= {f"{name} compiled": (config, COMPILED) for name, config in LAYOUTS.items()}
+    runs["zero2 recomputed"] = LAYOUTS["zero2"], RECOMPUTED
+    for results, graphs in run_ranks(compiled_histories, 2, str(tmp_path), *prepare(tmp_path), runs, 3, timeout=300):
+        assert 0 < graphs < 40  # captured, and not again for every new set of documents
+        for name in runs:
+            expected, found = results[name.split()[0]], results[name]
+            for key in ("loss", "grad_norm"):
+                values = [[s[key] for s in result["history"]] for result in (expected, found)]
+                np.testing.assert_allclose(values[1], values[0], rtol=1e-5)
+            for key, value in expected["weights"].items():
+                np.testing.assert_allclose(found["weights"][key], value, rtol=1e-5, atol=1e-5)
