@@ -99,6 +99,15 @@ def illegal_combinations(config: dict[str, Any], batch, mesh: Mesh, recipe: Reci
             + " puts into each: set it to false, or use ZeRO stage 2",
         ),
         (
+            recipe.optimizer.name == "muon" and (stage != 0 or bf16 or fp16 or mesh.tensor > 1),
+            "the recipe's optimizer.name muon works on whole float32 matrices: use ZeRO stage 0 without bf16, fp16 or "
+            "tensor_parallel (torch_autocast is fine), or adamw",
+        ),
+        (
+            recipe.optimizer.name == "muon" and not hasattr(torch.optim, "Muon"),
+            "the recipe's optimizer.name muon needs torch 2.9 or newer: use adamw",
+        ),
+        (
             pipeline and bool(profiling),
             f"{', '.join(profiling)} stop a pipeline at its first step: remove them",
         ),

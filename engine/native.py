@@ -70,7 +70,7 @@ def _read_stage_0(folder: Path, manifest: CheckpointManifest, part: int, keys: t
     content = _load(folder / f"mp_rank_{part:02d}_model_states.pt")
     for index, name in enumerate(manifest.parameters):
         state = content["optimizer"]["state"].get(index, {}) | {"weight": content["module"][name]}
-        yield name, {key: state[key] for key in keys}, int(state.get("step", 0))
+        yield name, {key: state[key] for key in keys if key in state}, int(state.get("step", 0))
 
 
 def _read_shards(folder: Path, manifest: CheckpointManifest, part: int, keys: tuple[str, ...]):

@@ -5,7 +5,7 @@ from deepspeed import comm as dist
 from deepspeed.runtime.utils import is_model_parallel_parameter
 from deepspeed.utils.groups import get_tensor_model_parallel_group
 
-from training.optimizer import Lion, OptimizerConfig, parameter_groups
+from training.optimizer import Lion, MuonAndAdamW, OptimizerConfig, parameter_groups
 
 
 class Guarded:
@@ -44,6 +44,10 @@ class GuardedLion(Guarded, Lion):
     pass
 
 
+class GuardedMuon(Guarded, MuonAndAdamW):
+    pass
+
+
 def _total_norm(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
     """The norm of the whole model's gradient. Under tensor parallelism the parts that ranks hold add up."""
     parts = [p.grad for p in parameters if is_model_parallel_parameter(p)]
@@ -69,6 +73,8 @@ def build_optimizer(model: torch.nn.Module, config: OptimizerConfig, ds_config: 
     if config.name == "lion":
         return GuardedLion(groups, config.max_grad_norm or 0.0, **options) if unguarded else Lion(groups, **options)
     options["eps"] = config.eps
+    if config.name == "muon":
+        return GuardedMuon(groups, config.max_grad_norm or 0.0, momentum=config.momentum, **options)
     if zero.get("offload_optimizer") and ds_config["zero_force_ds_cpu_optimizer"]:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 

@@ -140,7 +140,7 @@ def card(run: Path, checkpoint: Path, manifest: CheckpointManifest, config: Mode
         sources="\n".join(rows),
         validation=_validation(run, state.step),
         seed=state.seed,
-        optimizer={"adamw": "AdamW", "lion": "Lion"}[recipe["optimizer"]["name"]],
+        optimizer={"adamw": "AdamW", "lion": "Lion", "muon": "Muon"}[recipe["optimizer"]["name"]],
         lr=recipe["optimizer"]["lr"],
         weight_decay=recipe["optimizer"]["weight_decay"],
         checkpoint=checkpoint.name,

@@ -16,8 +16,9 @@ Rate = Annotated[float, Field(ge=0, lt=1)]
 class OptimizerConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True, allow_inf_nan=False)
 
-    name: Literal["adamw", "lion"] = "adamw"
-    """AdamW (Loshchilov and Hutter 2019), or Lion (Chen et al. 2023): half the state, a rate 3 to 10 times smaller."""
+    name: Literal["adamw", "lion", "muon"] = "adamw"
+    """AdamW (Loshchilov and Hutter 2019); Lion (Chen et al. 2023), half the state, a rate 3 to 10 times smaller; or Muon
+    (Jordan et al. 2024) for the linear maps of the blocks, at AdamW's rate (Liu et al. 2025), and AdamW for the rest."""
 
     lr: PositiveFloat = 3e-4
     """Peak learning rate, reached at the end of warmup."""
@@ -28,6 +29,9 @@ class OptimizerConfig(BaseModel):
     eps: PositiveFloat = 1e-8
     """Added to the root of the second moment; Lion has none."""
 
+    momentum: Rate = 0.95
+    """Decay rate of Muon's running mean of the gradient."""
+
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled decay of linear maps, multiplied by the learning rate; embeddings, norms and biases have none."""
 
@@ -36,8 +40,9 @@ class OptimizerConfig(BaseModel):
 
     @property
     def moments(self) -> tuple[str, ...]:
-        """Names of the optimizer's state tensors, each of the parameter's shape."""
-        return {"adamw": ("exp_avg", "exp_avg_sq"), "lion": ("exp_avg",)}[self.name]
+        """Names of the optimizer's state tensors, each of the parameter's shape; under Muon a parameter has some of them."""
+        adamw = ("exp_avg", "exp_avg_sq")
+        return {"adamw": adamw, "lion": ("exp_avg",), "muon": ("momentum_buffer", *adamw)}[self.name]
 
 
 class Lion(torch.optim.Optimizer):
@@ -64,23 +69,50 @@ class Lion(torch.optim.Optimizer):
                 state["step"] += 1
 
 
+class MuonAndAdamW(torch.optim.Optimizer):
+    """torch's Muon for the group named "muon", its AdamW for the others, as one optimizer with one state."""
+
+    def __init__(self, groups, lr: float, betas: tuple[float, float], eps: float, momentum: float):
+        matrices, others = ([g for g in groups if (g["name"] == "muon") is chosen] for chosen in (True, False))
+        self.muon = torch.optim.Muon(matrices, lr=lr, momentum=momentum, adjust_lr_fn="match_rms_adamw")
+        self.adamw = torch.optim.AdamW(others, lr=lr, betas=betas, eps=eps, fused=True)
+        super().__init__(self.muon.param_groups + self.adamw.param_groups, {})
+
+    def step(self, closure=None):
+        for part, is_muon in ((self.muon, True), (self.adamw, False)):
+            # loading a checkpoint replaces these objects
+            part.state, part.param_groups = (
+                self.state,
+                [g for g in self.param_groups if (g["name"] == "muon") is is_muon],
+            )
+            part.step()
+
+
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
     """The trainable parameters as optimizer groups "decay" and "no_decay", each in the order of `named_parameters`.
+
+    For Muon the matrices of linear maps stand in a third group, "muon", which decays too.
 
     A parameter that several modules share appears once, and does not decay if one of its modules says so: an embedding
     tied to the output head is treated as an embedding. Groups without parameters are left out.
     """
     without_decay: set[int] = set()
+    matrices: set[int] = set()
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if not _decays(module_name, module, name):
                 without_decay.add(id(parameter))
+            elif config.name == "muon" and isinstance(module, nn.Linear):
+                matrices.add(id(parameter))
+    muon: list[nn.Parameter] = []
     decay: list[nn.Parameter] = []
     no_decay: list[nn.Parameter] = []
     for parameter in model.parameters():  # each shared parameter once
         if parameter.requires_grad:
-            (no_decay if id(parameter) in without_decay else decay).append(parameter)
+            kind = no_decay if id(parameter) in without_decay else muon if id(parameter) in matrices else decay
+            kind.append(parameter)
     groups = [
+        {"name": "muon", "params": muon, "weight_decay": config.weight_decay},
         {"name": "decay", "params": decay, "weight_decay": config.weight_decay},
         {"name": "no_decay", "params": no_decay, "weight_decay": 0.0},
     ]

@@ -142,12 +142,41 @@ def test_every_problem_is_reported_at_once():
             {"tensor_parallel": {"autotp_size": 2}, "zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}},
             "zero_hpz_partition_size (ZeRO++) group ranks that hold different parts",
         ),
+        ({"pipeline": {"stages": 2}}, "a pipeline with ZeRO stage 0 clips by the gradients of the first stage alone"),
+        ({"pipeline": {"stages": 2}, "zero_optimization": {"stage": 2}}, "impossible"),
+        (
+            {"pipeline": {"stages": 3}, "zero_optimization": {"stage": 1}},
+            "pipeline.stages 3 does not divide the 2 ranks",
+        ),
+        ({"pipeline": {"stages": 0}}, "pipeline.stages must be a whole number above 0"),
+        ({"pipeline": {"stages": 2, "partition": "best"}}, "pipeline.partition"),
+        ({"pipeline": {"stage": 2}}, "unknown key 'pipeline.stage'; did you mean 'stages'?"),
+        ({"pipeline": {"activation_checkpoint_interval": 1}}, "unknown key 'pipeline.activation_checkpoint_interval'"),
+        ({"pipeline": {}, "zero_optimization": {"stage": 1}, "wall_clock_breakdown": True}, "stop a pipeline"),
+        ({"pipeline": {}, "flops_profiler": {"enabled": True}}, "stop a pipeline"),
+        ({"sequence_parallel_size": 2, "pipeline": {"stages": 2}}, "cannot be combined"),
+        ({"sequence_parallel_size": "auto"}, "sequence_parallel_size"),
+        ({"sequence_parallel_size": 4}, "does not divide the 2 ranks of this launch"),
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 3}}, "or start a multiple of 3 ranks"),
         ({"compile": {"deepcompile": True}}, "not supported"),
         ({"wandb": {"enabled": True}}, "Longform logs"),
     ],
 )
 def test_refusals(config, part):
     assert any(part in problem for problem in problems(config))
+
+
+def recipe_with(section: str, **changes) -> Recipe:
+    return Recipe.model_validate(RECIPE.model_dump() | {section: getattr(RECIPE, section).model_dump() | changes})
+
+
+def test_what_the_recipe_asks_for_must_suit_the_layout():
+    muon, compiled = recipe_with("optimizer", name="muon"), recipe_with("training", compile=True)
+    zero3 = {"zero_optimization": {"stage": 3}}
+    assert "whole float32 matrices: use ZeRO stage 0" in problems(zero3, recipe=muon)[0]
+    assert "training.compile is for blocks without collectives" in problems(zero3, recipe=compiled)[0]
+    resolve({}, recipe=muon)
+    resolve({"zero_optimization": {"stage": 2}}, recipe=compiled)
 
 
 def test_tensor_parallelism_needs_heads_and_widths_that_divide():

@@ -6,7 +6,7 @@ from torch import nn
 
 from model.config import ModelConfig
 from model.llama import Llama
-from training.optimizer import Lion, OptimizerConfig, parameter_groups
+from training.optimizer import Lion, MuonAndAdamW, OptimizerConfig, parameter_groups
 
 SHAPE = {
     "vocab_size": 64,
@@ -112,3 +112,32 @@ def test_lion_is_algorithm_2_of_its_paper():
         average = beta2 * average + (1 - beta2) * weight.grad
         optimizer.step()
         torch.testing.assert_close(weight.detach(), expected)
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_muon_and_adamw_are_torchs_two_side_by_side():
+    """On one model, and after its state went through a checkpoint."""
+    config = OptimizerConfig(name="muon", weight_decay=0.1)
+    ours, theirs = (Llama(ModelConfig(**SHAPE), seed=0) for _ in range(2))
+    names = split_names(ours, parameter_groups(ours, config))
+    assert {name.split(".")[-2] for name in names["muon"]} == set(LINEAR_MAPS) - {"lm_head"}
+    assert names["decay"] == {"lm_head.weight"}
+    options = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8}
+    optimizer = MuonAndAdamW(parameter_groups(ours, config), momentum=0.9, **options)
+    groups = {group["name"]: group for group in parameter_groups(theirs, config)}
+    muon = torch.optim.Muon([groups.pop("muon")], lr=0.01, momentum=0.9, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(list(groups.values()), fused=True, **options)
+    for step in range(4):
+        if step == 2:
+            saved = optimizer.state_dict()
+            optimizer = MuonAndAdamW(parameter_groups(ours, config), momentum=0.9, **options)
+            optimizer.load_state_dict(saved)
+        for model in (ours, theirs):
+            ids = torch.arange(32).view(1, 32) + step
+            model(ids, targets=ids + 1)[0].backward()
+        for optimizer_of_all in (optimizer, muon, adamw):
+            optimizer_of_all.step()
+        for model in (ours, theirs):
+            model.zero_grad()
+    for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, msg=name)
