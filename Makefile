@@ -31,6 +31,8 @@ bench: .venv/installed
 	$(BIN)/python -m bench.data
 	$(BIN)/python -m bench.loader
 	$(BIN)/python -m bench.model
+	$(BIN)/python -m bench.equivalence
+	$(BIN)/python -m bench.compression
 
 bench-gpu: .venv/installed
 	$(BIN)/python -m bench.model --device cuda

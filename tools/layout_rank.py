@@ -1,0 +1,69 @@
+"""What a rank of a compared layout does; started by `tools.layouts` on every rank, with the folder of its job."""
+
+import hashlib
+import json
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from engine.checkpoint import agree_on_checkpoint, save
+from engine.plan import RunPlan, make_plan
+from engine.resume import check_resumable, restore
+from engine.run_folder import describe
+from engine.step import build_engine, train_step
+from engine.topology import Topology, read_topology, run_command, start_process_group
+from engine.wire import WireBytes
+from train import new_state, optimizer_steps
+from training.environment import peak_memory_bytes
+from training.schedule import lr_factor
+from training.state import TrainState
+
+
+def main() -> int:
+    folder = Path(sys.argv[1])
+    job = json.loads((folder / "job.json").read_text())
+    run, topology = Path(job["run"]), read_topology()
+    plan = make_plan(job["recipe"], job["overrides"], job["ds_config"], job["data"], topology, job["stages"])
+    check_resumable(run, plan, allow_data_change=False)
+    start_process_group(topology)
+    engine = build_engine(plan)
+    found, _ = agree_on_checkpoint(run)
+    state = restore(engine, *found) if found else new_state(plan)
+    with (folder / f"rank-{topology.rank}.jsonl").open("w", buffering=1) as records:
+        train(engine, plan, state, job["last_step"], topology, records)
+    save(engine, run, state, describe(plan, job["data"]), plan.recipe.checkpoint)
+    return 0
+
+
+def train(engine, plan: RunPlan, state: TrainState, last_step: int, topology: Topology, records) -> None:
+    """Train as train.py does; what each step of this rank was goes into `records` (see `tools.layouts.Step`)."""
+    recipe, began = plan.recipe, time.perf_counter()
+    for micro_batches in islice(optimizer_steps(plan, state, topology), last_step - state.step):
+        factor = lr_factor(recipe.schedule, state.step + 1, plan.total_steps, plan.step_tokens)
+        with WireBytes() as wire:
+            result = train_step(engine, micro_batches, factor * recipe.optimizer.lr, recipe.training.z_loss_weight)
+        seconds = time.perf_counter() - began
+        state.advance(plan.batch.samples, plan.step_tokens, result.applied)
+        record = {key: getattr(result, key) for key in ("loss", "grad_norm", "applied")}
+        record |= {"step": state.step, "data_rank": plan.mesh.data_rank, "rows": digests(micro_batches)}
+        record |= {
+            "seconds": seconds,
+            "memory_bytes": peak_memory_bytes(topology.device),
+            "wire_bytes": wire.ring_total,
+        }
+        records.write(json.dumps(record) + "\n")
+        began = time.perf_counter()
+
+
+def digests(micro_batches: list[dict]) -> list[str]:
+    """One for each row [T]: its tokens, where its documents begin and what is to be predicted."""
+    columns = [torch.cat([batch[key] for batch in micro_batches]) for key in ("input_ids", "position_ids", "targets")]
+    rows = torch.stack(columns, dim=1).numpy()  # [B, 3, T]
+    return [hashlib.blake2b(row.tobytes(), digest_size=8).hexdigest() for row in rows]
+
+
+if __name__ == "__main__":
+    run_command(main)
