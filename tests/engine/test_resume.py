@@ -43,7 +43,7 @@ TO_ONE += [("pipeline", "zero0"), ("pipeline", "zero3-offload"), ("pipeline-bf16
 TO_ONE += [("tensor2-zero0", "zero3"), ("tensor2-zero2", "zero0"), ("tensor2-zero3", "zero1")]
 TO_ONE += [("tensor2-zero1-bf16", "zero2-bf16")]
 TO_FOUR = [("zero3", "pipeline4"), ("zero2-offload", "pipeline2-data2"), ("pipeline", "pipeline4")]
-TO_FOUR += [("pipeline", "pipeline2-data2"), ("pipeline", "sequence4"), ("zero0", "sequence2-data2")]
+TO_FOUR += [("pipeline", "pipeline2-data2"), ("tensor2-zero3", "sequence4"), ("zero0", "sequence2-data2")]
 TO_FOUR += [
     ("zero0", "tensor2-data2-zero3"),
     ("pipeline", "tensor2-data2-zero2"),
@@ -53,6 +53,7 @@ FROM_FOUR = [("pipeline4", "zero3"), ("pipeline4", "pipeline"), ("pipeline2-data
 FROM_FOUR += [("pipeline2-data2", "pipeline"), ("sequence2-data2", "pipeline"), ("sequence2-data2", "zero1")]
 FROM_FOUR += [("tensor2-data2-zero3", "tensor2-zero0"), ("tensor2-data2-zero2", "tensor2-zero3")]
 FROM_FOUR += [("tensor2-data2-zero2", "pipeline"), ("pipeline4", "tensor2-zero2")]
+FROM_FOUR += [("sequence2-data2", "tensor2-zero3")]
 MOVES = [*(("to one", *pair) for pair in TO_ONE), *(("to four", *pair) for pair in TO_FOUR)]
 MOVES += [("from four", *pair) for pair in FROM_FOUR]
 
