@@ -27,7 +27,6 @@ from training.config import add_recipe_flags
 from training.data import TrainingData, train_loader, training_order
 from training.environment import peak_memory_bytes
 from training.metrics import MetricsLogger
-from training.schedule import lr_factor
 from training.state import TrainState
 from training.throughput import StepClock, peak_rate
 
@@ -94,8 +93,7 @@ def train(engine, plan: RunPlan, state: TrainState, logger, clock, stop, topolog
     while state.step < plan.total_steps:
         with clock.waiting_for_data():
             micro_batches = next(steps)
-        factor = lr_factor(recipe.schedule, state.step + 1, plan.total_steps, plan.step_tokens)
-        learning_rate = factor * recipe.optimizer.lr
+        learning_rate = plan.learning_rate(state.step + 1)
         result = train_step(engine, micro_batches, learning_rate, recipe.training.z_loss_weight)
         state.advance(plan.batch.samples, plan.step_tokens, result.applied)
         clock.step_done(plan.step_tokens)
@@ -143,8 +141,7 @@ def optimizer_steps(plan: RunPlan, state: TrainState, topology: Topology) -> Ite
 
 def open_outputs(engine, plan: RunPlan, state: TrainState, facts: dict, run: Path, topology: Topology):
     """The logger (silent on all ranks but the first) and the clock that knows the hardware's peak rate."""
-    half = any(plan.ds_config.get(key, {}).get("enabled") for key in ("bf16", "fp16", "torch_autocast"))
-    peak = peak_rate(topology.device, torch.bfloat16 if half else torch.float32)
+    peak = peak_rate(topology.device, torch.bfloat16 if plan.half_precision else torch.float32)
     logger = MetricsLogger(
         run,
         plan.recipe.logging,

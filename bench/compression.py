@@ -24,7 +24,6 @@ from engine.step import build_engine, train_step
 from engine.topology import leave, read_topology, start_process_group
 from engine.wire import WireBytes
 from train import new_state, optimizer_steps
-from training.schedule import lr_factor
 
 RANKS, STEP_TOKENS, ROW_TOKENS, WARMUP_STEPS, MEAN_OF = 2, 2048, 256, 10, 5
 BASE = {"zero_optimization": {"stage": 0}}
@@ -82,9 +81,8 @@ def train(folder: Path, ds_config: dict, steps: int, topology) -> list[dict]:
     plan = make_plan("recipes/tiny.yaml", overrides, str(file), str(folder / "data"), topology)
     engine, state, records = build_engine(plan), new_state(plan), []
     for micro_batches in islice(optimizer_steps(plan, state, topology), steps):
-        factor = lr_factor(plan.recipe.schedule, state.step + 1, steps, plan.step_tokens)
-        rate = factor * plan.recipe.optimizer.lr
         with WireBytes() as wire:
+            rate = plan.learning_rate(state.step + 1)
             result = train_step(engine, micro_batches, rate, plan.recipe.training.z_loss_weight)
         state.advance(plan.batch.samples, plan.step_tokens, result.applied)
         records.append({"loss": result.loss, "bytes": wire.total, "ring": wire.ring_total})

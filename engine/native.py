@@ -1,6 +1,6 @@
 """Read DeepSpeed's own checkpoint files one parameter at a time, whatever the ZeRO stage, without DeepSpeed.
 
-The float32 master weights and the two moments of Adam lie cut in the same way:
+The float32 master weights and the optimizer's moments lie cut in the same way:
 
     stage 0      whole, on the first rank
     stage 1, 2   the parameters of a group stand one after another in one vector, which is cut evenly over the ranks

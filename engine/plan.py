@@ -11,7 +11,7 @@ from engine.sequence import sequence_problems
 from engine.topology import Topology
 from model.config import ModelConfig
 from training.config import Recipe, load_recipe
-from training.schedule import landmarks
+from training.schedule import landmarks, lr_factor
 from training.shards import ShardedDataset, open_split
 
 
@@ -30,6 +30,17 @@ class RunPlan(NamedTuple):
     @property
     def step_tokens(self) -> int:
         return self.batch.samples * self.dataset.manifest.seq_length
+
+    def learning_rate(self, step: int) -> float:
+        """Of the optimizer step with this number, counted from 1."""
+        factor = lr_factor(self.recipe.schedule, step, self.total_steps, self.step_tokens)
+        return factor * self.recipe.optimizer.lr
+
+    @property
+    def half_precision(self) -> bool:
+        """Whether matrices are multiplied in bf16 or fp16."""
+        sections = ("bf16", "fp16", "torch_autocast")
+        return any(self.ds_config.get(section, {}).get("enabled", False) for section in sections)
 
     @property
     def mean_document_tokens(self) -> float:

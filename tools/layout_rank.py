@@ -18,7 +18,6 @@ from engine.topology import Topology, read_topology, run_command, start_process_
 from engine.wire import WireBytes
 from train import new_state, optimizer_steps
 from training.environment import peak_memory_bytes
-from training.schedule import lr_factor
 from training.state import TrainState
 
 
@@ -40,11 +39,11 @@ def main() -> int:
 
 def train(engine, plan: RunPlan, state: TrainState, last_step: int, topology: Topology, records) -> None:
     """Train as train.py does; what each step of this rank was goes into `records` (see `tools.layouts.Step`)."""
-    recipe, began = plan.recipe, time.perf_counter()
+    began = time.perf_counter()
     for micro_batches in islice(optimizer_steps(plan, state, topology), last_step - state.step):
-        factor = lr_factor(recipe.schedule, state.step + 1, plan.total_steps, plan.step_tokens)
         with WireBytes() as wire:
-            result = train_step(engine, micro_batches, factor * recipe.optimizer.lr, recipe.training.z_loss_weight)
+            rate, z_loss_weight = plan.learning_rate(state.step + 1), plan.recipe.training.z_loss_weight
+            result = train_step(engine, micro_batches, rate, z_loss_weight)
         seconds = time.perf_counter() - began
         state.advance(plan.batch.samples, plan.step_tokens, result.applied)
         record = {key: getattr(result, key) for key in ("loss", "grad_norm", "applied")}

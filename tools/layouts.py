@@ -140,11 +140,10 @@ def plan_layout(layout: Layout, setting: Setting, folder: Path) -> RunPlan:
 def rounds_more(plan: RunPlan) -> bool:
     """Whether this layout computes or communicates in less than float32."""
     config = plan.ds_config
-    half = any(config.get(key, {}).get("enabled") for key in ("bf16", "fp16", "torch_autocast"))
     zero = config.get("zero_optimization", {})
     quantized = any(zero.get(key) for key in ("zero_quantized_weights", "zero_quantized_gradients"))
     narrow = config.get("communication_data_type") not in (None, "fp32")
-    return bool(half or quantized or narrow or "gradient_compression" in config)
+    return bool(plan.half_precision or quantized or narrow or "gradient_compression" in config)
 
 
 def launch(

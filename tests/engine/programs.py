@@ -20,7 +20,6 @@ from engine.validation import validate_all
 from model.llama import RMSNorm
 from tests.training.corpus import build
 from train import new_state, optimizer_steps
-from training.schedule import lr_factor
 
 RECIPE = {
     "model": {
@@ -90,9 +89,7 @@ class Run:
         batches = optimizer_steps(self.plan, self.state, self.topology)
         for _ in range(count):
             number = self.state.step + 1
-            rate = recipe.optimizer.lr * lr_factor(
-                recipe.schedule, number, self.plan.total_steps, self.plan.step_tokens
-            )
+            rate = self.plan.learning_rate(number)
             micro_batches = next(batches)
             poisoned = number == poison_at and self.topology.rank == self.topology.world_size - 1
             *_, norm = (module for module in self.engine.module.modules() if isinstance(module, RMSNorm))

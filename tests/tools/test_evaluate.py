@@ -48,7 +48,7 @@ def logged(trained, name: str, step: int) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("step", [2, 4])
-@pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero3", "pipeline", "sequence2", "tensor2"])
 def test_it_is_the_loss_that_the_run_logged(trained, figures, name, step):
     result = figures(trained.folder / name, "--data", trained.data, "--step", step)
     assert result.keys() == {"plays", "topics", "all"}
