@@ -8,6 +8,7 @@ documentation topics, and Python sources of the installed packages, as one JSON 
 
     sentencepiece   bare `encode` of texts already in memory, ids as numpy arrays
     run_clm         the recipe of transformers' run_clm example: `datasets` map to tokenize, map to group_texts
+    re-pack         other rows from the token store of a build: `data_prep.repack`
     megatron        the recipe of Megatron's preprocess_data: a process pool, one document at a time, ids as lists
 """
 
@@ -129,6 +130,27 @@ def run_build(folder: Path, name: str, workers: int, encoder: str) -> dict:
     return watch.result | {"tokens": tokens, "bytes_per_token": size / tokens, "fingerprint": manifest.fingerprint}
 
 
+def run_repack(folder: Path, name: str, **packing) -> dict:
+    """Other rows of the token store that a build left, against that build."""
+    from data_prep.build import build
+    from data_prep.plan import BuildOptions, Plan
+    from data_prep.repack import repack
+    from data_prep.sources import Source
+    from data_prep.tokenizer import open_tokenizer
+    from training.manifest import PackingPolicy
+
+    tokenizer = open_tokenizer(folder / "tokenizer")
+    options = BuildOptions(packing=PackingPolicy(seq_length=SEQ_LENGTH), validation_fraction=0)
+    plan = Plan([Source("bench", None, (str(folder / f"{name}.jsonl"),))], options, tokenizer)
+    with tempfile.TemporaryDirectory(dir=folder) as output:
+        build(plan, tokenizer, Path(output) / "built", encoder="accelerated")
+        with Stopwatch() as watch:
+            manifest = repack(Path(output) / "built", PackingPolicy(**packing), Path(output) / "packed")
+    rows = manifest.statistics["rows"]["train"]
+    shown = {"rows": rows["rows"], "padding": rows["padding"] / rows["row_tokens"], "cuts": rows["cuts"]}
+    return watch.result | {"tokens": manifest.statistics["tokens"], "packed": shown}
+
+
 def run_run_clm(folder: Path, name: str) -> dict:
     import datasets
     import transformers
@@ -205,6 +227,8 @@ CONTENDERS = {
     "build, 2 workers, a third": lambda folder: run_build(folder, "third", 2, "plain"),
     "accelerated, 1 worker": lambda folder: run_build(folder, "corpus", 1, "accelerated"),
     "accelerated, 2 workers": lambda folder: run_build(folder, "corpus", 2, "accelerated"),
+    "re-pack, rows of 8,192": lambda folder: run_repack(folder, "corpus", seq_length=2 * SEQ_LENGTH),
+    "re-pack by structure": lambda folder: run_repack(folder, "corpus", seq_length=SEQ_LENGTH, cut="structure"),
     "run_clm": lambda folder: run_run_clm(folder, "corpus"),
     "megatron, 2 workers": lambda folder: run_megatron(folder, "corpus", 2),
     "build, 16 MB in pieces": lambda folder: run_build(folder, "pieces", 1, "plain"),
@@ -259,6 +283,9 @@ def measure(folder: str, name: str, megabytes: float) -> dict:
         f"peak MB {result['self']:5.0f}, of a child {result['child']:5.0f}",
         flush=True,
     )
+    if packed := result.get("packed"):
+        cuts = ", ".join(f"{kind} {count:,}" for kind, count in packed["cuts"].items())
+        print(f"    {result['wall']:.2f} s, {packed['rows']:,} rows, padding {packed['padding']:.3%}, cuts: {cuts}")
     return result
 
 
@@ -276,6 +303,8 @@ def print_ratios(results: dict[str, dict]) -> None:
         ("accelerated / run_clm", fast / speed("run_clm"), ">= 8"),
         ("two workers / Megatron's pool of two", two["speed"] / speed("megatron, 2 workers"), ">= 1.1"),
         ("accelerated / Megatron's pool of two", fast / speed("megatron, 2 workers"), ">= 6"),
+        ("re-pack / one worker's build", speed("re-pack, rows of 8,192") / one_worker, ">= 20"),
+        ("re-pack by structure / one worker's build", speed("re-pack by structure") / one_worker, ">= 10"),
         (
             "one 16 MB document / in pieces",
             speed("build, one 16 MB document") / speed("build, 16 MB in pieces"),

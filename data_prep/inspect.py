@@ -6,7 +6,7 @@
 
 A row is shown piece by piece, with the document each was cut from; overlap context, which carries no loss, is dimmed (on
 a terminal) or put in ⟦ ⟧. Rows are counted from 0, over all sources in the order of their names or
-within --source.
+within --source. Every cut is shown with its kind (data_prep/cut.py) and the text on both sides, line ends as ⏎.
 """
 
 import argparse
@@ -19,10 +19,16 @@ from rich.table import Table
 from rich.text import Text
 
 from data_prep.command import run_command
+from data_prep.cut import Breaks
 from data_prep.store import TokenStore
+from data_prep.summary import cut_words
+from data_prep.token_bytes import token_bytes
 from data_prep.tokenizer import Tokenizer, open_tokenizer
 from training.manifest import Manifest, read_manifest
 from training.shards import ShardedDataset, open_split
+
+CUT_TOKENS = 16
+"""Tokens shown on each side of a cut."""
 
 console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 140)
 
@@ -40,11 +46,17 @@ def show_overview(directory: Path, manifest: Manifest) -> None:
             table.add_row(split, name, *counts, weight, str(len(entry.shards)))
     console.print(table)
     policy, tokenizer = manifest.packing, manifest.tokenizer
-    console.print(f"packing      {policy.policy}, overlap {policy.overlap}, tail {policy.tail}, seed {manifest.seed}")
+    cut = f"structure within {policy.cut_tolerance:g} of a row" if policy.cut == "structure" else policy.cut
+    console.print(
+        f"packing      {policy.policy}, overlap {policy.overlap}, cut {cut}, tail {policy.tail}, seed {manifest.seed}"
+    )
     for split, rows in manifest.statistics.get("rows", {}).items():
         console.print(f"padding      {rows['padding'] / rows['row_tokens']:.3%} of {split}")
+        if any(rows.get("cuts", {}).values()):
+            console.print(f"             {cut_words(rows['cuts'])}")
     console.print(f"tokenizer    {tokenizer.type}, {tokenizer.vocab_size:,} entries, ids as {manifest.dtype}")
-    console.print(f"created      {manifest.created_at}")
+    again = f", from the token store of {manifest.repacked_from}" if manifest.repacked_from else ""
+    console.print(f"created      {manifest.created_at}{again}")
     console.print(f"fingerprint  {manifest.fingerprint}")
 
 
@@ -58,6 +70,7 @@ def show_row(directory: Path, split: str, source: str | None, number: int) -> No
     if source is None:
         source, number = dataset.place(number)
     tokenizer, store = open_tokenizer(directory / dataset.manifest.tokenizer.file), _store(directory)
+    breaks = Breaks(token_bytes(tokenizer))
     row = dataset.row(source, number)
     console.print(Text(f"row {number} of source {source}, split {split}: {len(row.ids):,} tokens", "bold"))
     begin = 0
@@ -66,7 +79,11 @@ def show_row(directory: Path, split: str, source: str | None, number: int) -> No
         place += f" of {len(store.tokens(doc)):,}" if store else ""
         place += f", the first {context:,} of them context" if context else ""
         console.print(Text(place, "cyan"))
+        if store and offset and offset + context < len(store.tokens(doc)):
+            console.print(_cut(store.tokens(doc), offset + context, breaks))
         console.print(_text(tokenizer, row.ids[begin : begin + length], context))
+        if store and offset + length < len(store.tokens(doc)):
+            console.print(_cut(store.tokens(doc), offset + length, breaks))
         begin += length
     if begin < len(row.ids):
         console.print(Text(f"tokens {begin:,}-{len(row.ids) - 1:,}: padding", "cyan"))
@@ -83,6 +100,8 @@ def show_document(directory: Path, manifest: Manifest, wanted: str) -> None:
             f"{directory} has no document with the key {wanted!r}, and its documents are numbered 0 to {len(store) - 1}"
         )
     split, source, ids = store.split(number), store.source(number), store.tokens(number)
+    tokenizer = open_tokenizer(directory / manifest.tokenizer.file)
+    breaks = Breaks(token_bytes(tokenizer))
     console.print(Text(f"{_document(store, number)}, source {source}, {len(ids):,} tokens", "bold"))
     if split is None:
         console.print(Text("left out as an exact duplicate", "cyan"))
@@ -90,7 +109,9 @@ def show_document(directory: Path, manifest: Manifest, wanted: str) -> None:
         for row, offset, length in _pieces(ShardedDataset(directory, split, manifest), source, number):
             where = f"tokens {offset:,}-{offset + length - 1:,} in row {row} of source {source}, split {split}"
             console.print(Text(where, "cyan"))
-    console.print(Text(open_tokenizer(directory / manifest.tokenizer.file).decode(ids)))
+            if offset + length < len(ids):
+                console.print(_cut(ids, offset + length, breaks))
+    console.print(Text(tokenizer.decode(ids)))
 
 
 def _pieces(dataset: ShardedDataset, source: str, document: int) -> list[tuple[int, int, int]]:
@@ -109,6 +130,14 @@ def _store(directory: Path) -> TokenStore | None:
 
 def _document(store: TokenStore | None, number: int) -> str:
     return f"document {number}" + (f", key {store.key(number)!r}" if store else "")
+
+
+def _cut(ids: np.ndarray, position: int, breaks: Breaks) -> Text:
+    """Such as "cut before token 4,096 (paragraph): …the end.⏎⏎ ✂ And then…"."""
+    sides = ids[max(0, position - CUT_TOKENS) : position], ids[position : position + CUT_TOKENS]
+    before, after = (b"".join(breaks.pieces[i] for i in side).decode(errors="replace") for side in sides)
+    words = f"cut before token {position:,} ({breaks.kind(ids, position)}): …{before} ✂ {after}…"
+    return Text(words.replace("\r", "").replace("\n", "⏎"), "yellow")
 
 
 def _text(tokenizer: Tokenizer, ids: np.ndarray, context: int) -> Text:

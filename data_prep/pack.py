@@ -13,6 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
+from data_prep.cut import Windows, fixed_windows
 from training.manifest import PackingPolicy, Shard
 from training.shards import RowBlock, ShardWriter
 
@@ -75,22 +76,27 @@ class _Rows:
         return _Rows(row[index], self.doc[index], self.off[index], self.len[index], self.ctx[index])
 
 
-def pack(lengths: np.ndarray, row_tokens: int, policy: PackingPolicy, seed: int) -> Packing:
+def pack(
+    lengths: np.ndarray, row_tokens: int, policy: PackingPolicy, seed: int, windows: Windows | None = None
+) -> Packing:
     """Distribute documents of `lengths` tokens (each >= 1) over rows.
 
-    bestfit: a document longer than a row becomes windows that overlap by `policy.overlap` tokens; windows and short
-    documents are then placed by best-fit decreasing, ties in document order (Ding et al. 2024, "Fewer Truncations
-    Improve Language Modeling", section 3). At most one row of a group of GROUP_TOKENS tokens is less than half full;
-    `tail: drop` leaves that one out. concat: all documents as one stream cut every `row_tokens - 1` tokens, the last
-    token of a row being repeated as the first of the next; `tail: drop` leaves out the incomplete last row.
+    bestfit: a document longer than a row becomes windows, by default of fixed length (data_prep/cut.py); windows and
+    short documents are then placed by best-fit decreasing, ties in document order (Ding et al. 2024, "Fewer
+    Truncations Improve Language Modeling", section 3). At most one row of a group of GROUP_TOKENS tokens is less than
+    half full; `tail: drop` leaves that one out. concat: all documents as one stream cut every `row_tokens - 1` tokens,
+    the last token of a row being repeated as the first of the next; `tail: drop` leaves out the incomplete last row.
     """
     assert row_tokens == policy.row_tokens
     lengths = np.asarray(lengths, np.int64)
     assert not len(lengths) or lengths.min() >= 1
-    groups = _bestfit_groups if policy.policy == "bestfit" else _concat_groups
+    if policy.policy == "bestfit":
+        groups = _bestfit_groups(lengths, policy, windows or fixed_windows(lengths, policy))
+    else:
+        groups = _concat_groups(lengths, policy)
     parts: list[_Rows] = []
     rows = 0
-    for number, part in enumerate(groups(lengths, policy)):
+    for number, part in enumerate(groups):
         count = int(part.row.max(initial=-1)) + 1
         place = rows + np.random.default_rng([seed, number]).permutation(count)
         row = place[part.row]
@@ -122,11 +128,12 @@ def _distinct_tokens(doc: np.ndarray, off: np.ndarray, length: np.ndarray) -> in
     return int(length.sum() - repeated.sum())
 
 
-def _bestfit_groups(lengths: np.ndarray, policy: PackingPolicy) -> Iterator[_Rows]:
+def _bestfit_groups(lengths: np.ndarray, policy: PackingPolicy, windows: Windows) -> Iterator[_Rows]:
     group = np.cumsum(lengths) // GROUP_TOKENS
     limits = np.flatnonzero(np.diff(group, prepend=-1, append=group[-1:] + 1))
-    for first, last in pairwise(limits):
-        part = _windows(lengths[first:last], policy)
+    pieces = _Rows(np.empty_like(windows.doc), *windows)
+    for first, last in pairwise(np.searchsorted(windows.doc, limits)):
+        part = pieces.select(np.arange(first, last), pieces.row)
         by_size = np.argsort(-part.len, kind="stable")
         row = np.fromiter(_best_fit_decreasing(part.len[by_size], policy.row_tokens), np.int64, len(by_size))
         rows = part.select(by_size, np.empty(len(by_size), np.int64))
@@ -135,17 +142,7 @@ def _bestfit_groups(lengths: np.ndarray, policy: PackingPolicy) -> Iterator[_Row
             emptiest = int(fill.argmin())
             kept = np.flatnonzero(row != emptiest)
             rows, row = rows.select(kept, rows.row), row[kept] - (row[kept] > emptiest)
-        yield _Rows(row, rows.doc + first, rows.off, rows.len, rows.ctx)
-
-
-def _windows(lengths: np.ndarray, policy: PackingPolicy) -> _Rows:
-    stride = policy.row_tokens - policy.overlap
-    further = -(-np.maximum(lengths - policy.row_tokens, 0) // stride)
-    doc = np.repeat(np.arange(len(lengths)), further + 1)
-    number = np.arange(len(doc)) - np.repeat(np.cumsum(further + 1) - (further + 1), further + 1)
-    off = number * stride
-    size = np.minimum(lengths[doc] - off, policy.row_tokens)
-    return _Rows(np.zeros_like(doc), doc, off, size, np.where(number > 0, policy.overlap, 0))
+        yield _Rows(row, rows.doc, rows.off, rows.len, rows.ctx)
 
 
 def _best_fit_decreasing(sizes: np.ndarray, capacity: int) -> Iterator[int]:

@@ -3,6 +3,7 @@
 The same command run again finds its own plan and continues; a command that would give another result is refused.
 """
 
+import argparse
 import fcntl
 import hashlib
 import json
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data_prep.sources import InputFile, Source, Unit, plan_units
 from data_prep.tokenizer import Tokenizer
@@ -42,42 +43,61 @@ class BuildOptions(BaseModel):
     """bytes of input a worker does at a time (default: by the size of the input, at most 64 MiB)"""
 
 
-class Plan:
-    def __init__(self, sources: list[Source], options: BuildOptions, tokenizer: Tokenizer):
-        self.options, self.sources = options, sources
-        self.units, self.files = plan_units(sources, options.unit_bytes)
-        self.source_files = {source.name: self._files_of(source.name) for source in sources}
-        self.content: dict[str, Any] = {
-            "version": PLAN_VERSION,
-            "tokenizer": tokenizer.info(TOKENIZER_FOLDER).model_dump(),
-            **options.model_dump(),
-            "sources": {
-                source.name: {
-                    "weight": source.weight,
-                    "files": [[file.name, file.format, file.size] for file in self.source_files[source.name]],
-                }
-                for source in sources
-            },
-        }
-        self.sha256 = hashlib.sha256(json.dumps(self.content, sort_keys=True).encode()).hexdigest()
+def add_packing_arguments(parser: argparse.ArgumentParser, keep: bool = False) -> None:
+    """One option a field of PackingPolicy; `keep`: one that is not given is None, to be taken from a policy."""
+    for name, field in PackingPolicy.model_fields.items():
+        default = "that of DATA" if keep else field.default
+        required = field.is_required() and not keep
+        parser.add_argument(
+            f"--{'packing' if name == 'policy' else name.replace('_', '-')}",
+            dest=name,
+            type=int if field.annotation is int else float if "float" in str(field.annotation) else str,
+            default=None if keep or required else field.default,
+            required=required,
+            help=" ".join(field.description.split())
+            + ("" if default is None or required else f" (default: {default})"),
+        )
 
-    def _files_of(self, source: str) -> list[InputFile]:
-        ranges = [(unit.first_file, unit.last_file) for unit in self.units if unit.source == source]
-        return self.files[min(first for first, _ in ranges) : max(last for _, last in ranges)]
 
-    def unit_sources(self) -> list[int]:
-        numbers = {source.name: number for number, source in enumerate(self.sources)}
-        return [numbers[unit.source] for unit in self.units]
+DEPEND_ON = {"policy": ("overlap", "cut", "cut_tolerance"), "cut": ("cut_tolerance",)}
+
+
+def packing_from(arguments: argparse.Namespace, before: PackingPolicy | None = None) -> PackingPolicy:
+    """The policy that was asked for; what was not given is that of `before`, unless it depends on what has changed."""
+    given = {name: value for name in PackingPolicy.model_fields if (value := getattr(arguments, name)) is not None}
+    kept = before.model_dump() if before else {}
+    for name, dependent in DEPEND_ON.items():
+        if name in kept and given.get(name, kept[name]) != kept[name]:
+            kept = {key: value for key, value in kept.items() if key not in dependent}
+    try:
+        return PackingPolicy(**kept | given)
+    except ValidationError as error:
+        raise ValueError(option_problems(error)) from None
+
+
+def option_problems(error: ValidationError) -> str:
+    flags = {"policy": "packing"}
+    return "; ".join(
+        "".join(f"--{flags.get(name, name).replace('_', '-')}: " for name in map(str, problem["loc"]))
+        + problem["msg"].removeprefix("Value error, ")
+        for problem in error.errors()
+    )
+
+
+class PackingPlan:
+    """All that decides a data set, without the input that its token store is made from."""
+
+    def __init__(self, options: BuildOptions, sources: list[Source], content: dict[str, Any], times: dict[str, int]):
+        self.options, self.sources, self.content, self.times = options, sources, content, times
+        self.sha256 = plan_hash(content)
 
     def adopt(self, output: Path) -> None:
         """Take possession of an output folder: store the plan, or compare it with the one there.
 
         Units whose input was modified since, without its size changing, lose their ledger and are done again.
         """
-        times = {file.path: file.mtime_ns for file in self.files}
         try:
-            stored = json.loads((output / PLAN_FILE).read_bytes())
-            before, there = stored["times"], stored["plan"]
+            there, before = read_plan(output)
         except FileNotFoundError:
             strangers = sorted(
                 path.name for path in output.iterdir() if not path.name.startswith((LOCK_FILE, PLAN_FILE))
@@ -86,23 +106,53 @@ class Plan:
                 raise ValueError(
                     f"{output} is not empty and no build of this program ({strangers[0]}): choose another --output"
                 ) from None
-            before, there = times, None
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{output / PLAN_FILE} is damaged: choose another --output") from None
+            there, before = None, self.times
         if there is not None and (differences := list(_differences(there, json.loads(json.dumps(self.content))))):
             raise ValueError(
                 f"{output} was begun with another plan ({'; '.join(differences)}): "
                 "repeat that command to continue it, or choose another --output"
             )
-        changed = {path for path, time in times.items() if before.get(path, time) != time}
+        changed = {path for path, time in self.times.items() if before.get(path, time) != time}
         if changed and (output / MANIFEST_FILE).exists():
             raise ValueError(
                 f"{min(changed)} was modified after {output} had been built from it: choose another --output"
             )
-        if there is None or times != before:
+        if there is None or self.times != before:
             for unit in self._units_of(changed):
                 (output / TOKENS_FOLDER / f"unit-{unit:05d}.json").unlink(missing_ok=True)
-            write_atomically(output / PLAN_FILE, json.dumps({"plan": self.content, "times": times}).encode())
+            write_atomically(output / PLAN_FILE, json.dumps({"plan": self.content, "times": self.times}).encode())
+
+    def _units_of(self, paths: set[str]) -> set[int]:
+        return set()
+
+
+class Plan(PackingPlan):
+    """The plan of a build: the above and the units of work that its input is cut into."""
+
+    def __init__(self, sources: list[Source], options: BuildOptions, tokenizer: Tokenizer):
+        self.units, self.files = plan_units(sources, options.unit_bytes)
+        source_files = {source.name: self._files_of(source.name) for source in sources}
+        content = {
+            "version": PLAN_VERSION,
+            "tokenizer": tokenizer.info(TOKENIZER_FOLDER).model_dump(),
+            **options.model_dump(),
+            "sources": {
+                source.name: {
+                    "weight": source.weight,
+                    "files": [[file.name, file.format, file.size] for file in source_files[source.name]],
+                }
+                for source in sources
+            },
+        }
+        super().__init__(options, sources, content, {file.path: file.mtime_ns for file in self.files})
+
+    def _files_of(self, source: str) -> list[InputFile]:
+        ranges = [(unit.first_file, unit.last_file) for unit in self.units if unit.source == source]
+        return self.files[min(first for first, _ in ranges) : max(last for _, last in ranges)]
+
+    def unit_sources(self) -> list[int]:
+        numbers = {source.name: number for number, source in enumerate(self.sources)}
+        return [numbers[unit.source] for unit in self.units]
 
     def _units_of(self, paths: set[str]) -> set[int]:
         return {
@@ -117,6 +167,19 @@ class Plan:
         for unit, unit_hash in zip(self.units, unit_hashes, strict=True):
             digests[unit.source].update(unit_hash.encode())
         return {name: digest.hexdigest() for name, digest in digests.items()}
+
+
+def plan_hash(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def read_plan(folder: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """The plan in an output folder and the times of its input files."""
+    try:
+        stored = json.loads((folder / PLAN_FILE).read_bytes())
+        return dict(stored["plan"]), dict(stored["times"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{folder / PLAN_FILE} is damaged: restore it, or build into another folder") from None
 
 
 def _differences(there: dict, here: dict, place: str = "") -> Iterator[str]:

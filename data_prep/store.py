@@ -21,6 +21,7 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -235,6 +236,12 @@ class TokenStore:
                 return start + row
             start = end
         return None
+
+    @property
+    def units(self) -> list[tuple[int, int]]:
+        """Number of documents and number of the source (0 if there are none) of each unit."""
+        starts = [0, *self._unit_ends]
+        return [(end - start, int(self._source[start]) if end > start else 0) for start, end in pairwise(starts)]
 
     def split(self, doc: int) -> str | None:
         """Split of a document, None for a removed duplicate."""

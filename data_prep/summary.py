@@ -8,6 +8,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from data_prep.cut import KINDS
 from data_prep.pack import Packing
 from data_prep.store import LEFT_OUT, Columns, Ledger
 from training.manifest import Manifest
@@ -22,6 +23,7 @@ def statistics(
     split: np.ndarray,
     duplicates: np.ndarray,
     packings: dict[str, dict[str, Packing]],
+    cuts: dict[str, Counter[str]],
 ) -> dict[str, Any]:
     """Counts over the whole input (`input`), over the stored documents, and over the rows of each split."""
     kept = split != LEFT_OUT
@@ -51,7 +53,10 @@ def statistics(
             **{f"p{p}": int(lengths[place]) for p, place in zip(PERCENTILES, places, strict=True)},
             "max": int(lengths[-1]),
         },
-        "rows": {name: _row_statistics(list(sources.values())) for name, sources in packings.items()},
+        "rows": {
+            name: _row_statistics(list(sources.values())) | {"cuts": dict(cuts[name])}
+            for name, sources in packings.items()
+        },
     }
 
 
@@ -93,6 +98,8 @@ def print_summary(manifest: Manifest, output: Path, seconds: float) -> None:
         dropped = f", {rows['tokens_dropped']:,} tokens dropped" if rows["tokens_dropped"] else ""
         padding = f"{100 * rows['padding'] / rows['row_tokens']:.3f} % padding"
         add(name, f"{rows['rows']:,} rows of {manifest.seq_length:,} + 1, {padding}, {cut}{dropped}")
+        if rows["documents_cut"]:
+            add("", cut_words(rows["cuts"]))
     if len(manifest.inputs) > 1:
         for name, source in manifest.splits["train"].items():
             weight = "" if source.weight is None else f", weight {source.weight:g}"
@@ -100,12 +107,20 @@ def print_summary(manifest: Manifest, output: Path, seconds: float) -> None:
                 f"source {name}",
                 f"{source.documents:,} documents, {source.tokens:,} tokens, {source.rows:,} rows{weight}",
             )
+    if manifest.repacked_from:
+        add("packed again from", manifest.repacked_from)
     add("fingerprint", manifest.fingerprint)
     console = Console(highlight=False)
     if console.is_terminal:
         console.print(table)
     else:
         print(_plain(table))
+
+
+def cut_words(cuts: dict[str, int]) -> str:
+    """Such as "12 cuts: at the end 9 of a paragraph, 0 of a line, 2 of a sentence; 1 elsewhere"."""
+    pauses = ", ".join(f"{cuts[kind]:,} of a {kind}" for kind in KINDS[:-1])
+    return f"{sum(cuts.values()):,} cuts: at the end {pauses}; {cuts['hard']:,} elsewhere"
 
 
 def _share(given: dict[str, Any], name: str) -> str:

@@ -228,10 +228,16 @@ def _kinds(model: Path, table: Path) -> tuple:
     return (SentencePieceTokenizer, model), (HuggingFaceTokenizer, table)
 
 
-def train(texts: Iterable[str], vocab_size: int, threads: int = 1) -> bytes:
+CHARACTER_COVERAGE = 0.99995
+
+
+def train(
+    texts: Iterable[str], vocab_size: int, threads: int = 1, character_coverage: float = CHARACTER_COVERAGE
+) -> bytes:
     """Train a SentencePiece BPE model in LLaMA's manner and return its serialized form.
 
-    Byte fallback, digits one by one, no normalisation, white space kept; ids: unk 0, bos 1, eos 2, pad 3, mask 4.
+    Byte fallback, digits one by one, no normalisation, white space kept; ids: unk 0, bos 1, eos 2, pad 3, mask 4. Characters
+    beyond the most frequent ones, which make up `character_coverage` of the text, are left to the bytes.
     """
     model = io.BytesIO()
     try:
@@ -245,7 +251,7 @@ def train(texts: Iterable[str], vocab_size: int, threads: int = 1) -> bytes:
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
-            character_coverage=0.99995,
+            character_coverage=character_coverage,
             max_sentence_length=SENTENCE_BYTES,
             unk_id=0,
             bos_id=1,
@@ -262,9 +268,8 @@ def train(texts: Iterable[str], vocab_size: int, threads: int = 1) -> bytes:
 
 def _training_problem(message: str, vocab_size: int) -> str:
     if "Vocabulary size too high" in message or "Vocabulary size is smaller" in message:
-        limit = message.rsplit(" ", 1)[-1].rstrip(".\n")
-        return (
-            f"--vocab-size {vocab_size} does not fit this text: {message.split('] ')[-1].strip()}" if limit else message
+        return f"--vocab-size {vocab_size} does not fit this text: " + message.split("] ")[-1].strip().replace(
+            "decrease character_coverage with --character_coverage option", "decrease --character-coverage"
         )
     if "sentences_.empty()" in message or "!sentences_" in message:
         return "the input holds no text to train a tokenizer on"
@@ -291,12 +296,16 @@ def main() -> None:
     options = commands.add_parser("train", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     options.add_argument("--input", nargs="+", required=True, help="documents: files, folders or globs")
     options.add_argument("--vocab-size", type=int, default=32000, help="entries, control and byte tokens included")
+    coverage_help = "share of the text's characters that get entries; the rare rest is written as bytes"
+    options.add_argument("--character-coverage", type=float, default=CHARACTER_COVERAGE, help=coverage_help)
     options.add_argument("--output", type=Path, required=True, help="folder for tokenizer.model")
     options.add_argument("--text-field", default="text", help="field or column that holds the text")
     options.add_argument("--on-error", choices=("fail", "skip"), default="fail", help="what to do with bad records")
     options.add_argument("--sample-megabytes", type=int, default=100, help="train on about this much text at most")
     options.add_argument("--workers", type=int, default=1, help="threads of the trainer")
     arguments = parser.parse_args()
+    if not 0 < arguments.character_coverage <= 1:
+        raise ValueError(f"--character-coverage {arguments.character_coverage}: a share of the text, above 0 and up to 1")
 
     inputs = parse_sources(arguments.input, [])
     units, files = plan_units(inputs)
@@ -315,7 +324,7 @@ def main() -> None:
                 progress.advance(unit.size)
 
     say(f"training a tokenizer of {arguments.vocab_size:,} entries on {100 * share:.0f} % of {len(files):,} files")
-    model = train(texts(), arguments.vocab_size, arguments.workers)
+    model = train(texts(), arguments.vocab_size, arguments.workers, arguments.character_coverage)
     arguments.output.mkdir(parents=True, exist_ok=True)
     write_atomically(arguments.output / MODEL_FILE, model)
     if problems.count:

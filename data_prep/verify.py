@@ -15,12 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.command import run_command
+from data_prep.plan import TOKENS_FOLDER
 from data_prep.progress import Progress
 from data_prep.store import INDEX_FILE, Ledger, TokenStore
 from training.manifest import Manifest, read_manifest
 from training.shards import ShardedDataset
-
-TOKENS_FOLDER = "tokens"
 
 
 def problems(directory: Path, full: bool = False) -> Iterator[tuple[int, str | None]]:
@@ -29,7 +28,7 @@ def problems(directory: Path, full: bool = False) -> Iterator[tuple[int, str | N
     Raises ValueError if there is no readable manifest, without which nothing can be checked.
     """
     manifest = read_manifest(directory)
-    yield 0, _tokenizer_problem(directory, manifest)
+    yield 0, tokenizer_problem(directory, manifest)
     for split in manifest.splits:
         dataset = ShardedDataset(directory, split, manifest)
         yield 0, _index_problem(dataset)
@@ -39,7 +38,7 @@ def problems(directory: Path, full: bool = False) -> Iterator[tuple[int, str | N
         yield from _token_store_problems(directory / TOKENS_FOLDER, manifest, full)
 
 
-def _tokenizer_problem(directory: Path, manifest: Manifest) -> str | None:
+def tokenizer_problem(directory: Path, manifest: Manifest) -> str | None:
     path = directory / manifest.tokenizer.file
     if not path.is_file():
         return f"{path} is missing: the tokenizer belongs to the data set, restore it"
@@ -79,13 +78,13 @@ def _token_store_problems(folder: Path, manifest: Manifest, full: bool) -> Itera
             complete = False
             yield 0, f"{path.with_suffix('.json')}, the ledger of {path.name}, is missing or damaged"
             continue
-        yield ledger.file_bytes, _unit_problem(path, ledger, full)
+        yield ledger.file_bytes, unit_problem(path, ledger, full)
         documents += ledger.documents
     if complete and documents != len(store):
         yield 0, f"{folder} lacks units: those present hold {documents:,} documents, its index lists {len(store):,}"
 
 
-def _unit_problem(path: Path, ledger: Ledger, full: bool) -> str | None:
+def unit_problem(path: Path, ledger: Ledger, full: bool) -> str | None:
     if not path.is_file():
         return f"{path} is missing: restore it or build the data set again"
     if path.stat().st_size != ledger.file_bytes:

@@ -1,8 +1,8 @@
 """The manifest of a prepared data set: what it holds, how it was made, and the fingerprint that identifies it.
 
 `manifest.json` is written last and atomically, so a folder without one is not a data set. Its fingerprint is the
-SHA-256 of the canonical JSON of everything in it except the creation time and itself; because the hashes of inputs,
-tokenizer and shards are part of that JSON, another byte anywhere is another fingerprint.
+SHA-256 of the canonical JSON of everything in it except the creation time, where it was packed again from, and itself;
+because the hashes of inputs, tokenizer and shards are part of that JSON, another byte anywhere is another fingerprint.
 """
 
 import hashlib
@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints,
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
-NOT_FINGERPRINTED = frozenset({"created_at", "fingerprint"})
+CUT_TOLERANCE = 0.0625
+NOT_FINGERPRINTED = frozenset({"created_at", "repacked_from", "fingerprint"})
 
 SourceName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -35,6 +36,11 @@ class PackingPolicy(Record):
     """Tokens the model sees at once; a row holds one more, so that every input has a target."""
     overlap: int = Field(default=1, ge=1)
     """Tokens repeated as context at the start of each further window of a document longer than a row (bestfit)."""
+    cut: Literal["exact", "structure"] = "exact"
+    """Where documents longer than a row are cut (bestfit): exact: when a row is full; structure: at the last end of a
+    paragraph, else a line, else a sentence, that lies within cut_tolerance of that."""
+    cut_tolerance: float | None = Field(default=None, gt=0, lt=1)
+    """Share of a row by which a window may end earlier to end with the text (cut structure, there 0.0625 if not given)."""
     tail: Literal["pad", "drop"] = "pad"
     """The incomplete last row: pad it, or drop it (its tokens are counted as dropped)."""
 
@@ -46,9 +52,34 @@ class PackingPolicy(Record):
             raise ValueError(f"overlap {self.overlap} has no effect with policy concat: leave it at 1")
         return self
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_cut_tolerance(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and fields.get("cut") == "structure" and fields.get("cut_tolerance") is None:
+            return fields | {"cut_tolerance": CUT_TOLERANCE}
+        return fields
+
+    @model_validator(mode="after")
+    def _cut_has_an_effect(self) -> "PackingPolicy":
+        if self.cut == "structure":
+            if self.policy == "concat":
+                raise ValueError("cut structure has no effect with policy concat: use bestfit")
+            if self.overlap + self.cut_tolerance_tokens > self.seq_length:
+                raise ValueError(
+                    f"overlap {self.overlap} and a cut_tolerance of {self.cut_tolerance_tokens} tokens leave nothing of "
+                    f"seq_length {self.seq_length}: make one of them smaller"
+                )
+        elif self.cut_tolerance is not None:
+            raise ValueError(f"cut_tolerance {self.cut_tolerance} has no effect with cut exact: use cut structure")
+        return self
+
     @property
     def row_tokens(self) -> int:
         return self.seq_length + 1
+
+    @property
+    def cut_tolerance_tokens(self) -> int:
+        return int((self.cut_tolerance or 0) * self.row_tokens)
 
 
 class TokenizerInfo(Record):
@@ -103,6 +134,8 @@ class Manifest(Record):
     created_at: str
     created_by: dict[str, str]
     """Versions of the programs that made the data set."""
+    repacked_from: Sha256 | None = None
+    """Fingerprint of the data set whose token store was packed again, if one was."""
     inputs: dict[SourceName, Sha256]
     """Per source, the hash of its input files (contents, not places)."""
     tokenizer: TokenizerInfo
@@ -139,7 +172,7 @@ def token_dtype(vocab_size: int) -> Literal["uint16", "uint32"]:
 
 
 def fingerprint(content: dict[str, Any]) -> str:
-    """SHA-256 of the canonical JSON (sorted keys, no spaces) of a manifest without creation time and fingerprint."""
+    """SHA-256 of the canonical JSON (sorted keys, no spaces) of a manifest without NOT_FINGERPRINTED."""
     hashed = {key: value for key, value in content.items() if key not in NOT_FINGERPRINTED}
     return hashlib.sha256(
         json.dumps(hashed, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()

@@ -52,7 +52,7 @@ def build_here(
     inputs, tokenizer, output: Path, workers: int = 1, on_error="fail", encoder="plain", **options
 ) -> Manifest:
     """`data_prep.build` within this process; `options` are of BuildOptions or PackingPolicy."""
-    packing = {name: options.pop(name) for name in ("policy", "overlap", "tail", "seq_length") if name in options}
+    packing = {name: options.pop(name) for name in PackingPolicy.model_fields if name in options}
     chosen = BuildOptions(packing=PackingPolicy(**{"seq_length": 128} | packing), **options)
     opened = open_tokenizer(tokenizer)
     sources = parse_sources([str(path) for path in inputs], [])
@@ -75,7 +75,8 @@ def contents(output: Path) -> dict[str, str]:
     files = [path for path in output.rglob("*") if path.is_file() and path.name not in skipped]
     hashes = {str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     manifest = json.loads((output / "manifest.json").read_text())
-    return hashes | {"manifest.json": {key: value for key, value in manifest.items() if key != "created_at"}}
+    local = ("created_at", "repacked_from")
+    return hashes | {"manifest.json": {key: value for key, value in manifest.items() if key not in local}}
 
 
 def arguments(prose, tokenizer_folder, output, *more) -> list:

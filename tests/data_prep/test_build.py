@@ -8,8 +8,8 @@ import numpy as np
 import psutil
 import pytest
 
-from data_prep.build import find_duplicates
 from data_prep.encode import UnitEncoder, Work
+from data_prep.finish import find_duplicates
 from data_prep.plan import BuildOptions, Plan
 from data_prep.sources import parse_sources
 from data_prep.store import Columns, TokenStore

@@ -2,8 +2,10 @@
 
 import os
 import pydoc_data.topics
+import re
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,9 @@ from data_prep import inspect, verify
 from data_prep.build import build
 from data_prep.command import run_command
 from data_prep.plan import BuildOptions, Plan
+from data_prep.repack import repack
 from data_prep.sources import parse_sources
+from data_prep.store import TokenStore
 from data_prep.tokenizer import open_tokenizer, train
 from training.manifest import PackingPolicy
 from training.shards import open_split
@@ -180,6 +184,46 @@ def test_a_row_is_its_documents_with_provenance(pristine, command):
         pieces = np.split(row.ids, np.cumsum(row.seg_len))[:-1]
         assert all(tokenizer.decode(piece) in plain for piece in pieces)
         assert ("padding" in output.splitlines()[-1]) == (row.seg_len.sum() < len(row.ids))
+
+
+def cuts_shown(output: str) -> list[tuple[int, str, str, str]]:
+    """Position, kind, text before and text after of every cut."""
+    lines = re.findall(r"^cut before token ([\d,]+) \((\w+)\): …(.*) ✂ (.*)…$", output, re.MULTILINE)
+    return [(int(at.replace(",", "")), kind, before, after) for at, kind, before, after in lines]
+
+
+@pytest.mark.parametrize("cut", ["exact", "structure"])
+def test_cuts_are_shown_with_their_kind_and_both_sides(pristine, tmp_path, command, cut):
+    tolerance = {} if cut == "exact" else {"cut_tolerance": 0.3}
+    repack(pristine, PackingPolicy(seq_length=128, overlap=8, cut=cut, **tolerance), tmp_path / "data")
+    dataset, store = open_split(tmp_path / "data", "train"), TokenStore.open(tmp_path / "data" / "tokens")
+    pieces = {
+        (doc, off): (row, length)
+        for row in range(dataset.rows_per_source["manual"])
+        for length, doc, off in zip(
+            *(c.tolist() for c in (dataset.row("manual", row)[i] for i in (1, 3, 4))), strict=True
+        )
+    }
+    kinds = Counter()
+    for number in range(len(store)):
+        if store.split(number) != "train" or store.source(number) != "manual":
+            continue
+        text, output = TEXTS[Path(store.key(number)).stem], command(inspect, tmp_path / "data", "--document", number)[1]
+        cuts = cuts_shown(output)
+        ends = [off + length for (doc, off), (_, length) in pieces.items() if doc == number]
+        assert [at for at, *_ in cuts] == sorted(end for end in ends if end < len(store.tokens(number)))
+        for _, kind, before, after in cuts:
+            assert (before + after).replace("⏎", "\n").replace("\ufffd", "").strip() in text
+            if kind in ("paragraph", "line"):
+                assert before.rstrip(" ").endswith("⏎⏎" if kind == "paragraph" else "⏎")
+            kinds[kind] += 1
+        if cuts:
+            row = next(row for (doc, off), (row, _) in pieces.items() if doc == number and off)
+            shown = cuts_shown(command(inspect, tmp_path / "data", "--row", row, "--source", "manual")[1])
+            assert set(cuts) & set(shown)
+    counted = dataset.manifest.statistics["rows"]["train"]["cuts"]
+    assert {kind: n for kind, n in counted.items() if n} == kinds
+    assert (kinds["hard"] > kinds.total() / 2) == (cut == "exact")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,153 @@
+"""The later steps of a build: from a complete token store to a data set.
+
+index     decide duplicates and the split, by document order and hash only
+choose    per split and source, documents to windows (cut.py), windows to rows (pack.py)
+write     rows to shards (training/shards.py)
+manifest  last; without it the folder is not a data set
+"""
+
+import datetime
+import importlib.metadata
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data_prep.cut import Breaks, count_cuts, structure_windows
+from data_prep.pack import Packing, pack, write_split
+from data_prep.plan import TOKENS_FOLDER, PackingPlan
+from data_prep.progress import Progress, say
+from data_prep.store import LEFT_OUT, SPLITS, Columns, Ledger, TokenStore, read_columns, write_index
+from data_prep.summary import statistics
+from data_prep.token_bytes import token_bytes
+from data_prep.tokenizer import Tokenizer
+from training.manifest import Manifest, SourceRows
+from training.shards import ShardWriter, write_manifest
+
+
+class Tokenized(NamedTuple):
+    """What is known of the complete token store in an output folder."""
+
+    ledgers: list[Ledger]
+    unit_sources: list[int]
+    inputs: dict[str, str]
+    created_by: dict[str, str]
+    repacked_from: str | None = None
+
+
+def finish(plan: PackingPlan, tokenizer: Tokenizer, tokenizer_file: Path, output: Path, made: Tokenized) -> Manifest:
+    """Index the output folder's token store, pack it and write the manifest."""
+    columns, split, duplicates = _index(plan, made, output / TOKENS_FOLDER)
+    packings, cuts = _choose_rows(plan, tokenizer, output)
+    manifest = Manifest(
+        created_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        created_by=made.created_by | {"pyarrow": importlib.metadata.version("pyarrow")},
+        repacked_from=made.repacked_from,
+        inputs=made.inputs,
+        tokenizer=tokenizer.info(tokenizer_file.relative_to(output).as_posix()),
+        dtype=str(tokenizer.dtype),
+        packing=plan.options.packing,
+        seed=plan.options.seed,
+        splits=_write_rows(plan, tokenizer, output, packings),
+        statistics=statistics(made.ledgers, columns, split, duplicates, packings, cuts),
+    )
+    return write_manifest(output, manifest)
+
+
+def _index(plan: PackingPlan, made: Tokenized, tokens: Path) -> tuple[Columns, np.ndarray, np.ndarray]:
+    """Decide every document's split (a position in SPLITS, or LEFT_OUT) and write the store's index."""
+    columns = read_columns(tokens, made.unit_sources)
+    names = [source.name for source in plan.sources]
+    duplicates = find_duplicates(columns)
+    split = np.where(columns.key_hash < np.uint64(int(plan.options.validation_fraction * 2**64)), 1, 0).astype(np.uint8)
+    if plan.options.deduplicate:
+        split[duplicates] = LEFT_OUT
+    if not np.any(split != LEFT_OUT):
+        raise ValueError(f"the input holds no text: {sum(ledger.empty for ledger in made.ledgers)} empty documents")
+    if plan.options.validation_fraction > 0:
+        _fill_validation(columns, split, names)
+    write_index(tokens, columns, split, [ledger.documents for ledger in made.ledgers], names)
+    return columns, split, duplicates
+
+
+def find_duplicates(columns: Columns) -> np.ndarray:
+    """Positions of documents whose text an earlier document has (equal 128-bit hashes and equal sizes)."""
+    order = np.lexsort((columns.text_hash[:, 1], columns.text_hash[:, 0]))  # stable: document order within equals
+    same = np.all(columns.text_hash[order[1:]] == columns.text_hash[order[:-1]], axis=1)
+    same &= columns.nbytes[order[1:]] == columns.nbytes[order[:-1]]
+    return np.sort(order[1:][same])
+
+
+def _fill_validation(columns: Columns, split: np.ndarray, names: list[str]) -> None:
+    """A source of few documents may have none with a small enough hash: its smallest one is taken, and said."""
+    for number, name in enumerate(names):
+        mine = np.flatnonzero((columns.source == number) & (split != LEFT_OUT))
+        for wanted, pick in ((1, np.argmin), (0, np.argmax)):
+            if len(mine) >= 2 and not np.any(split[mine] == wanted):
+                split[mine[pick(columns.key_hash[mine])]] = wanted
+                say(f"{name}: one of its {len(mine)} documents was put into {SPLITS[wanted]}, which had none by hash")
+    for wanted, words in ((1, "validation; --validation-fraction 0 does without"), (0, "training")):
+        if not np.any(split == wanted):
+            raise ValueError(f"{len(split)} document(s) leave none for {words}")
+
+
+def _choose_rows(
+    plan: PackingPlan, tokenizer: Tokenizer, output: Path
+) -> tuple[dict[str, dict[str, Packing]], dict[str, Counter[str]]]:
+    """By split and source what each row will hold; by split the cuts of each kind."""
+    store, policy = TokenStore.open(output / TOKENS_FOLDER), plan.options.packing
+    breaks = Breaks(token_bytes(tokenizer))
+    packings: dict[str, dict[str, Packing]] = {}
+    cuts: dict[str, Counter[str]] = {}
+    parts = {(split, source.name): store.documents(split, source.name) for split in SPLITS for source in plan.sources}
+    longer = sum(int(part.length[part.length > policy.row_tokens].sum()) for part in parts.values())
+    with Progress("cutting", longer * store.dtype.itemsize * (1 + (policy.cut == "structure"))) as progress:
+
+        def advance(tokens: int) -> None:
+            progress.advance(tokens * store.dtype.itemsize)
+
+        for (split, source), documents in parts.items():
+            if not len(documents):
+                continue
+            windows = structure_windows(documents, policy, breaks, advance) if policy.cut == "structure" else None
+            packing = pack(documents.length, policy.row_tokens, policy, plan.options.seed, windows)
+            if not packing.rows:
+                raise ValueError(
+                    f"{source}: its {int(documents.length.sum())} tokens for {split} do not fill one row of "
+                    f"{policy.row_tokens}: use --tail pad or a smaller --seq-length"
+                )
+            ends = packing.piece_off + packing.piece_len
+            cuts.setdefault(split, Counter()).update(count_cuts(documents, packing.piece_doc, ends, breaks, advance))
+            packings.setdefault(split, {})[source] = packing
+    return packings, cuts
+
+
+def _write_rows(
+    plan: PackingPlan, tokenizer: Tokenizer, output: Path, packings: dict[str, dict[str, Packing]]
+) -> dict[str, dict[str, SourceRows]]:
+    store, policy = TokenStore.open(output / TOKENS_FOLDER), plan.options.packing
+    weights = {source.name: source.weight for source in plan.sources}
+    row_bytes = policy.row_tokens * store.dtype.itemsize
+    splits: dict[str, dict[str, SourceRows]] = {}
+    for split in SPLITS:
+        shutil.rmtree(output / split, ignore_errors=True)
+    rows = sum(packing.rows for sources in packings.values() for packing in sources.values())
+    with Progress("packing", rows * row_bytes) as progress:
+        for split, source, packing in ((s, n, p) for s, sources in packings.items() for n, p in sources.items()):
+            documents = store.documents(split, source)
+            writer = ShardWriter(output, split, source, policy.row_tokens, str(store.dtype), {"plan": plan.sha256})
+            shards = write_split(
+                documents, packing, writer, tokenizer.pad_id, lambda n: progress.advance(n * row_bytes)
+            )
+            splits.setdefault(split, {})[source] = SourceRows(
+                documents=len(documents),
+                bytes=int(documents.nbytes.sum()),
+                tokens=int(documents.length.sum()),
+                rows=packing.rows,
+                targets=packing.targets,
+                weight=weights[source],
+                shards=shards,
+            )
+    return splits
