@@ -9,7 +9,7 @@ help:
 	@echo "make test              every test that needs no accelerator and no network"
 	@echo "make check             linter and formatter"
 	@echo "make bench             side-by-side measurements on this machine"
-	@echo "make bench-gpu         the model's training step on a GPU, with MFU"
+	@echo "make bench-gpu         the model's training step and long rows on a GPU, with MFU"
 	@echo "make test-checkpoint   a real pretrained checkpoint (downloads 93 MB)"
 
 .venv/installed: requirements.txt requirements-extra.txt requirements-dev.txt
@@ -31,11 +31,15 @@ bench: .venv/installed
 	$(BIN)/python -m bench.data
 	$(BIN)/python -m bench.loader
 	$(BIN)/python -m bench.model
+	$(BIN)/python -m bench.kernels
+	$(BIN)/python -m bench.attention
+	$(BIN)/python -m bench.balance
 	$(BIN)/python -m bench.equivalence
 	$(BIN)/python -m bench.compression
 
 bench-gpu: .venv/installed
 	$(BIN)/python -m bench.model --device cuda
+	$(BIN)/python -m bench.attention --device cuda --dtype bfloat16
 
 test-checkpoint: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check gguf==0.19.0 accelerate==1.15.0

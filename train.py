@@ -11,6 +11,7 @@ import argparse
 import secrets
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -20,13 +21,15 @@ from engine.plan import RunPlan, make_plan
 from engine.resume import check_resumable, restore
 from engine.run_folder import claim_run, describe, fill_run
 from engine.signals import StopSignal
+from engine.stages import Stage
 from engine.step import StepResult, any_rank, build_engine, sum_over_ranks, train_step
 from engine.topology import Topology, read_topology, run_command, start_process_group, wandb_mode
 from engine.validation import validate_all
 from training.config import add_recipe_flags
-from training.data import TrainingData, train_loader, training_order
+from training.data import train_loader
 from training.environment import peak_memory_bytes
 from training.metrics import MetricsLogger
+from training.stages import stage_order
 from training.state import TrainState
 from training.throughput import StepClock, peak_rate
 
@@ -54,7 +57,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     arguments = parse_arguments()
     topology = read_topology()
-    overrides = {name: value for name, value in vars(arguments).items() if "." in name}
+    overrides = {name: value for name, value in vars(arguments).items() if "." in name or name == "stages"}
 
     # Whatever can be wrong is found here, before any process group exists.
     files = (arguments.recipe, overrides, arguments.deepspeed_config, arguments.data)
@@ -65,13 +68,12 @@ def main() -> int:
     start_process_group(topology)
     lock = claim_run(run) if topology.is_first else None
     stop = StopSignal()
-    engine = build_engine(plan)
 
     # Continue where the newest good checkpoint stopped, or begin.
     found, damaged = agree_on_checkpoint(run)
+    engine = build_engine(plan, fresh=not found)
     state = restore(engine, *found) if found else new_state(plan)
-    state.data_fingerprint = plan.dataset.manifest.fingerprint
-    facts = describe(plan, arguments.data)
+    facts = describe(plan)
     if topology.is_first:
         fill_run(run, facts)
     logger, clock = open_outputs(engine, plan, state, facts, run, topology)
@@ -89,13 +91,15 @@ def main() -> int:
 def train(engine, plan: RunPlan, state: TrainState, logger, clock, stop, topology, run: Path, facts: dict) -> int:
     """The loop: one optimizer step at a time until the recipe's last, a signal or the time limit."""
     recipe, began = plan.recipe, time.monotonic()
-    steps = optimizer_steps(plan, state, topology)
+    stage, steps = None, optimizer_steps(plan, state, topology)
     while state.step < plan.total_steps:
+        if stage is not (stage := plan.stage_of(state.step + 1)):
+            announce(stage, plan, state, logger, clock)
         with clock.waiting_for_data():
             micro_batches = next(steps)
         learning_rate = plan.learning_rate(state.step + 1)
         result = train_step(engine, micro_batches, learning_rate, recipe.training.z_loss_weight)
-        state.advance(plan.batch.samples, plan.step_tokens, result.applied)
+        state.advance(stage.batch.samples, plan.step_tokens, result.applied)
         clock.step_done(plan.step_tokens)
         report(logger, clock, state, result, learning_rate, topology)
         give_up_after_skips(state, recipe.training.max_consecutive_skipped_steps)
@@ -126,17 +130,23 @@ def new_state(plan: RunPlan) -> TrainState:
 
 def optimizer_steps(plan: RunPlan, state: TrainState, topology: Topology) -> Iterator[list[dict]]:
     """This rank's micro-batches, one list an optimizer step, from the first sample that was not yet consumed."""
-    order = training_order(plan.dataset, plan.recipe.data, plan.recipe.training.seed)
-    return train_loader(
-        TrainingData(plan.dataset, order),
-        plan.recipe.data,
-        consumed=state.consumed_samples,
-        micro_batch_samples=plan.batch.micro_batch_samples,
-        accumulation=plan.batch.accumulation,
-        world_size=plan.mesh.data,
-        rank=plan.mesh.data_rank,
-        pin_memory=topology.device.type == "cuda",
-    )
+    while state.step < plan.total_steps:
+        stage = plan.stage_of(state.step + 1)
+        number = plan.stages.index(stage)
+        state.enter(number, stage.dataset.manifest.fingerprint)
+        parts = [(part.dataset, part.config) for part in plan.stages[: number + 1]]
+        order = stage_order(parts, state.stage_samples, plan.recipe.training.seed)
+        loader = train_loader(
+            plan.training_data(stage, order),
+            stage.config,
+            consumed=state.consumed_in_stage,
+            micro_batch_samples=stage.batch.micro_batch_samples,
+            accumulation=stage.batch.accumulation,
+            world_size=plan.mesh.data,
+            rank=plan.mesh.data_rank,
+            pin_memory=topology.device.type == "cuda",
+        )
+        yield from islice(loader, stage.end - state.step)
 
 
 def open_outputs(engine, plan: RunPlan, state: TrainState, facts: dict, run: Path, topology: Topology):
@@ -153,8 +163,14 @@ def open_outputs(engine, plan: RunPlan, state: TrainState, facts: dict, run: Pat
         peak_label=peak.label,
         wandb_mode=wandb_mode(),
     )
-    flops_per_token = plan.recipe.model.flops_per_token(plan.mean_document_tokens)
-    return logger, StepClock(flops_per_token, sum_over_ranks(engine, [peak.flops_per_second])[0])
+    return logger, StepClock(sum_over_ranks(engine, [peak.flops_per_second])[0])
+
+
+def announce(stage: Stage, plan: RunPlan, state: TrainState, logger, clock) -> None:
+    """What is trained on from here, and what a token of it costs."""
+    clock.flops_per_token = plan.recipe.model.flops_per_token(stage.mean_document_tokens, plan.recipe.objective.copies)
+    if plan.recipe.stages:
+        logger.log_event(state.step, "stage", name=stage.name, seq_length=stage.seq_length, data=stage.data)
 
 
 def report(logger, clock, state: TrainState, result: StepResult, learning_rate: float, topology: Topology) -> None:
@@ -171,6 +187,7 @@ def report(logger, clock, state: TrainState, result: StepResult, learning_rate: 
             grad_norm=result.grad_norm,
             skipped_steps=state.skipped_steps,
             rates=clock.read(),
+            attention_imbalance=result.attention_imbalance,
             memory_bytes=peak_memory_bytes(topology.device),
             wire_bytes=result.wire_bytes,
         )

@@ -84,7 +84,7 @@ def train(folder: Path, ds_config: dict, steps: int, topology) -> list[dict]:
         with WireBytes() as wire:
             rate = plan.learning_rate(state.step + 1)
             result = train_step(engine, micro_batches, rate, plan.recipe.training.z_loss_weight)
-        state.advance(plan.batch.samples, plan.step_tokens, result.applied)
+        state.advance(plan.stage_of(state.step + 1).batch.samples, plan.step_tokens, result.applied)
         records.append({"loss": result.loss, "bytes": wire.total, "ring": wire.ring_total})
     engine.destroy()
     return records

@@ -2,19 +2,22 @@
 
     python -m bench.model [--batch 2] [--tokens 1024] [--seconds 60] [--device cpu|cuda]
 
-A step is forward, loss and backward of a 110M LLaMA. The two take turns, so that a busy machine slows both alike; the
-ratio is the median over the rounds, at least one and at most ten. The share is MFU on a GPU of known peak, elsewhere
-of the best matrix-product rate measured in the same run. CPU time compares best with OMP_NUM_THREADS=1.
+A step is forward, loss and backward of a 110M LLaMA; `compiled` is this model with `training.compile`. They take turns, so
+that a busy machine slows all alike; a ratio is the median over the rounds, at least one and at most ten. The share is MFU on
+a GPU of known peak, elsewhere of the best matrix-product rate measured in the same run. CPU time compares best with
+OMP_NUM_THREADS=1.
 """
 
 import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from engine.step import compile_blocks
 from model.config import ModelConfig
 from model.hf import to_hf_state
 from model.llama import Llama
@@ -31,24 +34,26 @@ LLAMA_110M = ModelConfig(
 )
 
 
+THEIRS = "transformers sdpa"
 Step = Callable[[torch.Tensor], torch.Tensor]
 """Token ids [B, T + 1] -> the mean loss, after forward and backward."""
 
 
 def contestants(device: torch.device, dtype: torch.dtype) -> dict[str, Step]:
-    ours = Llama(LLAMA_110M)
+    ours, compiled = Llama(LLAMA_110M), Llama(LLAMA_110M)
+    compile_blocks(compiled)
     hf_config = AutoConfig.for_model(**LLAMA_110M.to_hf())
     theirs = AutoModelForCausalLM.from_config(hf_config, attn_implementation="sdpa")
     theirs.load_state_dict(to_hf_state(ours.state_dict(), LLAMA_110M), strict=False)
     theirs.tie_weights()
-    ours, theirs = ours.to(device, dtype), theirs.to(device, dtype)
+    ours, compiled, theirs = (model.to(device, dtype) for model in (ours, compiled, theirs))
 
-    def step_ours(ids: torch.Tensor) -> torch.Tensor:
+    def step_ours(model: Llama, ids: torch.Tensor) -> torch.Tensor:
         targets = ids[:, 1:].contiguous()
-        objective, _ = ours(ids[:, :-1], targets=targets)
+        objective, _ = model(ids[:, :-1], targets=targets)
         loss = objective / targets.numel()
         loss.backward()
-        ours.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         return loss.detach()
 
     def step_theirs(ids: torch.Tensor) -> torch.Tensor:
@@ -58,7 +63,8 @@ def contestants(device: torch.device, dtype: torch.dtype) -> dict[str, Step]:
         theirs.zero_grad(set_to_none=True)
         return loss.detach()
 
-    return {"longform": step_ours, "transformers sdpa": step_theirs}
+    longform = {"longform": partial(step_ours, ours), "longform compiled": partial(step_ours, compiled)}
+    return longform | {THEIRS: step_theirs}
 
 
 def timed(step: Step, ids: torch.Tensor) -> tuple[float, float, float]:
@@ -85,7 +91,7 @@ def main() -> None:
     steps = contestants(device, dtype)
     runs, began = {name: [] for name in steps}, time.perf_counter()
     for step in steps.values():
-        step(ids[:, :65])  # loads the kernels
+        step(ids)  # loads the kernels, compiles
     while not runs["longform"] or (time.perf_counter() - began < args.seconds and len(runs["longform"]) < 10):
         for name, step in steps.items():
             runs[name].append(timed(step, ids))
@@ -104,10 +110,12 @@ def report(args: argparse.Namespace, runs: dict[str, list[tuple]], device: torch
         clock, work, loss = (statistics.median(column) for column in zip(*steps, strict=True))
         share = tokens / clock * flops / peak.flops_per_second
         print(f"{name:20s} {tokens / clock:10.0f} {clock:8.3f} {work:8.3f} {share:8.1%} {loss:9.4f}")
-    for column, what in enumerate(("by the clock", "by CPU time")[: 1 if device.type == "cuda" else 2]):
-        ratios = [theirs[column] / ours[column] for ours, theirs in zip(*runs.values(), strict=True)]
-        rounds = ", ".join(f"{ratio:.2f}" for ratio in ratios)
-        print(f"longform / transformers {what}: {statistics.median(ratios):.2f}x (rounds {rounds})")
+    theirs = runs.pop(THEIRS)
+    for name, ours in runs.items():
+        for column, what in enumerate(("by the clock", "by CPU time")[: 1 if device.type == "cuda" else 2]):
+            ratios = [other[column] / own[column] for own, other in zip(ours, theirs, strict=True)]
+            rounds = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+            print(f"{name} / transformers {what}: {statistics.median(ratios):.2f}x (rounds {rounds})")
 
 
 if __name__ == "__main__":

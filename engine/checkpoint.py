@@ -64,7 +64,7 @@ class CheckpointManifest(BaseModel):
     ds_config: dict[str, Any]
     environment: dict[str, Any]
     data: dict[str, Any]
-    """Path, fingerprint, sequence length and tokenizer of the training data."""
+    """Path, fingerprint, sequence length and tokenizer of the training data; under `stages` those of every stage."""
     files: dict[str, tuple[int, str]]
     """Name in the folder: size in bytes and xxh3-128 digest."""
     created: str
@@ -157,15 +157,16 @@ def read_manifest(folder: Path, full: bool = True) -> CheckpointManifest:
     return manifest
 
 
-def newest_good(run: Path) -> tuple[Path, CheckpointManifest, list[str]] | None:
+def newest_good(run: Path, full: bool = True) -> tuple[Path, CheckpointManifest, list[str]] | None:
     """The newest intact checkpoint, and a sentence for each damaged one passed over; None when there is none at all.
 
+    `full`: as in `read_manifest`.
     Raises ValueError when checkpoints exist but every one is damaged: starting afresh would throw a run away.
     """
     damaged = []
     for folder in steps(run):
         try:
-            return folder, read_manifest(folder), damaged
+            return folder, read_manifest(folder, full), damaged
         except ValueError as error:
             damaged.append(f"damaged checkpoint passed over: {error}")
     if damaged:

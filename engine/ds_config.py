@@ -149,6 +149,8 @@ def _fill_batch(config: dict[str, Any], recipe: Recipe, seq_length: int, data_ra
         )
         samples = max(samples, 1)
     problems += _agree(config, "train_batch_size", samples, f"the recipe's global batch ({tokens} tokens) in samples")
+    if own := recipe.all_stages[0].micro_batch_samples:
+        problems += _agree(config, micro_key, own, "the recipe's stages.0.micro_batch_samples")
     micro, accumulation = config.get(micro_key, "auto"), config.get(accumulation_key, "auto")
     if micro == "auto" and accumulation == "auto":
         micro = recipe.training.micro_batch_samples

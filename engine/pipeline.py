@@ -31,12 +31,13 @@ class PipelineLayer(nn.Module):
         super().__init__()
         self.entry = entry
         self.layer = entry.build(recipe.training.seed)
+        self.copies = recipe.objective.copies
         self.recompute = recipe.training.activation_checkpointing and entry.cls is Block
 
     def forward(self, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         x, position_ids = inputs
         if not hasattr(position_ids, "documents"):  # once a stage: the same tensor passes through all its layers
-            position_ids.documents = Documents.from_position_ids(position_ids)
+            position_ids.documents = Documents.from_position_ids(position_ids, copies=self.copies)
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self.layer, x, position_ids.documents, use_reentrant=False), position_ids
         return self.layer(x, position_ids.documents), position_ids
@@ -53,14 +54,16 @@ class Loss:
         self.start([])
 
     def start(self, micro_batches: list[dict], z_loss_weight: float = 0.0, weight: float = 1.0) -> None:
-        self.targets = deque(batch["targets"] for batch in micro_batches)
+        self.targets = deque((batch["targets"], batch.get("target_weights")) for batch in micro_batches)
         self.z_loss_weight, self.weight = z_loss_weight, weight
         self.sums = torch.zeros(2, dtype=torch.float64)
         """[objective, cross-entropy] over the micro-batches so far."""
 
     def __call__(self, layer: PipelineLayer, inputs: tuple[Tensor, Tensor]) -> Tensor:
-        x, targets = inputs[0], self.targets.popleft()
-        objective, loss = linear_cross_entropy(x, layer.layer.weight, targets.to(x.device), self.z_loss_weight)
+        x, (targets, weights) = inputs[0], self.targets.popleft()
+        weights = None if weights is None else weights.to(x.device)
+        problem = x, layer.layer.weight, targets.to(x.device), self.z_loss_weight
+        objective, loss = linear_cross_entropy(*problem, target_weights=weights)
         self.sums = self.sums.to(x.device) + torch.stack([objective.detach(), loss.detach()]).double()
         return objective * self.weight
 
@@ -141,6 +144,13 @@ def stage_bounds(config: ModelConfig, stages: int, partition: str, seq_length: i
     units[0] += sum(costs[:first])
     units[-1] += sum(costs[last:])
     return [0, *(first + int(bound) for bound in partition_balanced(units, stages)[1:-1]), len(plan)]
+
+
+def expect(engine: PipelineEngine, shape: tuple[int, int]) -> None:
+    """Prepare for micro-batches of [B, T]: the stages exchange their shapes anew when these are not those of the last step."""
+    if getattr(engine, "row_shape", shape) != shape:
+        engine.reset_activation_shape()
+    engine.row_shape, engine.micro_batch_size = shape, shape[0]
 
 
 def train_batch(engine: PipelineEngine, micro_batches: list[dict], z_loss_weight: float, weight: float) -> torch.Tensor:

@@ -5,12 +5,17 @@ from typing import NamedTuple
 
 from engine.ds_config import Batch, read_ds_config, resolve_ds_config
 from engine.ds_keys import key_problems
+from engine.initial_weights import initial_weights_problems
+from engine.legality import illegal_combinations
 from engine.mesh import Mesh
 from engine.pipeline import stage_bounds
 from engine.sequence import sequence_problems
+from engine.stages import Stage, plan_stages
 from engine.topology import Topology
 from model.config import ModelConfig
 from training.config import Recipe, load_recipe
+from training.data import TrainingData
+from training.sampler import SampleOrder
 from training.schedule import landmarks, lr_factor
 from training.shards import ShardedDataset, open_split
 
@@ -18,18 +23,42 @@ from training.shards import ShardedDataset, open_split
 class RunPlan(NamedTuple):
     recipe: Recipe
     ds_config: dict
-    batch: Batch
     mesh: Mesh
-    dataset: ShardedDataset
+    stages: list[Stage]
+    """Of the training, in order; one where the recipe has none."""
     validation_sets: dict[str, ShardedDataset]
-    total_steps: int
     stage_bounds: list[int]
     """Where the layer plan is cut into pipeline stages; empty without a pipeline."""
     warnings: list[str]
 
     @property
+    def total_steps(self) -> int:
+        return self.stages[-1].end
+
+    @property
     def step_tokens(self) -> int:
-        return self.batch.samples * self.dataset.manifest.seq_length
+        """Of every optimizer step, whatever its stage."""
+        return self.recipe.training.global_batch_tokens
+
+    @property
+    def dataset(self) -> ShardedDataset:
+        """Training data of the first stage."""
+        return self.stages[0].dataset
+
+    @property
+    def batch(self) -> Batch:
+        """How a step of the first stage is cut, as the DeepSpeed config says."""
+        return self.stages[0].batch
+
+    def stage_of(self, step: int) -> Stage:
+        """The stage of the optimizer step with this number, counted from 1; after the run's last step its last stage."""
+        return next((stage for stage in self.stages if step <= stage.end), self.stages[-1])
+
+    def training_data(self, stage: Stage, order: SampleOrder) -> TrainingData:
+        """The batches of a stage in that order, masked if the objective says so, dealt out by attention if the recipe does."""
+        masking = self.recipe.masking(stage.dataset.manifest, f"training from step {stage.begin}")
+        visibility = self.recipe.model.visibility if stage.config.balance_attention else None
+        return TrainingData(stage.dataset, order, masking, visibility)
 
     def learning_rate(self, step: int) -> float:
         """Of the optimizer step with this number, counted from 1."""
@@ -41,13 +70,6 @@ class RunPlan(NamedTuple):
         """Whether matrices are multiplied in bf16 or fp16."""
         sections = ("bf16", "fp16", "torch_autocast")
         return any(self.ds_config.get(section, {}).get("enabled", False) for section in sections)
-
-    @property
-    def mean_document_tokens(self) -> float:
-        """Average stretch of one row over which attention runs, for the count of FLOPs."""
-        sources = self.dataset.manifest.splits[self.dataset.split].values()
-        documents, tokens = sum(s.documents for s in sources), sum(s.tokens for s in sources)
-        return min(self.dataset.manifest.seq_length, tokens / documents)
 
 
 def make_plan(
@@ -62,11 +84,13 @@ def make_plan(
     problems: list[str] = []
     recipe = _collect(problems, load_recipe, recipe_file, overrides)
     raw = _collect(problems, read_ds_config, ds_config_file)
-    dataset = _collect(problems, open_split, Path(data), "train")
-    if recipe is None or dataset is None:
+    folders = [stage.data or data for stage in recipe.all_stages] if recipe else [data]
+    opened = {folder: _collect(problems, open_split, Path(folder), "train") for folder in dict.fromkeys(folders)}
+    if recipe is None or None in opened.values():
         problems += [f"{ds_config_file}: {problem}" for problem in key_problems(raw or {})]
         raise ValueError("\n".join(problems))
-    seq_length = dataset.manifest.seq_length
+    data, datasets = folders[0], [opened[folder] for folder in folders]
+    dataset, seq_length = datasets[0], datasets[0].manifest.seq_length
     resolved = None
     if raw is not None:
         launch = (recipe, seq_length, topology, pipeline_stages)
@@ -75,16 +99,23 @@ def make_plan(
     if resolved is not None and "pipeline" in resolved.config:
         pipeline, model = resolved.config["pipeline"], recipe.model
         bounds = _collect(problems, stage_bounds, model, pipeline["stages"], pipeline["partition"], seq_length)
-    problems += [f"{recipe_file}: {problem}" for problem in model_data_problems(recipe.model, dataset, data)]
-    sets = _open_validation_sets(recipe, dataset, data, problems)
+    stages, stage_problems = plan_stages(recipe, folders, datasets, resolved)
+    for stage in stages:
+        stage_problems += model_data_problems(recipe.model, stage.dataset, stage.data)
+        if stage.dataset.manifest.tokenizer.sha256 != dataset.manifest.tokenizer.sha256:
+            stage_problems.append(f"stages: {stage.name}: {stage.data} was built with another tokenizer than {data}")
+    problems += [f"{recipe_file}: {problem}" for problem in dict.fromkeys(stage_problems)]
+    sets = _open_validation_sets(recipe, stages, problems)
     if resolved is not None:
-        lengths = {seq_length, *(other.manifest.seq_length for other in sets.values() if other is not None)}
-        found = [p for length in sorted(lengths) for p in sequence_problems(recipe.model, resolved.mesh, length)]
+        read = [*datasets, *(other for other in sets.values() if other is not None)]
+        lengths = sorted({other.manifest.seq_length for other in read})
+        found = [p for length in lengths for p in sequence_problems(recipe.model, resolved.mesh, length)]
+        for stage in stages[1:]:
+            found += illegal_combinations(resolved.config, stage.batch, resolved.mesh, recipe, topology.device)
         problems += [f"{ds_config_file}: {problem}" for problem in dict.fromkeys(found)]
     if recipe.training.initial_weights:
-        problems += _initial_weights_problems(recipe)
-    total_steps = recipe.training.max_steps or -(-recipe.training.max_tokens // recipe.training.global_batch_tokens)
-    _collect(problems, landmarks, recipe.schedule, total_steps, recipe.training.global_batch_tokens)
+        problems += initial_weights_problems(recipe, dataset.manifest.tokenizer, data)
+    _collect(problems, landmarks, recipe.schedule, stages[-1].end, recipe.training.global_batch_tokens)
     if problems:
         raise ValueError("\n".join(problems))
     warnings = [f"{recipe_file}: schedule.{key} has no effect here" for key in recipe.schedule.without_effect()]
@@ -93,9 +124,14 @@ def make_plan(
         warnings.append(
             f"{recipe_file}: model.vocab_size has {unused} entries more than the tokenizer; they stay untrained"
         )
+    if recipe.model.position_embedding != "rope":
+        warnings.append(
+            f"{recipe_file}: transformers has no LLaMA with model.position_embedding {recipe.model.position_embedding}: this "
+            "model can be evaluated and used here, but not exported"
+        )
     if "gradient_compression" in resolved.config and topology.world_size == 1:
         warnings.append(f"{ds_config_file}: gradient_compression has no effect on one rank")
-    return RunPlan(recipe, *resolved, dataset, sets, total_steps, bounds, warnings)
+    return RunPlan(recipe, resolved.config, resolved.mesh, stages, sets, bounds, warnings)
 
 
 def model_data_problems(model: ModelConfig, dataset: ShardedDataset, data: str) -> list[str]:
@@ -114,12 +150,16 @@ def model_data_problems(model: ModelConfig, dataset: ShardedDataset, data: str) 
     return problems
 
 
-def _open_validation_sets(recipe: Recipe, dataset, data: str, problems: list[str]) -> dict[str, ShardedDataset]:
+def _open_validation_sets(recipe: Recipe, stages: list[Stage], problems: list[str]) -> dict[str, ShardedDataset]:
+    """Those of all stages, from the first step to the last: so the curves say what each stage does to every length."""
     if recipe.validation.every_steps is None:
         return {}
-    sets = {}
-    if "validation" in dataset.manifest.splits:
-        sets["validation"] = _collect(problems, open_split, Path(data), "validation")
+    sets, dataset, data = {}, stages[0].dataset, stages[0].data
+    first_of_folder = {stage.data: stage for stage in reversed(stages)}
+    for stage in stages:
+        if "validation" in stage.dataset.manifest.splits and first_of_folder[stage.data] is stage:
+            name = "validation" if stage is stages[0] else f"validation_{stage.name}"
+            sets[name] = _collect(problems, open_split, Path(stage.data), "validation")
     for name, path in recipe.validation.sets.items():
         other = _collect(problems, open_split, Path(path), "validation")
         if other is not None and other.manifest.tokenizer.sha256 != dataset.manifest.tokenizer.sha256:
@@ -133,28 +173,6 @@ def _open_validation_sets(recipe: Recipe, dataset, data: str, problems: list[str
             "data with one, or set validation.every_steps to null"
         )
     return sets
-
-
-def _initial_weights_problems(recipe: Recipe) -> list[str]:
-    folder = recipe.training.initial_weights
-    try:
-        theirs, ours = ModelConfig.from_hf(folder).model_dump(), recipe.model.model_dump()
-    except ValueError as error:
-        return [f"training.initial_weights: {error}"]
-    free = {"max_position_embeddings", "rope_theta", "rope_scaling", "initializer_range", "sliding_window"}
-    different = [key for key in ours if key not in free and _filled(ours, key) != _filled(theirs, key)]
-    return [
-        f"training.initial_weights: {folder} has {key} {theirs[key]!r} but the recipe's model.{key} is {ours[key]!r}"
-        for key in different
-    ]
-
-
-def _filled(model: dict, key: str):
-    if key == "num_key_value_heads":
-        return model[key] or model["num_attention_heads"]
-    if key == "head_dim":
-        return model[key] or model["hidden_size"] // model["num_attention_heads"]
-    return model[key]
 
 
 def _collect(problems: list[str], function, *arguments):

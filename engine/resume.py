@@ -32,22 +32,48 @@ def check_resumable(run: Path, plan: RunPlan, allow_data_change: bool) -> list[s
         return []  # damaged: the search for a good checkpoint will say so
     changes = {
         f"{section}.{key}": (before[section][key], value)
-        for section, keys in plan.recipe.model_dump().items()
+        for section, keys in plan.recipe.model_dump(exclude={"stages"}).items()
         for key, value in keys.items()
         if before[section][key] != value
     }
     fixed = {key for key in changes if key.startswith("model.") or key in ("training.seed", "optimizer.name")}
-    if not allow_data_change:
-        fixed |= changes.keys() & {"data.weights"}
+    if plan.recipe.model.position_embedding != "learned" and plan.recipe.model.rope_scaling is None:
+        fixed -= {"model.max_position_embeddings"}  # nothing is computed from it: a longer stage may be appended
     problems = [f"{key} was {changes[key][0]!r} and is now {changes[key][1]!r}" for key in sorted(fixed)]
-    if manifest.state.data_fingerprint != plan.dataset.manifest.fingerprint and not allow_data_change:
-        problems.append("the data set is another one (its fingerprint differs)")
+    whole = {"fingerprint": manifest.state.data_fingerprint, "weights": before["data"]["weights"], "first_step": 1}
+    former = manifest.data.get("stages", [whole])  # the checkpoint may be older than stages are
+    problems += _stage_problems(former, plan, manifest.state.step, allow_data_change)
     if problems:
         raise ValueError(
             f"the run in {run} cannot be continued: {'; '.join(problems)}. Restore the old values, choose another "
             "--output or, for data only, pass --allow_data_change"
         )
-    return [f"{key} changed from {old!r} to {new!r}" for key, (old, new) in changes.items()]
+    notices = [f"{key} changed from {old!r} to {new!r}" for key, (old, new) in changes.items()]
+    if plan.recipe.model_dump()["stages"] != before["stages"]:
+        words = [f"{s.name} to step {s.end} on {s.data}" for s in plan.stages if s.end > manifest.state.step]
+        notices.append(f"stages changed; after step {manifest.state.step} come: {', '.join(words) or 'none'}")
+    return notices
+
+
+def _stage_problems(former: list[dict], plan: RunPlan, steps: int, allow_data_change: bool) -> list[str]:
+    """Why the stages of the plan cannot take the place of the former ones, of which `steps` steps are done.
+
+    Where a stage begins, its data and weights are fixed once it has begun; how long it still is, and what comes later, is not.
+    """
+    before = [stage for stage in former if stage["first_step"] <= steps]
+    now = [stage.describe() for stage in plan.stages if stage.begin < steps]
+    begins = [[stage["first_step"] for stage in stages] for stages in (before, now)]
+    if begins[0] != begins[1]:
+        return [f"until step {steps} stages began at steps {begins[0]}, in the recipe they begin at steps {begins[1]}"]
+    problems = []
+    for old, new in zip(before, now, strict=True):
+        label = f"stages: {new['name']}: " if plan.recipe.stages else ""
+        if old["weights"] != new["weights"]:
+            key = "weights" if label else "data.weights"
+            problems.append(f"{label}{key} was {old['weights']!r} and is now {new['weights']!r}")
+        if old["fingerprint"] != new["fingerprint"]:
+            problems.append(f"{label}the data set is another one (its fingerprint differs)")
+    return [] if allow_data_change else problems
 
 
 def restore(engine, folder: Path, manifest: CheckpointManifest) -> TrainState:

@@ -28,22 +28,13 @@ def claim_run(run: Path) -> IO:
     return lock
 
 
-def describe(plan: RunPlan, data: str) -> dict[str, Any]:
+def describe(plan: RunPlan) -> dict[str, Any]:
     """What determines this run, JSON-able: kept in run.json, in every checkpoint and in the W&B config."""
-    manifest = plan.dataset.manifest
     return {
         "recipe": plan.recipe.model_dump(mode="json"),
         "ds_config": plan.ds_config,
         "environment": environment(),
-        "data": {
-            "path": str(Path(data).resolve()),
-            "fingerprint": manifest.fingerprint,
-            "seq_length": manifest.seq_length,
-            "tokenizer": manifest.tokenizer.model_dump(),
-            "sources": {
-                name: source.model_dump(exclude={"shards"}) for name, source in manifest.splits["train"].items()
-            },
-        },
+        "data": plan.stages[0].describe_data() | {"stages": [stage.describe() for stage in plan.stages]},
     }
 
 

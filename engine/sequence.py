@@ -14,6 +14,7 @@ from model.attention import attend
 from model.config import ModelConfig
 from model.documents import Documents
 from model.llama import Attention
+from model.visibility import Visibility
 
 
 class UlyssesAttention(nn.Module):
@@ -24,11 +25,11 @@ class UlyssesAttention(nn.Module):
         self.size = group.size()
         self.exchange = DistributedAttention(attend, group, scatter_idx=2, gather_idx=1)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None = None) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, visibility: Visibility) -> Tensor:
         """`q` [B, T / n, H, d], `k` and `v` [B, T / n, K, d]; `documents` of the whole rows. Returns [B, T / n, H, d]."""
         if (copies := self.size // k.shape[2]) > 1:  # every rank needs a key/value head of its own
             k, v = (x.repeat_interleave(copies, dim=2) for x in (k, v))
-        return self.exchange(q, k, v, 0, None, documents, window)
+        return self.exchange(q, k, v, 0, None, documents, visibility)
 
 
 def share_rows(model: nn.Module, mesh: Mesh) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.llama import Attention, Embedding, FeedForward, Head, layer_plan
+from model.positions import LearnedPositionEmbedding
 
 CUTS = {
     Embedding: {"weight": 0},
@@ -57,14 +58,15 @@ def join(parts: list[Tensor], dimension: int | None) -> Tensor:
 def partition_spec(config: ModelConfig) -> dict:
     """`tensor_parallel.partition_config` for DeepSpeed's AutoTP: a pattern for every matrix of the plan.
 
-    Embedding and head, which AutoTP does not know, are skipped there and cut by `engine.tensor`. The weights of norms
+    The tables are skipped: `engine.tensor` cuts embedding and head, learned positions are whole. The weights of norms
     inside attention are whole, but each rank's gradient comes from its own heads: they are summed over the group.
     """
-    by_vocabulary = {f"{entry.name}.weight" for entry in layer_plan(config) if entry.cls in (Embedding, Head)}
+    kept = Embedding, LearnedPositionEmbedding, Head
+    tables = {f"{entry.name}.weight" for entry in layer_plan(config) if entry.cls in kept}
     kinds: dict[str, set[str]] = {"column": set(), "row": set(), "skip": set(), "sum": set()}
     for name, dimension in cut_dimensions(config).items():
         pattern = re.sub(r"\d+", r"\\d+", re.escape(name)) + "$"
-        if name in by_vocabulary:
+        if name in tables:
             kinds["skip"].add(pattern)
         elif dimension is not None and name.endswith("weight"):
             kinds[("column", "row")[dimension]].add(pattern)

@@ -4,22 +4,25 @@ The loss is a sum over valid targets divided by the number of targets of the who
 micro-batches before the first backward pass. So it depends neither on how a step is cut nor on where padding falls.
 """
 
+import math
 from typing import NamedTuple
 
 import deepspeed
+import numpy as np
 import torch
 from deepspeed import comm as dist
 from deepspeed.utils import groups
 
 from engine import pipeline
 from engine.compression import compress_gradients
+from engine.initial_weights import load_initial_weights
 from engine.mesh import Mesh
-from engine.names import named_parameters
 from engine.optimizer import build_optimizer
 from engine.plan import RunPlan
 from engine.sequence import share_rows
 from engine.tensor import cut_vocabulary, for_autotp, sum_gradients_once
 from model.llama import Block, Llama
+from training.balance import imbalance
 from training.optimizer import Lion
 
 
@@ -33,12 +36,17 @@ class StepResult(NamedTuple):
     """Norm of the whole gradient before clipping; not finite when the step was skipped for it."""
     applied: bool
     """False when the loss or the gradient was not finite: the weights are untouched."""
+    attention_imbalance: float
+    """How many more (query, key) pairs the busiest rank attended over than the average one, as a share."""
     wire_bytes: int | None
     """What this rank handed to the calls of a compressed reduction; None where DeepSpeed reduces."""
 
 
-def build_engine(plan: RunPlan) -> deepspeed.DeepSpeedEngine:
-    """The model in the layout of the plan's JSON, with the same initial weights in every layout."""
+def build_engine(plan: RunPlan, fresh: bool = True) -> deepspeed.DeepSpeedEngine:
+    """The model in the layout of the plan's JSON, with the same initial weights in every layout.
+
+    Not `fresh`: a checkpoint is about to replace the weights, so `training.initial_weights` are not read.
+    """
     recipe, config = plan.recipe, dict(plan.ds_config)
     compression = config.pop("gradient_compression", None)
     if plan.stage_bounds:
@@ -54,8 +62,8 @@ def build_engine(plan: RunPlan) -> deepspeed.DeepSpeedEngine:
     if config.pop("sequence_parallel_size", 1) > 1:
         share_rows(model, plan.mesh)
         config["train_batch_size"] *= plan.mesh.sequence  # DeepSpeed counts every rank's micro-batch as other rows
-    if recipe.training.initial_weights:
-        load_initial_weights(model, recipe.training.initial_weights)
+    if fresh and recipe.training.initial_weights:
+        load_initial_weights(model, recipe)
     if plan.mesh.tensor > 1:
         cut_vocabulary(model, plan.mesh)
     if recipe.training.compile:
@@ -66,7 +74,7 @@ def build_engine(plan: RunPlan) -> deepspeed.DeepSpeedEngine:
     if hasattr(optimizer, "max_grad_norm"):
         config["gradient_clipping"] = 0.0  # this optimizer clips by itself, after measuring
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
-    engine.mesh = plan.mesh
+    engine.mesh, engine.visibility = plan.mesh, recipe.model.visibility
     if plan.mesh.tensor > 1 and not config["tensor_parallel"].get("tp_overlap_comm"):
         sum_gradients_once(model)
     compress_gradients(engine, compression)
@@ -86,34 +94,18 @@ def close_engine(engine: deepspeed.DeepSpeedEngine) -> None:
     groups._release_process_group_references()
 
 
-def load_initial_weights(model: torch.nn.Module, folder: str) -> None:
-    """Copy a Hugging Face folder's weights into the model, one tensor at a time, partitioned or not."""
-    from model.hf import load_hf
-
-    _, tensors = load_hf(folder)
-    parameters = dict(named_parameters(model))
-    for name, tensor in tensors:
-        if name not in parameters:
-            continue
-        parameter = parameters.pop(name)
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
-            if parameter.numel() and (not hasattr(parameter, "ds_id") or dist.get_rank() == 0):
-                parameter.copy_(tensor)
-    assert not parameters, f"{folder} has no weights for {sorted(parameters)}"
-
-
 def train_step(
     engine: deepspeed.DeepSpeedEngine, micro_batches: list[dict], learning_rate: float, z_loss_weight: float
 ) -> StepResult:
     """Forward, backward and update over this rank's micro-batches of one optimizer step.
 
-    `micro_batches`: `input_ids`, `position_ids`, `targets`, each [B, T], and `num_targets`; the same number of
-    micro-batches on every rank.
+    `micro_batches`: as training.data makes them; the same number on every rank.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
+    follow_the_cut(engine, micro_batches)
     mesh: Mesh = engine.mesh
-    targets = count_targets(engine, micro_batches)
+    targets, imbalance = survey(engine, micro_batches)
     # DeepSpeed averages over the ranks that hold other tokens and divides by the accumulation steps; both are undone here.
     weight = mesh.data * mesh.sequence * len(micro_batches) / max(targets, 1)
     if isinstance(engine, pipeline.PipelineEngine):
@@ -128,7 +120,19 @@ def train_step(
     objective, loss = (total / max(targets, 1) for total in sum_over_tokens(engine, sums.tolist()))
     norm = engine.get_global_grad_norm()
     wire_bytes = engine.gradient_compression and engine.gradient_compression.wire_bytes
-    return StepResult(loss, objective, targets, float(norm), engine.was_step_applied(), wire_bytes)
+    return StepResult(loss, objective, targets, float(norm), engine.was_step_applied(), imbalance, wire_bytes)
+
+
+def follow_the_cut(engine: deepspeed.DeepSpeedEngine, micro_batches: list[dict]) -> None:
+    """Tell DeepSpeed how many micro-batches make this step, and of which size, where a new stage cuts it otherwise."""
+    shape = tuple(micro_batches[0]["input_ids"].shape)
+    cut = shape[0], len(micro_batches)
+    if cut != (engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()):
+        engine.set_train_micro_batch_size(shape[0])
+        engine.set_train_batch_size(math.prod(cut) * engine.dp_world_size)
+        engine.micro_steps = 0  # the boundary of accumulation is counted from here on
+    if isinstance(engine, pipeline.PipelineEngine):
+        pipeline.expect(engine, shape)
 
 
 def any_rank(engine: deepspeed.DeepSpeedEngine, flag: bool) -> bool:
@@ -141,14 +145,27 @@ def forward(engine, batch: dict, z_loss_weight: float) -> tuple[torch.Tensor, to
     mesh: Mesh = engine.mesh
     share = batch["input_ids"].shape[1] // mesh.sequence
     columns = slice(mesh.sequence_rank * share, (mesh.sequence_rank + 1) * share)
-    inputs, targets = (batch[key][:, columns].to(engine.device, non_blocking=True) for key in ("input_ids", "targets"))
-    return engine(inputs, batch["position_ids"], targets, z_loss_weight=z_loss_weight, columns=columns)
+    here = {
+        key: batch[key][:, columns].to(engine.device, non_blocking=True)
+        for key in ("input_ids", "targets", "target_weights")
+        if key in batch
+    }
+    how = {"z_loss_weight": z_loss_weight, "columns": columns, "copies": batch.get("copies", 1)}
+    return engine(position_ids=batch["position_ids"], **here, **how)
 
 
-def count_targets(engine, batches: list[dict]) -> int:
-    """Valid targets of the batches over all ranks; those of a row once, however many ranks work on it."""
-    of_rows = sum(batch["num_targets"] for batch in batches)
-    return round(sum_over_tokens(engine, [of_rows / engine.mesh.sequence])[0])
+def survey(engine, batches: list[dict]) -> tuple[int, float]:
+    """Valid targets of the batches over all ranks, those of a row once however many ranks work on it; and how unevenly
+    their attention is spread over the data-parallel ranks (see `training.balance.imbalance`)."""
+    mesh: Mesh = engine.mesh
+    ours = [0.0] * (1 + mesh.data)
+    ours[0] = sum(batch["num_targets"] for batch in batches) / mesh.sequence
+    for batch in batches:  # every row begins with a document
+        starts = np.flatnonzero(batch["position_ids"].numpy() == 0)
+        lengths = np.diff(starts, append=batch["position_ids"].numel())
+        ours[1 + mesh.data_rank] += engine.visibility.pairs(lengths).sum() / mesh.sequence
+    targets, *pairs = sum_over_tokens(engine, ours)
+    return round(targets), imbalance(np.array(pairs))
 
 
 def sum_over_ranks(engine, values: list[float]) -> list[float]:

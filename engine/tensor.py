@@ -47,11 +47,15 @@ class VocabularyHead(nn.Module):
         self.chunk_tokens = CHUNK_TOKENS * ranks  # as many logits at a time as with the whole vocabulary
 
     def forward(
-        self, x: Tensor, documents: Documents, targets: Tensor, z_loss_weight: float = 0.0
+        self,
+        x: Tensor,
+        documents: Documents,
+        targets: Tensor,
+        z_loss_weight: float = 0.0,
+        target_weights: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        return linear_cross_entropy(
-            _SumGradient.apply(x), self.weight, targets, z_loss_weight, self.chunk_tokens, self.part
-        )
+        how = self.chunk_tokens, self.part, target_weights
+        return linear_cross_entropy(_SumGradient.apply(x), self.weight, targets, z_loss_weight, *how)
 
 
 class _SumGradient(torch.autograd.Function):

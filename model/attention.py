@@ -1,4 +1,8 @@
-"""Causal attention inside documents: `softmax(Q K^T / sqrt(d)) V` (Vaswani et al. 2017), with memory linear in T.
+"""Attention inside documents: `softmax(Q K^T / sqrt(d)) V` (Vaswani et al. 2017), with memory linear in T.
+
+What is visible is said in visibility.py; here the kernel is chosen. The causal mask goes to variable-length flash attention
+on CUDA and to `scaled_dot_product_attention` elsewhere; chunks that see themselves in both directions go to FlexAttention
+on CUDA and to blocks of flash attention on CPUs (block_attention.py).
 
 Legend: B batch, T tokens of a row, n tokens of a document, H query heads, K key/value heads, d head width, W window.
 """
@@ -6,12 +10,16 @@ Legend: B batch, T tokens of a row, n tokens of a document, H query heads, K key
 from __future__ import annotations
 
 import inspect
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from .block_attention import attend_blocks
 from .documents import Documents
+from .visibility import Visibility
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -21,26 +29,61 @@ try:
 except ImportError:
     HAS_VARLEN = False
 
+CAUSAL = Visibility()
 
-def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None = None) -> Tensor:
-    """Each token attends to itself and to earlier tokens of its own document, at most `window` tokens in all.
 
-    Args: `q` [B, T, H, d]; `k`, `v` [B, T, K, d], H a multiple of K. Returns [B, T, H, d].
-    CUDA in half precision runs all documents in one variable-length flash kernel; elsewhere
-    `scaled_dot_product_attention` runs once a document, or once in all where every row is one document.
+def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents, visibility: Visibility = CAUSAL) -> Tensor:
+    """Each token attends to what `visibility` lets it see. `q` [B, T, H, d]; `k`, `v` [B, T, K, d], H a multiple of K.
+
+    Returns [B, T, H, d].
     """
-    if HAS_VARLEN and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0:
-        longest, cu_seqlens = documents.max_length, documents.cu_seqlens
-        left = -1 if window is None else window - 1
-        flat = (x.flatten(0, 1) for x in (q, k, v))
-        grouped = q.shape[2] != k.shape[2]
-        out = varlen_attn(*flat, cu_seqlens, cu_seqlens, longest, longest, window_size=(left, 0), enable_gqa=grouped)
-        return out.view_as(q)
+    if (visibility.span == 1 or visibility.span is None) and documents.copies == 1 and _varlen_takes(q):
+        return _attend_varlen(q, k, v, documents, visibility)
+    if visibility.span != 1 or documents.copies == 2:
+        return (_attend_flex if q.is_cuda else attend_blocks)(q, k, v, documents, visibility)
     if len(documents.lengths) == len(q):
-        return _attend_document(q, k, v, window)
+        return _attend_document(q, k, v, visibility.window)
     pieces = (x.flatten(0, 1).split(documents.lengths) for x in (q, k, v))
-    out = [_attend_document(*(x.unsqueeze(0) for x in piece), window) for piece in zip(*pieces, strict=True)]
+    out = [_attend_document(*(x.unsqueeze(0) for x in piece), visibility.window) for piece in zip(*pieces, strict=True)]
     return torch.cat(out, dim=1).view_as(q)
+
+
+def _varlen_takes(q: Tensor) -> bool:
+    return HAS_VARLEN and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0
+
+
+def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents, visibility: Visibility) -> Tensor:
+    """All documents in one flash kernel, causal or bidirectional."""
+    longest, cu_seqlens = documents.max_length, documents.cu_seqlens
+    left = -1 if visibility.window is None else visibility.window - 1
+    right = 0 if visibility.span == 1 else -1
+    flat = (x.flatten(0, 1) for x in (q, k, v))
+    grouped = q.shape[2] != k.shape[2]
+    out = varlen_attn(*flat, cu_seqlens, cu_seqlens, longest, longest, window_size=(left, right), enable_gqa=grouped)
+    return out.view_as(q)
+
+
+def _attend_flex(q: Tensor, k: Tensor, v: Tensor, documents: Documents, visibility: Visibility) -> Tensor:
+    """All rows as one sequence under a block-sparse mask (Dong et al. 2024, Flex Attention)."""
+    if "block_mask" not in documents.tables:
+        tokens = documents.tokens()
+
+        def sees(_row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return visibility.sees(tokens.at(query), tokens.at(key))
+
+        size = len(tokens.document)
+        documents.tables["block_mask"] = create_block_mask(sees, None, None, size, size, q.device, _compile=q.is_cuda)
+    flat = (x.flatten(0, 1).transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # [1, H, B T, d]
+    kernel = _compiled_flex() if q.is_cuda else flex_attention
+    grouped = q.shape[2] != k.shape[2]
+    out = kernel(*flat, block_mask=documents.tables["block_mask"], enable_gqa=grouped)
+    return out.squeeze(0).transpose(0, 1).reshape_as(q)
+
+
+@cache
+def _compiled_flex():
+    """Without compilation FlexAttention would hold all scores."""
+    return torch.compile(flex_attention, dynamic=False)
 
 
 class KeyValueCache:
@@ -63,9 +106,10 @@ class KeyValueCache:
 
 
 def attend_cached(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
-    """One new token per row, `q` [B, 1, H, d], over all cached ones, `k`, `v` [B, n, K, d]. Returns [B, 1, H, d]."""
-    assert q.shape[1] == 1, "after the prompt, one token at a time"
+    """New tokens of a row, `q` [B, c, H, d], that all see all cached ones, `k`, `v` [B, n, K, d]: the next token of a
+    causal model or tokens of one chunk. Returns [B, c, H, d]."""
     if window is not None:
+        assert q.shape[1] == 1, "windows are for causal attention"
         k, v = k[:, -window:], v[:, -window:]
     return _sdpa(q, k, v)
 

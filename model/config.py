@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
+
+from .visibility import Visibility
 
 ROPE_KEYS = {
     # rope_type: (required keys, optional keys)
@@ -20,6 +22,8 @@ ROPE_KEYS = {
     "llama3": ({"factor", "low_freq_factor", "high_freq_factor"}, set()),
     "longrope": ({"short_factor", "long_factor"}, {"factor", "attention_factor"}),
 }
+CUSTOM_MODULE, CHUNKED_PREFIX = "modeling_longform", "chunked_"
+"""The file beside this one that has what transformers lacks, and what its `model_type`s add to those of transformers."""
 ROPE_EXTENDS_ORIGINAL = {"yarn", "llama3", "longrope"}
 """Scalings that take `original_max_position_embeddings` (default, as in transformers: `max_position_embeddings`)."""
 
@@ -47,6 +51,9 @@ class ModelConfig(BaseModel):
     """Longest document, in tokens, that the positions are made for."""
     rms_norm_eps: float = Field(1e-5, gt=0)
     """Added to the mean square inside RMSNorm."""
+    position_embedding: Literal["rope", "sinusoidal", "learned"] = "rope"
+    """How a token knows its place in its document: queries and keys turned by rotary angles, fixed sinusoids added to the
+    embedding (Vaswani et al. 2017), or the rows of a trained table added to it (GPT-2). transformers has the first only."""
     rope_theta: float = Field(10000.0, gt=1)
     """Base of the rotary frequencies; larger for longer contexts."""
     rope_scaling: dict[str, Any] | None = None
@@ -63,6 +70,13 @@ class ModelConfig(BaseModel):
     """RMSNorm over each query and key head before the rotation (as in Qwen3)."""
     sliding_window: PositiveInt | None = None
     """Number of latest tokens, itself included, that a token attends to. Default: its whole document so far."""
+    attention: Literal["full", "chunked"] = "full"
+    """`chunked`: documents are cut into chunks; a token sees its own and all earlier chunks of its document. A causal
+    model keeps the order inside the chunk too, so that both are the same function there."""
+    chunk_size: PositiveInt | None = None
+    """Tokens of a chunk of `chunked` attention."""
+    is_causal: bool = True
+    """Whether a token sees no later one. A recipe's objective decides: false for `masked` and `block_diffusion`."""
 
     @field_validator("rope_scaling")
     @classmethod
@@ -80,7 +94,14 @@ class ModelConfig(BaseModel):
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads {self.kv_heads}"
             )
-        if self.head_width % 2:
+        rotary = self.position_embedding == "rope"
+        for key in ("rope_scaling", "rope_theta"):
+            if not rotary and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"{key} has no meaning with position_embedding {self.position_embedding}: remove it, or set "
+                    "position_embedding to rope"
+                )
+        if rotary and self.head_width % 2:
             raise ValueError(f"head_dim {self.head_width} is odd: rotary positions turn pairs of channels")
         for key in ("short_factor", "long_factor"):
             factors = (self.rope_scaling or {}).get(key)
@@ -89,6 +110,19 @@ class ModelConfig(BaseModel):
                     f"rope_scaling.{key} has {len(factors)} entries, head_dim / 2 = {self.head_width // 2}"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _attention_is_whole(self) -> ModelConfig:
+        if (self.attention == "chunked") != (self.chunk_size is not None):
+            raise ValueError("attention: chunked and chunk_size belong together: give both or neither")
+        if not self.is_causal and self.sliding_window is not None:
+            raise ValueError("sliding_window is for causal models: use attention: chunked, or a causal objective")
+        return self
+
+    @property
+    def visibility(self) -> Visibility:
+        """Which tokens a token attends to."""
+        return Visibility(1 if self.is_causal else self.chunk_size, self.sliding_window)
 
     @property
     def kv_heads(self) -> int:
@@ -103,21 +137,24 @@ class ModelConfig(BaseModel):
     def num_parameters(self) -> int:
         """Trainable parameters; a tied embedding counts once."""
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        if self.position_embedding == "learned":
+            embeddings += self.max_position_embeddings * self.hidden_size
         return embeddings + self.num_hidden_layers * self._block_parameters() + self.hidden_size
 
-    def flops_per_token(self, context: float) -> float:
+    def flops_per_token(self, context: float, copies: int = 1) -> float:
         """Floating-point operations of one training step (forward and backward) per token.
 
         `context` is the length, in tokens, of the documents that attention runs over: under the causal mask a token
-        sees half of it on average. Recomputation by activation checkpointing is not counted, as is usual for MFU
-        (Chowdhery et al. 2022, PaLM, appendix B; there the causal mask is not discounted).
+        sees half of it on average. `copies` of each token pass through the blocks, one through the head. Recomputation
+        by activation checkpointing is not counted, as is usual for MFU (Chowdhery et al. 2022, PaLM, appendix B; there
+        the causal mask is not discounted).
         """
-        seen = context / 2
+        seen = context / 2 if self.is_causal else self.visibility.pairs(context) / max(context, 1)
         if self.sliding_window is not None and self.sliding_window < context:
             seen = self.sliding_window - self.sliding_window**2 / (2 * context)
-        weights = self.num_hidden_layers * self._block_parameters() + self.vocab_size * self.hidden_size
-        attention = self.num_hidden_layers * 2 * seen * self.num_attention_heads * self.head_width
-        return 6.0 * (weights + attention)
+        attention = 2 * seen * self.num_attention_heads * self.head_width
+        blocks = self.num_hidden_layers * (self._block_parameters() + attention)
+        return 6.0 * (copies * blocks + self.vocab_size * self.hidden_size)
 
     def _block_parameters(self) -> int:
         d, q, kv, f = (
@@ -162,9 +199,15 @@ class ModelConfig(BaseModel):
         """`config.json` content that transformers 4 and 5 load.
 
         `token_ids`: `bos_token_id`, `eos_token_id`, `pad_token_id` of the tokenizer. The architecture is
-        LlamaForCausalLM; with `qk_norm` Qwen3ForCausalLM; with `sliding_window` alone MistralForCausalLM. Raises
-        ValueError where no architecture of transformers has the combination.
+        LlamaForCausalLM; with `qk_norm` Qwen3ForCausalLM; with `sliding_window` alone MistralForCausalLM. Of models that
+        are not causal, modeling_longform.py, which `hf.save_hf` puts into the folder, makes the first two masked language
+        models, and adds `chunked` attention. Raises ValueError where no architecture has the combination.
         """
+        if self.position_embedding != "rope":
+            raise ValueError(
+                f"transformers has no LLaMA with {self.position_embedding} positions: only models with position_embedding "
+                "rope can be exported"
+            )
         if self.qk_norm:
             architecture, model_type, unavailable = "Qwen3ForCausalLM", "qwen3", {"mlp_bias": self.mlp_bias}
         elif self.sliding_window is not None:
@@ -179,10 +222,22 @@ class ModelConfig(BaseModel):
         rope = {"rope_theta": self.rope_theta, "rope_type": "default", **(self.rope_scaling or {})}
         if rope["rope_type"] in ROPE_EXTENDS_ORIGINAL:
             rope.setdefault("original_max_position_embeddings", self.max_position_embeddings)
-        fields = self.model_dump(exclude={"qk_norm", "sliding_window", "rope_scaling"})
+        ours = {
+            "qk_norm",
+            "sliding_window",
+            "rope_scaling",
+            "position_embedding",
+            "attention",
+            "chunk_size",
+            "is_causal",
+        }
+        fields = self.model_dump(exclude=ours)
+        if not self.is_causal:
+            fields |= self.model_dump(include={"attention", "chunk_size", "is_causal"}, exclude_none=True)
         fields |= {"num_key_value_heads": self.kv_heads, "head_dim": self.head_width, "hidden_act": "silu"}
         fields |= {"rope_parameters": rope}
-        fields |= {"rope_scaling": {k: v for k, v in rope.items() if k != "rope_theta"} if self.rope_scaling else None}
+        if self.rope_scaling:
+            fields["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
         if model_type != "llama":
             fields["sliding_window"] = self.sliding_window
         if model_type == "qwen3":
@@ -190,8 +245,17 @@ class ModelConfig(BaseModel):
         fields = {key: value for key, value in fields.items() if not (model_type != "llama" and key == "mlp_bias")}
         if model_type == "mistral":
             del fields["attention_bias"]
+        if not self.is_causal:
+            name, auto = architecture.removesuffix("ForCausalLM"), {}
+            if self.attention == "chunked":
+                name, model_type = f"Chunked{name}", f"{CHUNKED_PREFIX}{model_type}"
+                architecture, auto["AutoConfig"] = f"{name}ForMaskedLM", f"{name}Config"
+            auto["AutoModelForMaskedLM"] = f"{name}ForMaskedLM"
+            fields["auto_map"] = {key: f"{CUSTOM_MODULE}.{value}" for key, value in auto.items()}
         ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None} | (token_ids or {})
-        return {"architectures": [architecture], "model_type": model_type} | fields | {"use_cache": True} | ids
+        # keys and values of tokens that will see later ones cannot be kept
+        fields |= {"architectures": [architecture], "model_type": model_type, "use_cache": self.is_causal}
+        return fields | ids
 
 
 def _checked_rope_scaling(scaling: dict[str, Any]) -> dict[str, Any] | None:
@@ -227,13 +291,15 @@ _WITHOUT_EFFECT = {
     "ignore_keys_at_rope_validation", "label2id", "max_window_layers", "model_type", "name_or_path",
     "output_attentions", "output_hidden_states", "pad_token_id", "problem_type", "return_dict", "sep_token_id",
     "torch_dtype", "transformers_version", "use_cache", "use_sliding_window", "auto_map", "transformers.js_config",
-    "is_llama_config",
+    "is_llama_config", "mask_token_id", "objective",
 }
 # fmt: on
 
 
 def _fields_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     model_type = hf.get("model_type")
+    if isinstance(model_type, str) and hf.get("chunk_size") is not None:
+        model_type = model_type.removeprefix(CHUNKED_PREFIX)
     if model_type not in ("llama", "mistral", "qwen3"):
         raise ValueError(f"model_type {model_type!r} is not supported; llama, mistral or qwen3 is")
     for key, allowed in _REQUIRED_VALUES.items():

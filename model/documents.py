@@ -8,6 +8,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .visibility import Tokens
+
 
 @dataclass
 class Documents:
@@ -25,19 +27,21 @@ class Documents:
     """int32 [N + 1] on the device of the model: where each document starts in the flattened rows, then B * T."""
     columns: slice = field(default_factory=lambda: slice(None))
     """Which tokens of every row are here; the others are on other devices."""
+    copies: int = 1
+    """2 where the first half of every row is a noised copy of the second, which is clean."""
     tables: dict = field(default_factory=dict, repr=False)
-    """Rotary tables by head width, so that all layers of a forward share one (see model/rope.py)."""
+    """What is made once for all layers of a forward: rotary tables (rope.py), the plan of attention (attention.py)."""
 
     @classmethod
-    def from_position_ids(cls, position_ids: Tensor, device: torch.device | None = None) -> Documents:
+    def from_position_ids(cls, position_ids: Tensor, device: torch.device | None = None, copies: int = 1) -> Documents:
         """`position_ids` [B, T]; left on the CPU they cost no synchronisation when the model is on an accelerator."""
         starts = position_ids == 0
-        starts[:, 0] = True
+        starts[:, :: position_ids.shape[1] // copies] = True
         starts = [*starts.flatten().nonzero().flatten().tolist(), position_ids.numel()]
         lengths = [end - start for start, end in pairwise(starts)]
         device = device or position_ids.device
         cu_seqlens = torch.tensor(starts, dtype=torch.int32, device=device)
-        return cls(position_ids.to(device, non_blocking=True), lengths, cu_seqlens)
+        return cls(position_ids.to(device, non_blocking=True), lengths, cu_seqlens, copies=copies)
 
     @classmethod
     def whole_rows(cls, rows: int, tokens: int, device: torch.device | None = None) -> Documents:
@@ -55,12 +59,25 @@ class Documents:
 
     def part(self, columns: slice) -> Documents:
         """The same documents where only some columns of the rows are at hand, as under sequence parallelism."""
-        return Documents(self.position_ids[:, columns], self.lengths, self.cu_seqlens, columns)
+        return Documents(self.position_ids[:, columns], self.lengths, self.cu_seqlens, columns, self.copies)
 
     @property
     def max_length(self) -> int:
         """Tokens of the longest document."""
         return max(self.lengths)
+
+    def tokens(self) -> Tokens:
+        """What visibility depends on, [B * T] each, for all tokens of the rows, wherever they are."""
+        device = self.cu_seqlens.device
+        lengths = self.cu_seqlens.diff().long()
+        document = torch.arange(len(lengths), device=device).repeat_interleave(lengths, output_size=sum(self.lengths))
+        index = torch.arange(len(document), device=device)
+        position = index - self.cu_seqlens[:-1].long()[document]
+        half = len(document) // len(self.position_ids) // 2
+        noised = (index // half % 2 == 0) if self.copies == 2 else torch.zeros_like(index, dtype=torch.bool)
+        if self.copies == 2:
+            document = document[index - half * ~noised]
+        return Tokens(document, position, noised)
 
     def length_of_each_token(self) -> Tensor:
         """int64, shape of `position_ids`: how long the document is that the token lies in."""

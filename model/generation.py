@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -27,34 +27,82 @@ def generate(
 
     `input_ids`: int64 [T] or [1, T], not empty. `temperature` 0 is greedy. Of the vocabulary, the `top_k` most likely
     tokens stay, then the fewest whose probabilities sum to at least `top_p` (Holtzman et al. 2020). Ends after
-    `max_new_tokens`, or with an end token, which is yielded too. Raises ValueError for values out of range.
+    `max_new_tokens`, or with an end token, which is yielded too. Raises ValueError for values out of range, and for more
+    tokens than there are learned positions.
     """
     prompt = input_ids.reshape(1, -1)
     if prompt.shape[1] == 0 or len(prompt.flatten()) != input_ids.shape[-1]:
         raise ValueError(f"generation takes one prompt of at least one token, not a tensor of shape {input_ids.shape}")
-    if not temperature >= 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-        raise ValueError("generation needs temperature >= 0, top_k >= 1 and 0 < top_p <= 1")
+    check_request(model, prompt.shape[1], max_new_tokens, temperature, top_k, top_p)
     stop = {eos_id} if isinstance(eos_id, int) else set(eos_id or ())
     return _decode(
         model, prompt, max_new_tokens, stop, lambda logits: sample(logits, temperature, top_k, top_p, generator)
     )
 
 
+def check_request(
+    model: Llama, prompt_tokens: int, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
+) -> None:
+    """ValueError for choices out of range, and for more tokens than there are learned positions."""
+    if not temperature >= 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+        raise ValueError("generation needs temperature >= 0, top_k >= 1 and 0 < top_p <= 1")
+    longest = model.config.max_position_embeddings
+    read = prompt_tokens + max_new_tokens - model.config.is_causal  # the last next token is not read again
+    if model.config.position_embedding == "learned" and read > longest:
+        raise ValueError(
+            f"generation of {max_new_tokens} tokens after a prompt of {prompt_tokens} goes beyond the model's {longest} "
+            "learned positions (max_position_embeddings): ask for fewer, or shorten the prompt"
+        )
+
+
+def continuation_losses(model: Llama, prompt: Tensor, continuations: Sequence[Sequence[int]]) -> list[float]:
+    """Summed cross-entropy, in nats, of each continuation after one prompt, which is run through the model once.
+
+    `prompt`: int64 [T], not empty. Continuations: token ids.
+    """
+    decoder = _Decoder(model, len(prompt) + max(map(len, continuations)))
+    first = decoder.logits(prompt.unsqueeze(0))
+    losses = []
+    for continuation in continuations:
+        ids, logits, loss = prompt.unsqueeze(0), first, 0.0
+        for place, token in enumerate(continuation):
+            if place:
+                logits = decoder.logits(ids)
+            loss -= float(logits.double().log_softmax(-1)[token])
+            ids = torch.cat([ids, ids.new_tensor([[token]])], dim=1)
+        losses.append(loss)
+    return losses
+
+
 def _decode(model, prompt, max_new_tokens, stop, choose) -> Iterator[int]:
-    ids, cached, caches = prompt, None, []
+    ids, decoder = prompt, _Decoder(model, prompt.shape[1] + max_new_tokens)
     for _ in range(max_new_tokens):
-        frequencies = _frequencies(model, ids)
-        with torch.inference_mode():
-            if frequencies == cached:
-                logits = _last_logits(model, ids[:, -1:], ids.shape[1], caches)
-            else:
-                cached, caches = frequencies, [KeyValueCache(prompt.shape[1] + max_new_tokens) for _ in model.layers]
-                logits = _last_logits(model, ids, ids.shape[1], caches)
-            token = choose(logits)
+        token = choose(decoder.logits(ids))
         yield token
         if token in stop:
             return
         ids = torch.cat([ids, ids.new_tensor([[token]])], dim=1)
+
+
+class _Decoder:
+    """Logits after a text that grows, or goes back and grows differently, by one token at a time."""
+
+    def __init__(self, model: Llama, capacity_tokens: int):
+        self.model, self.capacity_tokens = model, capacity_tokens
+        self.caches: list[KeyValueCache] = []
+        self.frequencies: tuple[float, ...] | None = None
+
+    @torch.inference_mode()
+    def logits(self, ids: Tensor) -> Tensor:
+        """[V] after `ids` [1, T]; all but the last of them have been seen before, except in the first call."""
+        frequencies, tokens = _frequencies(self.model, ids), ids.shape[1]
+        if frequencies == self.frequencies:
+            for cache in self.caches:
+                cache.tokens = tokens - 1
+            return _last_logits(self.model, ids[:, -1:], tokens, self.caches)
+        self.frequencies = frequencies
+        self.caches = [KeyValueCache(self.capacity_tokens) for _ in self.model.layers]
+        return _last_logits(self.model, ids, tokens, self.caches)
 
 
 def _frequencies(model: Llama, ids: Tensor) -> tuple[float, ...]:
@@ -67,7 +115,7 @@ def _frequencies(model: Llama, ids: Tensor) -> tuple[float, ...]:
 def _last_logits(model: Llama, step: Tensor, tokens: int, caches: list[KeyValueCache]) -> Tensor:
     """Logits [V] after the new tokens `step` [1, new] of a document that is now `tokens` long."""
     documents = Documents.tail(tokens, step.shape[1], step.device)
-    x = model.embed_tokens(step)
+    x = model.embed(step, documents)
     for block, cache in zip(model.layers, caches, strict=True):
         x = block(x, documents, cache)
     return model.lm_head(model.norm(x[:, -1:]))[0, 0]

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .config import ModelConfig
+from .config import CUSTOM_MODULE, ModelConfig
 from .llama import Llama
 
 HEAD = "lm_head.weight"
@@ -105,11 +105,14 @@ def save_hf(
     dtype: torch.dtype = torch.float32,
     max_shard_bytes: int = 5 * 10**9,
     token_ids: dict[str, int | None] | None = None,
+    objective: dict[str, Any] | None = None,
 ) -> None:
-    """Write a folder that `AutoModelForCausalLM.from_pretrained` loads.
+    """Write a folder that `AutoModelForCausalLM.from_pretrained` loads; of a model that is not causal
+    `AutoModelForMaskedLM` with `trust_remote_code`, by modeling_longform.py, which is put beside the weights.
 
     `tensors`: (name in `Llama`, tensor on any device) in any order, each once, such as `state_dict().items()`; a tied
-    head is left out. One shard of at most `max_shard_bytes` (or one tensor) is in memory at a time. Files appear
+    head is left out. One shard of at most `max_shard_bytes` (or one tensor) is in memory at a time. `objective`: what the
+    model was trained for, kept in `config.json` for whoever evaluates or uses it. Files appear
     complete or not at all, `config.json` last: a folder without it holds no model. Raises ValueError when the folder
     already holds a model, or when `tensors` is not exactly the model's weights.
     """
@@ -146,6 +149,11 @@ def save_hf(
     write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
     name = str(dtype).removeprefix("torch.")
     written = {"dtype": name, "torch_dtype": name, "transformers_version": TRANSFORMERS_VERSION}
+    if objective is not None:
+        written["objective"] = objective
+    if "auto_map" in hf_config:
+        code = Path(__file__).with_name(f"{CUSTOM_MODULE}.py")
+        (folder / code.name).write_bytes(code.read_bytes())
     write_json(folder / "config.json", {**hf_config, **written})
     _sync_folder(folder)
 

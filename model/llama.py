@@ -21,6 +21,7 @@ from .config import ModelConfig
 from .documents import Documents
 from .loss import linear_cross_entropy
 from .norm import rms_norm
+from .positions import POSITION_LAYERS
 from .rope import rotary_tables, rotate
 
 
@@ -107,12 +108,13 @@ class Attention(nn.Module):
 
     @torch.compiler.disable  # the number of documents and their lengths change with every batch
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, cache: KeyValueCache | None) -> Tensor:
-        tables = rotary_tables(self.config, documents)
-        q, k = rotate(q, *tables), rotate(k, *tables)
+        if self.config.position_embedding == "rope":
+            tables = rotary_tables(self.config, documents)
+            q, k = rotate(q, *tables), rotate(k, *tables)
         if cache is not None:
             k, v = cache.append(k, v)
         if k.shape[1] == q.shape[1]:
-            return self.attend(q, k, v, documents, self.config.sliding_window)
+            return self.attend(q, k, v, documents, self.config.visibility)
         return attend_cached(q, k, v, self.config.sliding_window)
 
 
@@ -173,10 +175,11 @@ class Head(nn.Module):
         documents: Documents | None = None,
         targets: Tensor | None = None,
         z_loss_weight: float = 0.0,
+        target_weights: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         if targets is None:
             return F.linear(x, self.weight)
-        return linear_cross_entropy(x, self.weight, targets, z_loss_weight)
+        return linear_cross_entropy(x, self.weight, targets, z_loss_weight, target_weights=target_weights)
 
 
 @dataclass(frozen=True)
@@ -198,10 +201,16 @@ class Layer:
 
 
 def layer_plan(config: ModelConfig) -> list[Layer]:
-    """The model as data: embedding, blocks, final norm, head. Every layer is called as `x = layer(x, documents)`."""
+    """The model as data: embedding, positions unless they are rotary, blocks, final norm, head.
+
+    Every layer is called as `x = layer(x, documents)`.
+    """
     of_config = {"config": config}
     norm = {"width": config.hidden_size, "eps": config.rms_norm_eps}
     entries = [("embed_tokens", Embedding, of_config)]
+    if config.position_embedding != "rope":
+        layer = POSITION_LAYERS[config.position_embedding]
+        entries.append(("embed_positions", layer, of_config, config.position_embedding == "learned"))
     entries += [(f"layers.{i}", Block, of_config) for i in range(config.num_hidden_layers)]
     plan = [Layer(index, *entry) for index, entry in enumerate(entries)]
     plan.append(Layer(len(plan), "norm", RMSNorm, norm, seeded=False))
@@ -236,21 +245,34 @@ class Llama(nn.Module):
         targets: Tensor | None = None,
         z_loss_weight: float = 0.0,
         columns: slice = slice(None),
+        target_weights: Tensor | None = None,
+        copies: int = 1,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits [B, T, V]; with `targets` [B, T] the two sums of `linear_cross_entropy`: objective, cross-entropy.
 
         `input_ids` int64 [B, T]. `position_ids` int64 [B, T] restart at 0 where a document starts (default: every row
         is one document); they may stay on the CPU, which saves a synchronisation. `columns`: the part of every row that
-        `input_ids` and `targets` are, where devices share rows; `position_ids` are those of whole rows.
+        `input_ids` and `targets` are, where devices share rows; `position_ids` are those of whole rows. `target_weights`
+        [B, T]: what each target counts. `copies` 2: the first half of every row is a noised copy of the second.
         """
         if position_ids is None:
             documents = Documents.whole_rows(*input_ids.shape, input_ids.device)
         else:
-            documents = Documents.from_position_ids(position_ids, input_ids.device).part(columns)
-        x = self.embed_tokens(input_ids)
+            documents = Documents.from_position_ids(position_ids, input_ids.device, copies).part(columns)
+        x = self.hidden_states(input_ids, documents)
+        return self.lm_head(x, documents, targets, z_loss_weight, target_weights)
+
+    def embed(self, input_ids: Tensor, documents: Documents) -> Tensor:
+        """What the first block sees, [B, T, D], for the tokens `input_ids` [B, T] of `documents`."""
+        x = self.embed_tokens(input_ids, documents)
+        return x if self.config.position_embedding == "rope" else self.embed_positions(x, documents)
+
+    def hidden_states(self, input_ids: Tensor, documents: Documents) -> Tensor:
+        """What the head sees, [B, T, D], for the tokens `input_ids` [B, T] of `documents`."""
+        x = self.embed(input_ids, documents)
         for block in self.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, documents, use_reentrant=False)
             else:
                 x = block(x, documents)
-        return self.lm_head(self.norm(x), documents, targets, z_loss_weight)
+        return self.norm(x)

@@ -6,12 +6,15 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 IGNORED = -100
 """Target of a token that does not count."""
 CHUNK_TOKENS = 1024
 """Rows of logits that exist at a time. Each chunk adds to a [V, D] gradient, so far fewer would cost bandwidth."""
+SOFTMAX_TOKENS = 64
+"""Rows of which the softmax is made at a time on CPUs, so that its wide temporaries stay in the cache."""
 
 
 class VocabularyPart(NamedTuple):
@@ -30,10 +33,13 @@ def linear_cross_entropy(
     z_loss_weight: float = 0.0,
     chunk_tokens: int = CHUNK_TOKENS,
     part: VocabularyPart | None = None,
+    target_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of `softmax(x @ weight.T)` without the [N, V] logits.
 
-    Args: `x` [..., D]; `weight` [V, D]; `targets` int64 [...], `IGNORED` where a token does not count.
+    Args: `x` [..., D]; `weight` [V, D]; `targets` int64 [...], `IGNORED` where a token does not count; `target_weights`
+    [...], by which a token's terms are multiplied (default 1). With weights, which come with objectives that leave many
+    tokens out, only the counted tokens are multiplied with `weight`.
     Returns two scalars (float32, or float64 for float64 inputs), sums over the counted tokens: the objective,
     which is cross-entropy + z_loss_weight * logsumexp(logits)^2 (Chowdhery et al. 2022, section 5) and carries the
     gradient, and the cross-entropy alone, in nats, which carries none. With `part` every process gets the sums over the
@@ -44,27 +50,47 @@ def linear_cross_entropy(
     """
     make_gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     flat, flat_targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
-    return _LinearCrossEntropy.apply(flat, weight, flat_targets, z_loss_weight, chunk_tokens, part, make_gradients)
+    if target_weights is not None:
+        counted = (flat_targets != IGNORED).nonzero().squeeze(1)
+        flat, flat_targets, target_weights = flat[counted], flat_targets[counted], target_weights.reshape(-1)[counted]
+    problem = flat, weight, flat_targets, target_weights
+    return _LinearCrossEntropy.apply(*problem, z_loss_weight, chunk_tokens, part, make_gradients)
+
+
+@torch.no_grad()
+def token_losses(x: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int = CHUNK_TOKENS) -> Tensor:
+    """Cross-entropy of each token in nats, shape of `targets`, 0 where it is `IGNORED`; as `linear_cross_entropy`."""
+    flat, flat_targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    losses = torch.empty(flat_targets.shape, dtype=wide, device=x.device)
+    for start in range(0, len(flat), chunk_tokens):
+        rows = slice(start, start + chunk_tokens)
+        logits = (flat[rows] @ weight.T).to(wide)
+        losses[rows] = F.cross_entropy(logits, flat_targets[rows], ignore_index=IGNORED, reduction="none")
+    return losses.view(targets.shape)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, targets, z_loss_weight, chunk_tokens, part, make_gradients):
+    def forward(ctx, x, weight, targets, target_weights, z_loss_weight, chunk_tokens, part, make_gradients):
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         objective, cross_entropy = torch.zeros(2, dtype=wide, device=x.device).unbind()
         want_x, want_weight = (make_gradients and need for need in ctx.needs_input_grad[:2])
         grad_x = torch.empty_like(x) if want_x else None
-        grad_weight = None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if want_weight and not len(x) else None
         for start in range(0, len(x), chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             logits = x[rows] @ weight.T
-            nll, z, grad_logits = _chunk(logits, targets[rows], wide, z_loss_weight, part, make_gradients)
-            cross_entropy += nll
-            objective += nll + z_loss_weight * z
+            scale = None if target_weights is None else target_weights[rows].to(wide)
+            for piece in _softmax_pieces(len(logits), x.is_cuda or part is not None):
+                problem = logits[piece], targets[rows][piece], None if scale is None else scale[piece]
+                nll, z = _softmax(*problem, wide, z_loss_weight, part, make_gradients)
+                cross_entropy += nll
+                objective += nll + z_loss_weight * z
             if want_x:
-                grad_x[rows] = grad_logits @ weight
+                grad_x[rows] = logits @ weight
             if want_weight:
-                of_chunk = grad_logits.T @ x[rows]
+                of_chunk = logits.T @ x[rows]
                 grad_weight = of_chunk.to(wide) if grad_weight is None else grad_weight.add_(of_chunk)
         ctx.weight_dtype = weight.dtype
         ctx.save_for_backward(grad_x, grad_weight)
@@ -78,7 +104,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_x = _scaled(grad_x, grad_objective, grad_x.dtype)
         if grad_weight is not None:
             grad_weight = _scaled(grad_weight, grad_objective, ctx.weight_dtype)
-        return grad_x, grad_weight, None, None, None, None, None
+        return grad_x, grad_weight, *[None] * 6
 
 
 def _scaled(grad, factor, dtype):
@@ -86,8 +112,16 @@ def _scaled(grad, factor, dtype):
     return torch.mul(grad.to(factor.dtype), factor, out=torch.empty_like(grad, dtype=dtype))
 
 
-def _chunk(logits, targets, wide, z_loss_weight, part, make_gradients):
-    """Sums of cross-entropy and of logsumexp^2 over the counted rows of `logits` [C, V], and d objective / d logits."""
+def _softmax_pieces(rows, at_once):
+    step = rows if at_once else SOFTMAX_TOKENS
+    return [slice(first, first + step) for first in range(0, rows, max(step, 1))]
+
+
+def _softmax(logits, targets, target_weights, wide, z_loss_weight, part, make_gradients):
+    """Weighted sums of cross-entropy and of logsumexp^2 over the counted rows of `logits` [C, V].
+
+    With `make_gradients` d objective / d logits takes the place of the logits.
+    """
     counted = here = targets != IGNORED
     if part is not None:
         targets = targets - part.first
@@ -101,14 +135,16 @@ def _chunk(logits, targets, wide, z_loss_weight, part, make_gradients):
         whole_log_z = parts[:, 0].logsumexp(0).unsqueeze(1)
         log_p += log_z - whole_log_z
         log_p_target, log_z = parts[:, 1].sum(0).unsqueeze(1) - whole_log_z, whole_log_z
-    nll = -log_p_target.squeeze(1).where(counted, 0).sum()
-    z = log_z.squeeze(1).square().where(counted, 0).sum()
+    scale = counted.to(wide) if target_weights is None else target_weights.where(counted, 0)
+    nll = -(log_p_target.squeeze(1).where(counted, 0) * scale).sum()
+    z = (log_z.squeeze(1).square() * scale).sum()
     if not make_gradients:
-        return nll, z, None
-    counted = counted.unsqueeze(1).to(wide)
-    row_scale = counted * (1 + 2 * z_loss_weight * log_z)
-    grad_at_target = log_p_target.exp() * row_scale - counted
+        return nll, z
+    scale = scale.unsqueeze(1)
+    row_scale = scale * (1 + 2 * z_loss_weight * log_z)
+    grad_at_target = log_p_target.exp() * row_scale - scale
     grad = torch.mul(log_p.exp_(), row_scale, out=logits)
     if part is not None:
         grad_at_target = grad_at_target.where(here.unsqueeze(1), grad.gather(1, index))
-    return nll, z, grad.scatter_(1, index, grad_at_target.to(grad.dtype))
+    grad.scatter_(1, index, grad_at_target.to(grad.dtype))
+    return nll, z

@@ -14,6 +14,7 @@ import yaml
 from engine.checkpoint import read_manifest, steps
 from tests.engine.programs import prepare
 from tests.launch import free_port, run_cli, start_cli
+from tests.training.corpus import build
 from tests.training.test_wandb_run import read_run
 from training.records import read_records
 
@@ -120,6 +121,24 @@ def test_killed_run_continues_on_other_ranks_and_falls_back_from_damage(setting,
     assert losses(output) == pytest.approx(losses(finished[0]), rel=1e-5)
     assert sorted(losses(output)) == list(range(1, 9))
     assert not list((output / "checkpoints").glob(".*"))
+
+
+def test_another_run_goes_on_from_its_weights_with_longer_rows(setting, finished, tmp_path):
+    build(tmp_path / "longer", {"long": [200, 700, 300, 90, 400, 500, 256, 128, 600]}, 256, vocab_size=256)
+    shutil.copytree(Path(setting[2]) / "tokenizer", tmp_path / "longer/tokenizer")
+    shutil.copytree(finished[0], tmp_path / "source")
+    yarn = "{rope_type: yarn, factor: 4, original_max_position_embeddings: 64}"
+    flags = ["--data", str(tmp_path / "longer"), "--training.max_steps", "2", "--schedule.schedule", "constant"]
+    flags += ["--training.initial_weights", str(tmp_path / "source"), "--model.rope_scaling", yarn]
+    flags += ["--model.max_position_embeddings", "256", "--validation.sets", "{}", "--validation.every_steps", "null"]
+    first = run_cli(command(setting, tmp_path / "run", *flags, "--training.max_hours", "0.0000001"), timeout=120)
+    assert first.returncode == 75, first.stdout + first.stderr
+    for shard in (tmp_path / "source").rglob("*optim_states.pt"):  # no longer needed, and no longer read
+        shard.write_bytes(bytes(shard.stat().st_size))
+    done = run_cli(command(setting, tmp_path / "run", *flags), timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sorted(losses(tmp_path / "run")) == [1, 2]
+    assert losses(tmp_path / "run")[1] < losses(finished[0])[1] - 0.05, losses(finished[0])
 
 
 def test_sigterm_saves_and_exits_with_its_own_code(setting, finished, tmp_path):

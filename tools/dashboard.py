@@ -33,6 +33,7 @@ SECTIONS: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
         ("Share of peak FLOP/s", "mfu", {}),
         ("Share of time waiting for data", "data_wait_fraction", {}),
         ("Seconds per step", "step_seconds", {}),
+        ("Attention of the busiest rank beyond the average", "attention_imbalance", {}),
         ("Peak memory of the first rank", "memory_bytes", {}),
     ],
     "Progress": [

@@ -21,14 +21,15 @@ from engine.native import read_weights
 from model.config import ModelConfig
 from model.hf import save_hf
 from tools.hf_tokenizer import write_hf_tokenizer
-from tools.trained import DTYPES
+from tools.trained import DTYPES, objective_of
 from training.manifest import TokenizerInfo, publish, write_atomically
 from training.metrics import METRICS_FILE
+from training.objective import mask_token_id
 from training.records import read_records
 
 CARD = Template("""---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: $task
 tags: [llama, deepspeed, longform]
 ---
 
@@ -36,21 +37,15 @@ tags: [llama, deepspeed, longform]
 
 A $architecture with $parameters parameters, trained with DeepSpeed for $steps optimizer steps on $tokens tokens.
 
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("$folder")
-model = AutoModelForCausalLM.from_pretrained("$folder")
-```
-
+$usage
 $beginning Rows held $seq_length tokens; attention did not cross document boundaries.
 
 ## Data
 
 Fingerprint `$fingerprint`
 
-| source | documents | bytes of text | tokens |
-|---|---|---|---|
+| source | documents | bytes of text | tokens | tokens a row |
+|---|---|---|---|---|
 $sources
 
 ## Validation
@@ -66,6 +61,27 @@ $validation
 | checkpoint | `$checkpoint`, written $created |
 | git commit | $commit |
 | versions | $versions |
+""")
+NEXT_TOKEN = Template("""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("$folder")
+model = AutoModelForCausalLM.from_pretrained("$folder")
+```
+""")
+MASKED = Template("""```python
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("$folder")
+model = AutoModelForMaskedLM.from_pretrained("$folder", trust_remote_code=True)
+text = f"To be, or {tokenizer.mask_token} to be"
+inputs = tokenizer(text, split_special_tokens=False, return_tensors="pt")
+logits = model(**inputs).logits  # at each token those of the token itself, not of the next one
+```
+
+It was trained to predict $share, replaced by the mask token (id $mask_id), from $context.
+`modeling_longform.py` in this folder is the code that `trust_remote_code` runs; $without_it. To let the model
+write a text: `python -m tools.generate $folder --prompt "..."`, a command of the repository that trained it.
 """)
 BEGINNING = "Every document of the training began with the BOS token, which the tokenizer adds by itself."
 
@@ -102,11 +118,15 @@ def export(
     shutil.rmtree(partial, ignore_errors=True)
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
-        ids = {"bos_token_id": info.bos_id, "eos_token_id": info.eos_id, "pad_token_id": info.pad_id}
+        ids = {f"{kind}_token_id": getattr(info, f"{kind}_id") for kind in ("bos", "eos", "pad")}
+        objective, mask_id = None, None
+        if not config.is_causal:
+            objective, mask_id = objective_of(manifest).resolved(), mask_token_id(info, config)
+            ids["mask_token_id"] = mask_id
         with Progress("writing weights", config.num_parameters() * dtype.itemsize) as progress:
             weights = counted(read_weights(checkpoint, manifest), dtype.itemsize, progress)
-            save_hf(config, weights, partial, dtype, max_shard_bytes, ids)
-        write_hf_tokenizer(info, run / info.file, partial, config.max_position_embeddings)
+            save_hf(config, weights, partial, dtype, max_shard_bytes, ids, objective)
+        write_hf_tokenizer(info, run / info.file, partial, config.max_position_embeddings, mask_id=mask_id)
         write_atomically(partial / "README.md", card(run, checkpoint, manifest, config, output).encode())
         publish(partial, output)
     except BaseException:
@@ -123,20 +143,24 @@ def counted(weights: Iterable[tuple[str, torch.Tensor]], item_bytes: int, progre
 def card(run: Path, checkpoint: Path, manifest: CheckpointManifest, config: ModelConfig, output: Path) -> str:
     """The model card: what the model is, what it saw, how well it predicts, and what made it."""
     data, recipe, state = manifest.data, manifest.recipe, manifest.state
+    trained = [stage for stage in data.get("stages", [data]) if stage.get("first_step", 1) <= state.step]
+    sets = list({stage["fingerprint"]: stage for stage in trained}.values())
     rows = [
-        f"| {name} | {source['documents']:,} | {source['bytes']:,} | {source['tokens']:,} |"
-        for name, source in data["sources"].items()
+        f"| {name} | {source['documents']:,} | {source['bytes']:,} | {source['tokens']:,} | {part['seq_length']:,} |"
+        for part in sets
+        for name, source in part["sources"].items()
     ]
     return CARD.substitute(
         name=output.name,
-        folder=output.name,
+        task="text-generation" if config.is_causal else "fill-mask",
+        usage=_usage(manifest, config, output.name),
         architecture=config.to_hf()["architectures"][0],
         parameters=f"{config.num_parameters():,}",
         steps=f"{state.step:,}",
         tokens=f"{state.consumed_tokens:,}",
         beginning=BEGINNING if data["tokenizer"]["bos_id"] is not None else "Documents have no BOS token.",
-        seq_length=f"{data['seq_length']:,}",
-        fingerprint=data["fingerprint"],
+        seq_length=", then ".join(f"{part['seq_length']:,}" for part in sets),
+        fingerprint="`, then `".join(part["fingerprint"] for part in sets),
         sources="\n".join(rows),
         validation=_validation(run, state.step),
         seed=state.seed,
@@ -152,6 +176,26 @@ def card(run: Path, checkpoint: Path, manifest: CheckpointManifest, config: Mode
     )
 
 
+def _usage(manifest: CheckpointManifest, config: ModelConfig, folder: str) -> str:
+    if config.is_causal:
+        return NEXT_TOKEN.substitute(folder=folder)
+    objective = objective_of(manifest)
+    low, high = objective.ratios
+    share = f"a share of the tokens drawn from [{low:g}, {high:g}]" if objective.drawn else f"{high:.0%} of the tokens"
+    context = "all other tokens of their document"
+    without_it = "`AutoModelForCausalLM` of transformers 5.2 or newer gives the same logits without it"
+    if config.chunk_size is not None:
+        context = f"their own chunk of {config.chunk_size} tokens and all earlier ones of their document"
+        without_it = "nothing in transformers computes the same"
+    return MASKED.substitute(
+        folder=folder,
+        share=share,
+        mask_id=mask_token_id(TokenizerInfo.model_validate(manifest.data["tokenizer"]), config),
+        context=context,
+        without_it=without_it,
+    )
+
+
 def _validation(run: Path, step: int) -> str:
     metrics = run / METRICS_FILE
     records = [
@@ -160,7 +204,8 @@ def _validation(run: Path, step: int) -> str:
     if not records:
         return "None was made during the run."
     rows = [
-        f"| {name} | {records[-1]['step']} | {s['loss']:.4f} | {s['bits_per_byte']:.4f} |"
+        f"| {name} | {records[-1]['step']} | {s['loss']:.4f} | "
+        + (f"{s['bits_per_byte']:.4f} |" if "bits_per_byte" in s else "|")
         for name, s in records[-1]["validation"].items()
     ]
     return "\n".join(["| set | step | loss (nats per token) | bits per byte |", "|---|---|---|---|", *rows])

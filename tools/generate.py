@@ -6,13 +6,15 @@ python -m tools.generate RUN|HF_DIR --prompt "Enter HAMLET" [--temperature 0.8] 
 import argparse
 import sys
 from collections.abc import Iterable, Iterator
+from itertools import chain
 
 import torch
 
 from data_prep.command import run_command
 from data_prep.tokenizer import Tokenizer
 from model.generation import generate
-from tools.trained import DTYPES, default_device, open_trained
+from model.unmasking import unmask
+from tools.trained import DTYPES, Trained, default_device, open_trained
 
 UNFINISHED = "\ufffd"  # what the first bytes of a character decode to until its last byte is there
 
@@ -28,12 +30,16 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, help="choose among the k most likely tokens only")
     parser.add_argument("--top-p", type=float, help="choose among the fewest tokens with this share of the probability")
     parser.add_argument("--seed", type=int, help="makes the choices repeatable")
+    steps_help = "masked models: steps in which a chunk is unmasked; one a token by default"
+    parser.add_argument("--unmasking-steps", type=int, help=steps_help)
     parser.add_argument("--step", type=int, help="checkpoint of a run; the newest good one by default")
     parser.add_argument("--device", default=default_device(), help="where to run")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of the weights")
     arguments = parser.parse_args()
     if arguments.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {arguments.max_new_tokens}: at least 1")
+    if arguments.unmasking_steps is not None and arguments.unmasking_steps < 1:
+        raise ValueError(f"--unmasking-steps {arguments.unmasking_steps}: at least 1")
     if arguments.seed is not None and not 0 <= arguments.seed < 2**63:
         raise ValueError(f"--seed {arguments.seed}: from 0 to 2**63 - 1")
 
@@ -41,27 +47,36 @@ def main() -> None:
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     start = [] if trained.tokenizer.bos_id is None else [trained.tokenizer.bos_id]
     ids = [*start, *trained.tokenizer.encode_batch([prompt])[0].tolist()]
-    generator = None if arguments.seed is None else torch.Generator().manual_seed(arguments.seed)
-    tokens = generate(
-        trained.model,
-        torch.tensor(ids or [trained.tokenizer.eos_id], device=arguments.device),
-        arguments.max_new_tokens,
-        arguments.temperature,
-        arguments.top_k,
-        arguments.top_p,
-        trained.tokenizer.eos_id,
-        generator,
-    )
+    start = torch.tensor(ids or [trained.tokenizer.eos_id], device=arguments.device)
+    tokens = new_tokens(trained, start, arguments)
     for piece in stream(trained.tokenizer, ids, tokens):
         print(piece, end="", flush=True)
     print()
 
 
+def new_tokens(trained: Trained, start: torch.Tensor, arguments: argparse.Namespace) -> Iterable[int]:
+    """The continuation of the ids `start` [T], token by token or chunk by chunk as the model was trained."""
+    generator = None if arguments.seed is None else torch.Generator().manual_seed(arguments.seed)
+    choice = arguments.temperature, arguments.top_k, arguments.top_p
+    if trained.model.config.is_causal:
+        if arguments.unmasking_steps is not None:
+            raise ValueError(f"--unmasking-steps is for masked models; {trained.name} predicts the next token")
+        length, end = arguments.max_new_tokens, trained.tokenizer.eos_id
+        return generate(trained.model, start, length, *choice, end, generator)
+    how = arguments.max_new_tokens, trained.mask_id, arguments.unmasking_steps
+    return chain.from_iterable(unmask(trained.model, start, *how, *choice, generator))
+
+
 def stream(tokenizer: Tokenizer, prompt: list[int], tokens: Iterable[int]) -> Iterator[str]:
-    """The text of prompt and tokens in pieces, each as soon as its last character is complete."""
+    """The text of prompt and tokens in pieces, each as soon as its last character is complete.
+
+    Ids that the model has beyond the tokenizer's stand for nothing.
+    """
     ids, printed = list(prompt), tokenizer.decode(prompt)
     yield printed
     for token in tokens:
+        if token >= tokenizer.vocab_size:
+            continue
         ids.append(token)
         text = tokenizer.decode(ids)
         if not text.endswith(UNFINISHED):

@@ -34,11 +34,17 @@ Piece = ModelProto.SentencePiece
 
 
 def write_hf_tokenizer(
-    info: TokenizerInfo, source: Path, output: Path, model_max_length: int, sample: Sequence[str] = ()
+    info: TokenizerInfo,
+    source: Path,
+    output: Path,
+    model_max_length: int,
+    sample: Sequence[str] = (),
+    mask_id: int | None = None,
 ) -> None:
     """Write `tokenizer.json`, `tokenizer_config.json` and, of a SentencePiece model, `tokenizer.model` into `output`.
 
-    `info` is the data set's description of its tokenizer, `source` the tokenizer's file. The result is loaded and
+    `info` is the data set's description of its tokenizer, `source` the tokenizer's file, `mask_id` what the model was
+    trained with as mask token: where the tokenizer has none, `tokenizer_config.json` adds one. The result is loaded and
     compared with the tokenizer of training on awkward strings and on `sample` before anything is written. Raises
     `ValueError` if `source` is another tokenizer or one that `transformers` cannot reproduce.
     """
@@ -63,6 +69,8 @@ def write_hf_tokenizer(
     named = {kind: getattr(info, f"{kind}_id") for kind in USUAL_NAMES} | {"unk": trained.unk_id}
     named["unk"] = named["unk"] if named["unk"] in added else None
     config |= {f"{kind}_token": backend.id_to_token(i) for kind, i in named.items() if i is not None}
+    if mask_id is not None and info.mask_id is None:
+        config |= _added_mask(mask_id, backend)
     files = {
         JSON_FILE: json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode(),
         CONFIG_FILE: json.dumps(config, ensure_ascii=False, indent=2).encode() + b"\n",
@@ -72,7 +80,7 @@ def write_hf_tokenizer(
     with tempfile.TemporaryDirectory() as folder:
         for name, data in files.items():
             (Path(folder) / name).write_bytes(data)
-        _check(AutoTokenizer.from_pretrained(folder), trained, [*awkward_texts(trained), *sample])
+        _check(AutoTokenizer.from_pretrained(folder), trained, [*awkward_texts(trained), *sample], mask_id)
     output.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
         write_atomically(output / name, data)
@@ -94,12 +102,21 @@ def _beginning_with(bos_id: int | None, backend: tokenizers.Tokenizer) -> dict:
     }
 
 
-def _check(loaded, trained: Tokenizer, texts: Sequence[str]) -> None:
+def _added_mask(mask_id: int, backend: tokenizers.Tokenizer) -> dict:
+    """The part of tokenizer_config.json that adds a mask token; tokenizer.json stays what training used."""
+    content = next(name for name in USUAL_NAMES["mask"] if backend.token_to_id(name) is None)
+    token = {"content": content, "special": True, "normalized": False, "lstrip": False, "rstrip": False}
+    return {"mask_token": content, "added_tokens_decoder": {str(mask_id): token | {"single_word": False}}}
+
+
+def _check(loaded, trained: Tokenizer, texts: Sequence[str], mask_id: int | None) -> None:
     """Raise `ValueError` unless the loaded tokenizer gives the ids of training for every text, and the same text back."""
-    for kind in USUAL_NAMES:
-        if getattr(loaded, f"{kind}_token_id") != getattr(trained, f"{kind}_id"):
+    ids = {kind: getattr(trained, f"{kind}_id") for kind in USUAL_NAMES}
+    ids["mask"] = ids["mask"] if mask_id is None else mask_id
+    for kind, expected in ids.items():
+        if getattr(loaded, f"{kind}_token_id") != expected:
             raise ValueError(f"{trained.path} cannot be exported: transformers gives another {kind} id")
-    if max(loaded.get_vocab().values()) + 1 != trained.vocab_size:
+    if max(loaded.get_vocab().values()) + 1 != max(trained.vocab_size, (ids["mask"] or 0) + 1):
         raise ValueError(f"{trained.path} cannot be exported: transformers adds entries to its vocabulary")
     begin = [] if trained.bos_id is None else [trained.bos_id]
     texts = [*texts, *trained.control_strings]

@@ -33,7 +33,7 @@ def main() -> int:
     state = restore(engine, *found) if found else new_state(plan)
     with (folder / f"rank-{topology.rank}.jsonl").open("w", buffering=1) as records:
         train(engine, plan, state, job["last_step"], topology, records)
-    save(engine, run, state, describe(plan, job["data"]), plan.recipe.checkpoint)
+    save(engine, run, state, describe(plan), plan.recipe.checkpoint)
     return 0
 
 
@@ -45,7 +45,7 @@ def train(engine, plan: RunPlan, state: TrainState, last_step: int, topology: To
             rate, z_loss_weight = plan.learning_rate(state.step + 1), plan.recipe.training.z_loss_weight
             result = train_step(engine, micro_batches, rate, z_loss_weight)
         seconds = time.perf_counter() - began
-        state.advance(plan.batch.samples, plan.step_tokens, result.applied)
+        state.advance(plan.stage_of(state.step + 1).batch.samples, plan.step_tokens, result.applied)
         record = {key: getattr(result, key) for key in ("loss", "grad_norm", "applied")}
         record |= {"step": state.step, "data_rank": plan.mesh.data_rank, "rows": digests(micro_batches)}
         record |= {

@@ -1,7 +1,7 @@
 """A run as one HTML page that needs no network: `python -m tools.report RUN -o report.html`.
 
-Reads RUN/metrics.jsonl and RUN/run.json; the run may still be going on. The page carries its own compressed copy of
-plotly.js, so it opens from disk on a machine that is cut off from everything.
+Reads RUN/metrics.jsonl and RUN/run.json, and what tools.evaluate kept in RUN/evaluations; the run may still be going on.
+The page carries its own compressed copy of plotly.js, so it opens from disk on a machine that is cut off from everything.
 """
 
 import argparse
@@ -24,6 +24,8 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
+from tools import evaluation_files, evaluation_plots
+from tools.plot_style import COLORS, style
 from training.metrics import METRICS_FILE, with_prefix
 from training.records import read_records
 
@@ -31,8 +33,6 @@ FACTS_FILE = "run.json"
 POINTS_PER_CURVE = 3000
 FEW_POINTS = 30
 TEMPLATE = Path(__file__).with_name("report.html")
-GRID = "rgba(128,128,128,0.18)"
-COLORS = ("#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#8b5cf6", "#06b6d4", "#ec4899", "#84cc16")
 EVENT_COLORS = {"resume": "#f59e0b", "skip": "#ef4444", "checkpoint": "#9ca3af"}
 # title, record key, factor from the record's unit to the axis's, format of the axis's ticks, axis type
 PANELS = (
@@ -51,6 +51,7 @@ class Run(NamedTuple):
     validations: list[dict[str, Any]]
     events: list[dict[str, Any]]
     facts: dict[str, Any]
+    evaluations: list[dict[str, Any]]
 
 
 def read_run(run_dir: Path) -> Run:
@@ -69,6 +70,7 @@ def read_run(run_dir: Path) -> Run:
         [record for record in records if "validation" in record],
         [record for record in records if "event" in record],
         known if isinstance(known, dict) else {"run": known},
+        evaluation_files.read(run_dir),
     )
 
 
@@ -87,7 +89,7 @@ def figure(run: Run) -> go.Figure:
     )
     for number, annotation in enumerate(plot.layout.annotations):
         left = number % 2 == 1 or number == 0
-        annotation.update(x=0 if left else 0.55, xanchor="left", font={"size": 14})
+        annotation.update(x=0 if left else 0.55, xanchor="left")
     _add_losses(plot, run)
     _add_events(plot, run)
     for number, (title, key, factor, tick_format, kind) in enumerate(PANELS):
@@ -95,22 +97,11 @@ def figure(run: Run) -> go.Figure:
         x, y = _curve(run.steps, key)
         plot.add_trace(_line(title, x, y * factor, COLORS[0], showlegend=False), **place)
         plot.update_yaxes(tickformat=tick_format, type=kind, rangemode="tozero", **place)
-    plot.update_xaxes(matches="x", gridcolor=GRID, zeroline=False, showticklabels=False, tickformat=",d")
+    plot.update_xaxes(matches="x", showticklabels=False, tickformat=",d")
     plot.layout.xaxis.matches = None
     plot.update_xaxes(title_text="optimizer step", showticklabels=True, row=5)
     plot.update_xaxes(showticklabels=True, row=2)
-    plot.update_yaxes(gridcolor=GRID, zeroline=False)
-    plot.update_layout(
-        template="none",
-        height=1150,
-        margin={"l": 85, "r": 20, "t": 50, "b": 50},
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        font={"color": "#868e99", "size": 12, "family": "system-ui, sans-serif"},
-        legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.0, "yanchor": "bottom"},
-        hovermode="closest",
-        modebar={"bgcolor": "rgba(0,0,0,0)", "color": "#868e99", "activecolor": COLORS[0]},
-    )
+    style(plot, height=1150)
     return plot
 
 
@@ -121,10 +112,17 @@ def page(run: Run) -> str:
         status=html.escape(_status(run)),
         tiles="".join(f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd></div>" for k, v in _tiles(run)),
         validation=_validation_table(run),
+        scores=_score_table(run),
         facts="".join(_facts_section(name, value) for name, value in run.facts.items()),
-        figure=figure(run).to_json().replace("<", "\\u003c"),
+        figure=_script(figure(run)),
+        evaluations=_script(evaluation_plots.figure(run.evaluations)),
         plotly=_compressed_plotly(),
     )
+
+
+def _script(plot: go.Figure | None) -> str:
+    """JSON that cannot end the script element that holds it."""
+    return "null" if plot is None else plot.to_json().replace("<", "\\u003c")
 
 
 def _add_losses(plot: go.Figure, run: Run) -> None:
@@ -263,11 +261,27 @@ def _validation_table(run: Run) -> str:
         cells = [name]
         for score in (best, scores[-1]):
             cells += [f"{score['step']:,}", _number(score["loss"]), _number(score.get("bits_per_byte"))]
-        rows.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
+        rows.append(cells)
+    return _table(
+        ["set", *(f"{when} {what}" for when in ("best", "last") for what in ("step", "loss", "bits/byte"))], rows
+    )
+
+
+def _score_table(run: Run) -> str:
+    head = ["checkpoint", "data", "source", "loss", "bits/byte", "targets"]
+    return _table(head, evaluation_plots.score_rows(run.evaluations))
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    """Empty without rows, which hides its section."""
     if not rows:
         return ""
-    head = "<th>set</th>" + "".join(f"<th>{w} step</th><th>loss</th><th>bits/byte</th>" for w in ("best", "last"))
-    return f"<table class=numbers><tr>{head}</tr>{''.join(rows)}</table>"
+    lines = [_cells("th", head), *(_cells("td", row) for row in rows)]
+    return f"<table class=numbers><tr>{'</tr><tr>'.join(lines)}</tr></table>"
+
+
+def _cells(tag: str, texts: list[str]) -> str:
+    return "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in texts)
 
 
 def _facts_section(name: str, value: Any) -> str:

@@ -1,9 +1,11 @@
 """Open what training made: a run's checkpoint in any ZeRO stage, or an exported Hugging Face folder."""
 
+import json
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from pydantic import ValidationError
 
 from data_prep.tokenizer import Tokenizer, open_tokenizer
 from engine.checkpoint import CheckpointManifest, find
@@ -11,6 +13,7 @@ from engine.native import read_weights
 from model.config import ModelConfig
 from model.hf import load_model
 from model.llama import Llama
+from training.objective import ObjectiveConfig, mask_token_id
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -19,6 +22,15 @@ class Trained(NamedTuple):
     model: Llama
     tokenizer: Tokenizer
     name: str
+    checkpoint: str | None = None
+    """Name of the run's checkpoint; None for an exported model."""
+    objective: ObjectiveConfig | None = ObjectiveConfig()
+    """What the model was trained for; None where a model that is not causal does not say."""
+
+    @property
+    def mask_id(self) -> int:
+        """Raises ValueError where neither the tokenizer nor the model has a mask token."""
+        return mask_token_id(self.tokenizer.info(""), self.model.config)
 
 
 def open_trained(source: str, step: int | None, device: str, dtype: str) -> Trained:
@@ -36,11 +48,29 @@ def open_trained(source: str, step: int | None, device: str, dtype: str) -> Trai
         if step is not None:
             raise ValueError(f"--step {step} has no meaning for the exported model {folder}")
         model, tokenizer, name = load_model(folder, DTYPES[dtype], device), open_tokenizer(folder), folder.name
+        checkpoint_name, objective = None, remembered_objective(folder / "config.json", model.config)
     else:
         checkpoint, manifest = find(folder, step)
         model, name = load_checkpoint(checkpoint, manifest, DTYPES[dtype], device), f"{folder.name}/{checkpoint.name}"
+        checkpoint_name, objective = checkpoint.name, objective_of(manifest)
         tokenizer = open_tokenizer(folder / manifest.data["tokenizer"]["file"])
-    return Trained(model.eval(), tokenizer, name)
+    return Trained(model.eval(), tokenizer, name, checkpoint_name, objective)
+
+
+def objective_of(manifest: CheckpointManifest) -> ObjectiveConfig:
+    """What a checkpoint was trained for."""
+    return ObjectiveConfig.model_validate(manifest.recipe.get("objective", {}))
+
+
+def remembered_objective(file: Path, config: ModelConfig) -> ObjectiveConfig | None:
+    """That of an exported model; of masked models `tools.export` writes it into `config.json`."""
+    if config.is_causal:
+        return ObjectiveConfig()
+    found = json.loads(file.read_text(encoding="utf-8")).get("objective")
+    try:
+        return None if found is None else ObjectiveConfig.model_validate(found)
+    except ValidationError as error:
+        raise ValueError(f"{file}: objective: {error.errors()[0]['msg']}") from None
 
 
 def load_checkpoint(folder: Path, manifest: CheckpointManifest, dtype: torch.dtype, device: str) -> Llama:

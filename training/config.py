@@ -14,9 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from model.config import ModelConfig
 from training.data import DataConfig
+from training.manifest import Manifest
 from training.metrics import MetricsConfig
+from training.objective import Masking, ObjectiveConfig
 from training.optimizer import OptimizerConfig
 from training.schedule import ScheduleConfig
+from training.stages import StageConfig
 
 
 class Section(BaseModel):
@@ -27,13 +30,14 @@ class TrainingConfig(Section):
     seed: int = Field(default=0, ge=0)
     """Seed of the initial weights and of the order of the samples."""
     initial_weights: str | None = None
-    """A Hugging Face folder to start from (continued pretraining) instead of random weights."""
+    """What to start from instead of random weights: a Hugging Face folder, a run's folder (its newest good checkpoint) or one
+    checkpoint of it. Positions may differ (rope_scaling, rope_theta, max_position_embeddings): longer rows, say."""
     global_batch_tokens: int = Field(ge=1)
     """Tokens per optimizer step over all ranks; a multiple of the data's sequence length."""
     micro_batch_samples: int = Field(default=1, ge=1)
-    """Rows per rank and forward pass when the DeepSpeed JSON says "auto"."""
+    """Rows per rank and forward pass (of the first stage) when the DeepSpeed JSON says "auto"."""
     max_steps: int | None = Field(default=None, ge=1)
-    """Stop after this many optimizer steps."""
+    """Stop after this many optimizer steps. With `stages` their sum, and best left out; likewise max_tokens."""
     max_tokens: int | None = Field(default=None, ge=1)
     """Stop after this many tokens (rounded up to whole steps)."""
     max_hours: float | None = Field(default=None, gt=0)
@@ -48,8 +52,8 @@ class TrainingConfig(Section):
     """Give up after this many steps in a row whose loss or gradient was not finite."""
 
     @model_validator(mode="after")
-    def _has_a_length(self):
-        if (self.max_steps is None) == (self.max_tokens is None):
+    def _has_one_length(self):
+        if self.max_steps and self.max_tokens:
             raise ValueError("give exactly one of training.max_steps and training.max_tokens")
         return self
 
@@ -75,18 +79,85 @@ class CheckpointConfig(Section):
 class Recipe(Section):
     model: ModelConfig
     training: TrainingConfig
+    objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     data: DataConfig = DataConfig()
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: MetricsConfig = MetricsConfig()
+    stages: list[StageConfig] = []
+    """Stretches of the run with their own data, row length and mixture; none: one of the whole length over --data."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _objective_decides_what_is_seen(cls, tree: Any) -> Any:
+        """`model.is_causal` follows from the objective; the model keeps it, since it decides what the model computes."""
+        if not isinstance(tree, dict) or not isinstance(tree.get("model"), dict):
+            return tree
+        objective = tree.get("objective") or {}
+        name = objective.get("name", "causal") if isinstance(objective, dict) else getattr(objective, "name", "causal")
+        return tree if name == "causal" else tree | {"model": {"is_causal": False} | tree["model"]}
+
+    @model_validator(mode="after")
+    def _model_can_do_the_objective(self):
+        name = self.objective.name
+        if self.model.is_causal != (name == "causal"):
+            raise ValueError(
+                f"model.is_causal {self.model.is_causal} contradicts objective.name {name}: leave model.is_causal out"
+            )
+        if name == "block_diffusion" and self.model.chunk_size is None:
+            raise ValueError("objective.name block_diffusion works in chunks: set model.attention to chunked, and chunk_size")
+        return self
+
+    @model_validator(mode="after")
+    def _lengths_agree(self):
+        key = "max_steps" if self.training.max_steps else "max_tokens"
+        if getattr(self.training, key) is None:
+            if not self.stages:
+                raise ValueError("training: give exactly one of training.max_steps and training.max_tokens, or stages")
+            return self
+        step_tokens = self.training.global_batch_tokens
+        whole = StageConfig(**{key: getattr(self.training, key)}).steps(step_tokens)
+        steps = sum(stage.steps(step_tokens) for stage in self.all_stages)
+        if whole != steps:
+            raise ValueError(
+                f"training.{key} makes {whole} steps but the stages add up to {steps}: leave it out or make them agree"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _names_differ(self):
+        names = [stage.name for stage in self.all_stages] if self.stages else []
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"stages: two are called {twice[0]!r}: give each a name of its own")
+        return self
+
+    def masking(self, manifest: Manifest, purpose: str, seed: int | None = None) -> Masking | None:
+        """How batches of a data set are masked; None for the causal objective."""
+        if self.objective.name == "causal":
+            return None
+        return Masking(self.objective, self.model, manifest, self.training.seed if seed is None else seed, purpose)
+
+    @property
+    def all_stages(self) -> list[StageConfig]:
+        """The stages, each with a name; where the recipe has none, the whole run is one."""
+        length = {"max_steps": self.training.max_steps, "max_tokens": self.training.max_tokens}
+        stages = self.stages or [StageConfig(**length)]
+        return [
+            stage.model_copy(update={"name": stage.name or f"stage-{number}"})
+            for number, stage in enumerate(stages, start=1)
+        ]
 
 
 def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
-    """Add one `--section.key` flag per recipe field, its help being the text under the field."""
+    """Add one `--section.key` flag per recipe field, its help being the text under the field, and `--stages`."""
     group = parser.add_argument_group("recipe keys", "override the recipe file; values are YAML")
     for section, field in Recipe.model_fields.items():
+        if section == "stages":
+            text = f"{field.description} Keys of each: {', '.join(StageConfig.model_fields)} (default: none)"
+            group.add_argument("--stages", default=argparse.SUPPRESS, metavar="LIST", help=text)
+            continue
         for key, leaf in field.annotation.model_fields.items():
             default = "required" if leaf.is_required() else f"default: {leaf.get_default(call_default_factory=True)}"
             text = f"{leaf.description or ''} ({default})".replace("%", "%%")
@@ -94,7 +165,7 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def load_recipe(path: str | Path, overrides: dict[str, str]) -> Recipe:
-    """Read a recipe file and apply `{"section.key": "YAML value"}` overrides.
+    """Read a recipe file and apply `{"section.key": "YAML value"}` overrides (`stages` as a whole).
 
     `model` may hold `config_json: FILE`, a Hugging Face config.json whose values the other keys override.
     Raises ValueError listing every problem, one a line.
@@ -103,6 +174,9 @@ def load_recipe(path: str | Path, overrides: dict[str, str]) -> Recipe:
     tree = _read_yaml(path)
     for dotted, text in overrides.items():
         section, _, key = dotted.partition(".")
+        if section == "stages":
+            tree[section] = _yaml_value(text, "--stages")
+            continue
         tree.setdefault(section, {})
         if not isinstance(tree[section], dict):
             raise ValueError(f"{path}: {section} must be a mapping of keys to values")
@@ -162,7 +236,8 @@ def _yaml_value(text: str, flag: str) -> Any:
 def _sentence(path: Path, overrides: dict[str, str], problem: dict[str, Any]) -> str:
     location = [str(part) for part in problem["loc"]]
     dotted = ".".join(location)
-    where = f"--{dotted}" if dotted in overrides else f"{path}: {dotted}"
+    given = dotted in overrides or (location[:1] == ["stages"] and "stages" in overrides)
+    where = f"--{dotted}" if given else f"{path}: {dotted}"
     if problem["type"] == "extra_forbidden":
         return f"{where}: unknown key{did_you_mean(location[-1], _known_keys(location[:-1]))}"
     if problem["type"] == "missing":
@@ -176,6 +251,8 @@ def _sentence(path: Path, overrides: dict[str, str], problem: dict[str, Any]) ->
 def _known_keys(parents: list[str]) -> list[str]:
     if not parents:
         return list(Recipe.model_fields)
+    if parents[0] == "stages":
+        return list(StageConfig.model_fields)
     field = Recipe.model_fields.get(parents[0])
     extra = ["config_json"] if parents[0] == "model" else []
     return [*field.annotation.model_fields, *extra] if field and len(parents) == 1 else []

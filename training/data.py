@@ -2,20 +2,21 @@
 
 1. `open_split` (training/shards.py) maps the shards; no token is read.
 2. `SampleOrder` (training/sampler.py) says which row sample k is, for any k, in constant time and memory.
-3. `rank_samples` cuts the samples of a step, consumed .. consumed + n - 1, into this rank's micro-batches.
+3. The samples of a step, consumed .. consumed + n - 1, are dealt out to ranks and micro-batches (training/balance.py).
 4. `make_batch` widens the rows to int64 and derives targets and positions from the pieces of each row.
 5. A `DataLoader` runs 4 here or in worker processes that read ahead; it keeps the order in both cases.
 
-Resume contract: the position of a run is the number of samples it has consumed, nothing else. It is advanced by the
-training loop after the optimizer step, never here, because this side runs ahead of it. A loader started at `consumed`
-continues the sequence exactly and at once, on any number of ranks and workers and with any micro-batch; only the data
-(its fingerprint), the seed and the weights must be the same, which is what `SampleOrder.digest` identifies.
+Resume contract: the position of a run (within a stage, see training/stages.py) is the number of samples it has consumed,
+nothing else. It is advanced by the training loop after the optimizer step, never here, because this side runs ahead of it.
+A loader started at `consumed` continues the sequence exactly and at once, on any number of ranks and workers and with any
+micro-batch; only the data (its fingerprint), the seed and the weights must be the same, which is what `SampleOrder.digest`
+identifies.
 """
 
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from itertools import islice
 from typing import TypedDict
@@ -25,10 +26,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch.utils.data import DataLoader, Dataset
 
-from training.sampler import SampleOrder, rank_samples
+from model.config import Visibility
+from training.balance import deal, row_costs
+from training.objective import NO_TARGET, Masking
+from training.sampler import Drawn, SampleOrder
 from training.shards import ShardedDataset
 
-NO_TARGET = -100
 LOOKUP_SAMPLES = 4096
 """Samples located at a time: the order costs little per sample only when computed for many."""
 
@@ -42,10 +45,15 @@ class DataConfig(BaseModel):
     """Processes that read ahead; reading takes microseconds a row, so they pay only on storage with high latency."""
     prefetch_batches: int = Field(default=4, ge=1)
     """Micro-batches that each worker reads ahead."""
+    balance_attention: bool = True
+    """Deal the rows of a step out to the ranks by their attention cost (longer documents cost more) instead of in order."""
 
 
 class Batch(TypedDict):
-    """B rows of T tokens. A document begins where position_ids is 0; padding counts as one more document."""
+    """B rows of T tokens. A document begins where position_ids is 0; padding counts as one more document.
+
+    Masked batches have more (see `training.objective.Masking`).
+    """
 
     input_ids: torch.Tensor  # int64 [B, T]
     position_ids: torch.Tensor  # int64 [B, T]
@@ -53,30 +61,45 @@ class Batch(TypedDict):
     num_targets: int
 
 
-def training_order(dataset: ShardedDataset, config: DataConfig, seed: int) -> SampleOrder:
-    """The order of a run over a split: weights from the recipe if it has any, else from the data."""
+def training_order(
+    dataset: ShardedDataset, config: DataConfig, seed: int, drawn: Mapping[str, Drawn] | None = None
+) -> SampleOrder:
+    """The order of a run over a split: weights from the recipe if it has any, else from the data.
+
+    `drawn`: what earlier stages have taken of each source (see training/stages.py).
+    """
     weights = config.weights
     if weights is None:
         sources = dataset.manifest.splits[dataset.split]
         weights = {name: sources[name].weight for name in dataset.sources}
-    return SampleOrder(dataset.rows_per_source, weights, dataset.manifest.fingerprint, seed)
+    return SampleOrder(dataset.rows_per_source, weights, dataset.manifest.fingerprint, seed, drawn)
 
 
 class TrainingData(Dataset):
-    """Batches by the samples' places: `data[sources, rows]`, two int64 arrays of equal length."""
+    """Batches by the samples' places and numbers: `data[sources, rows, samples]`, int64 arrays of equal length.
 
-    def __init__(self, dataset: ShardedDataset, order: SampleOrder):
-        self.dataset, self.order = dataset, order
+    `visibility`: what the model's tokens see; with it the rows of a step are dealt out by their attention cost.
+    """
+
+    def __init__(
+        self,
+        dataset: ShardedDataset,
+        order: SampleOrder,
+        masking: Masking | None = None,
+        visibility: Visibility | None = None,
+    ):
+        self.dataset, self.order, self.masking, self.visibility = dataset, order, masking, visibility
         self._source = np.array([dataset.sources.index(name) for name in order.sources])
 
-    def __getitem__(self, place: tuple[np.ndarray, np.ndarray]) -> Batch:
-        sources, rows = place
-        return make_batch(self.dataset, sources, rows)
+    def __getitem__(self, place: tuple[np.ndarray, np.ndarray, np.ndarray]) -> Batch:
+        sources, rows, samples = place
+        batch = make_batch(self.dataset, sources, rows)
+        return self.masking(batch, samples) if self.masking else batch
 
     def places(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Source (index into `dataset.sources`) and row of each sample number."""
-        source, row, _ = self.order.locate_many(samples.reshape(-1))
-        return self._source[source].reshape(samples.shape), row.reshape(samples.shape)
+        """Source (index into `dataset.sources`) and row of each sample number, int64 [n]."""
+        source, row, _ = self.order.locate_many(samples)
+        return self._source[source], row
 
 
 def train_loader(
@@ -103,6 +126,7 @@ def validation_batches(
     world_size: int,
     rank: int,
     max_samples: int | None = None,
+    masking: Masking | None = None,
 ) -> Iterator[Batch]:
     """Every row once over all ranks, in the order of the files; with `max_samples`, that many rows evenly spread.
 
@@ -116,7 +140,8 @@ def validation_batches(
         number = k * len(dataset) // total
         source = np.searchsorted(ends, number, side="right")
         rows = number - np.concatenate([[0], ends])[source]
-        yield make_batch(dataset, source, rows, size=micro_batch_samples)
+        batch = make_batch(dataset, source, rows, size=micro_batch_samples)
+        yield masking(batch, np.concatenate([number, np.zeros(micro_batch_samples - len(k), np.int64)])) if masking else batch
 
 
 class _Places:
@@ -125,16 +150,26 @@ class _Places:
     def __init__(
         self, data: TrainingData, consumed: int, micro_batch: int, accumulation: int, world_size: int, rank: int
     ):
-        self.data, self.consumed = data, consumed
-        self.layout = (micro_batch * accumulation * world_size, micro_batch, world_size, rank)
+        self.data, self.consumed, self.rank = data, consumed, rank
+        self.layout = (accumulation, world_size, micro_batch)
+        self.deals = data.visibility is not None and world_size > 1
 
-    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        step, _, world_size, _ = self.layout
-        ahead = max(1, LOOKUP_SAMPLES * world_size // step)  # steps
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        accumulation, world_size, micro_batch = self.layout
+        step = accumulation * world_size * micro_batch
+        ahead = max(1, LOOKUP_SAMPLES // step)  # steps
         consumed = self.consumed
         while True:
-            samples = np.concatenate([rank_samples(consumed + i * step, *self.layout) for i in range(ahead)])
-            yield from zip(*self.data.places(samples), strict=True)
+            samples = np.arange(consumed, consumed + ahead * step)
+            places = zip(*(x.reshape(ahead, step) for x in (*self.data.places(samples), samples)), strict=True)
+            for columns in places:
+                sources, rows, _ = columns
+                order = np.arange(step).reshape(self.layout)
+                if self.deals:
+                    costs = row_costs(self.data.dataset, sources, rows, self.data.visibility)
+                    order = deal(costs, micro_batch, world_size)
+                for chosen in order[:, self.rank]:
+                    yield tuple(column[chosen] for column in columns)
             consumed += ahead * step
 
 

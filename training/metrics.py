@@ -103,6 +103,7 @@ class MetricsLogger:
         grad_norm: float | None,
         skipped_steps: int,
         rates: Rates,
+        attention_imbalance: float = 0.0,
         memory_bytes: int | None = None,
         wire_bytes: int | None = None,
     ) -> None:
@@ -114,6 +115,7 @@ class MetricsLogger:
             loss: mean cross entropy per target, in nats; `objective` is what was minimised (with z-loss, for example).
             grad_norm: global norm before clipping.
             skipped_steps: steps not applied since the beginning of the run.
+            attention_imbalance: how much more attention the busiest rank had in this step than the average one, as a share.
             wire_bytes: what the first rank handed to the calls of a compressed reduction; left out where there is none.
         """
         record = {
@@ -125,6 +127,7 @@ class MetricsLogger:
             "grad_norm": grad_norm,
             "skipped_steps": skipped_steps,
             **rates._asdict(),
+            "attention_imbalance": attention_imbalance,
             "memory_bytes": memory_bytes,
             "eta_seconds": (self._total_steps - step) * rates.step_seconds,
         }

@@ -10,6 +10,9 @@ a data set of 10^12 rows costs the memory of a small one and any k is found in c
 2. The j-th sample of a source of N rows is element j mod N of its epoch j div N; every epoch is another permutation.
    A source smaller than a step therefore repeats within the step, and says so by its epoch.
 
+Where a stage of a run goes on with the data of earlier ones, its j-th draw of a source is the j-th that they left over:
+first what their last, unfinished blocks would still have given, then the draws after them (`Drawn`).
+
 The permutations are Feistel networks on the next power of two with cycle walking (Black and Rogaway 2002, "Ciphers with
 arbitrary finite domains"): an image outside the domain is mapped again until it lies inside.
 """
@@ -18,6 +21,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,25 +33,43 @@ _MULTIPLIERS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
+class Drawn(NamedTuple):
+    """Which draws of a source have been made: all before `end` but those in `left`."""
+
+    end: int = 0
+    left: np.ndarray = np.empty(0, np.int64)
+    """int64 [n], ascending; n is below the length of the blocks that were not finished."""
+
+
 class SampleOrder:
     """The order of a mixture of sources.
 
     `weights` are shares relative to each other; without any, a source's share is its number of rows. A weight of 0
-    leaves the source out. `sources` lists the others, in the order that `locate_many` numbers them.
+    leaves the source out. `sources` lists the others, in the order that `locate_many` numbers them. `drawn` (by source)
+    is what earlier orders of the same data and seed took, which this one does not take again before its epoch is over.
     """
 
     def __init__(
-        self, rows_per_source: Mapping[str, int], weights: Mapping[str, float | None], fingerprint: str, seed: int
+        self,
+        rows_per_source: Mapping[str, int],
+        weights: Mapping[str, float | None],
+        fingerprint: str,
+        seed: int,
+        drawn: Mapping[str, Drawn] | None = None,
     ):
         shares = _shares(rows_per_source, weights)
         self.sources = sorted(shares)
         self.rows = [rows_per_source[name] for name in self.sources]
+        self._drawn = dict(drawn or {})
         identity = {
             "version": 1,
             "fingerprint": fingerprint,
             "seed": seed,
             "sources": [[name, rows_per_source[name], shares[name]] for name in self.sources],
         }
+        if drawn:
+            left = {name: hashlib.sha256(taken.left.tobytes()).hexdigest() for name, taken in drawn.items()}
+            identity["drawn"] = [[name, drawn[name].end, left[name]] for name in sorted(drawn)]
         self.digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
         """Equal digests, equal orders: what a checkpoint must remember beside the samples consumed."""
         self._ends = np.cumsum([0] + [shares[name] for name in self.sources])  # P_s * 2^WEIGHT_BITS
@@ -64,41 +86,54 @@ class SampleOrder:
     def locate_many(self, ks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Index into `sources`, row and epoch, int64 [n] each, of the samples `ks` (int64 [n], any order)."""
         ks = np.asarray(ks, np.int64)
-        source, draw = self._draw(ks) if len(self.sources) > 1 else (np.zeros_like(ks), ks)
+        source, draw = self._draw(ks)
         row, epoch = np.empty_like(ks), np.empty_like(ks)
         for s in range(len(self.sources)):
             chosen = slice(None) if len(self.sources) == 1 else np.flatnonzero(source == s)
-            epoch[chosen], place = np.divmod(draw[chosen], self.rows[s])
+            epoch[chosen], place = np.divmod(self._continued(s, draw[chosen]), self.rows[s])
             row[chosen] = permute(place, self.rows[s], _mix(self._keys[s] + epoch[chosen].astype(np.uint64) * _GOLDEN))
         return source, row, epoch
 
+    def drawn_after(self, samples: int) -> dict[str, Drawn]:
+        """What has been drawn of every source when the first `samples` samples of this order have been used."""
+        bits = self._block_bits if len(self.sources) > 1 else 0
+        blocks = -(-samples >> bits)  # begun
+        unused, draw = self._draw(np.arange(samples, blocks << bits))
+        given = np.diff(self._given(blocks)) if len(self.sources) > 1 else [samples]
+        result = dict(self._drawn)
+        for s, (name, count) in enumerate(zip(self.sources, given, strict=True)):
+            end, left = self._drawn.get(name, Drawn())
+            still = self._continued(s, np.sort(draw[unused == s]))
+            result[name] = Drawn(end + max(0, int(count) - len(left)), np.concatenate([still, left[count:]]))
+        return result
+
+    def _continued(self, s: int, draw: np.ndarray) -> np.ndarray:
+        """The draws of a source (int64 [n], as if nothing had been drawn) after what earlier orders took."""
+        if self.sources[s] not in self._drawn:
+            return draw
+        end, left = self._drawn[self.sources[s]]
+        result = end - len(left) + draw
+        again = draw < len(left)
+        result[again] = left[draw[again]]
+        return result
+
+    def _given(self, blocks: np.ndarray | int) -> np.ndarray:
+        """Samples that sources 0 .. s - 1 have given after so many blocks: int64 [..., sources + 1]."""
+        return np.asarray(blocks, np.int64)[..., None] * self._ends >> WEIGHT_BITS - self._block_bits
+
     def _draw(self, ks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The source of each sample, and how many samples that source has given before it."""
-        bits, shift = self._block_bits, WEIGHT_BITS - self._block_bits
+        if len(self.sources) == 1:
+            return np.zeros_like(ks), ks
+        bits = self._block_bits
         block = ks >> bits
         key = _mix(self._block_key + block.astype(np.uint64) * _GOLDEN)
         place = permute(ks & ((1 << bits) - 1), 1 << bits, key)
-        before = block[:, None] * self._ends >> shift  # [n, sources + 1]: given by sources 0 .. s - 1 in earlier blocks
-        slots = (
-            (block[:, None] + 1) * self._ends >> shift
-        ) - before  # and in this one: source s owns slots[s]:slots[s + 1]
+        before = self._given(block)  # [n, sources + 1]
+        slots = self._given(block + 1) - before  # in this block source s owns the places slots[s] .. slots[s + 1] - 1
         source = (place[:, None] >= slots[:, 1:]).sum(1)
         item = np.arange(len(ks))
         return source, before[item, source + 1] - before[item, source] + place - slots[item, source]
-
-
-def rank_samples(consumed: int, step_samples: int, micro_batch: int, world_size: int, rank: int) -> np.ndarray:
-    """Samples that `rank` reads in the optimizer step after `consumed` samples: int64 [accumulation, micro_batch].
-
-    The step as a whole reads consumed .. consumed + step_samples - 1 whatever the layout.
-    """
-    accumulation, rest = divmod(step_samples, micro_batch * world_size)
-    if rest or not accumulation:
-        raise ValueError(
-            f"{step_samples} samples a step are not a multiple of micro-batch {micro_batch} x {world_size} ranks"
-        )
-    samples = np.arange(consumed, consumed + step_samples, dtype=np.int64)
-    return samples.reshape(accumulation, world_size, micro_batch)[:, rank]
 
 
 def permute(index: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:

@@ -3,23 +3,28 @@
 import math
 from collections.abc import Iterable
 
+from training.objective import Masking
 from training.shards import ShardedDataset
 
 
 def scores(
-    dataset: ShardedDataset, loss_sum: float, targets: float, sources: Iterable[str] | None = None
+    dataset: ShardedDataset,
+    loss_sum: float,
+    targets: float,
+    sources: Iterable[str] | None = None,
+    masking: Masking | None = None,
 ) -> dict[str, float]:
     """`loss` in nats per target, `perplexity`, `bits_per_byte`, and the number of `targets`, over some or all sources.
 
-    Bits per byte take the sources' ratio of targets to UTF-8 bytes, also when only some of their rows were read.
+    Bits per byte take the sources' ratio of targets to UTF-8 bytes, also when only some of their rows were read. Of a
+    masked model whose mask ratio is drawn from [0, 1] all three are upper bounds; with a fixed ratio they belong to the
+    masked tokens given the others, and there are no bits per byte.
     """
-    loss = loss_sum / targets
+    loss = loss_sum / max(targets, 1)
     entries = dataset.manifest.splits[dataset.split]
     counted = [entries[name] for name in sources or entries]
     targets_per_byte = sum(entry.targets for entry in counted) / sum(entry.bytes for entry in counted)
-    return {
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
-        "bits_per_byte": loss / math.log(2) * targets_per_byte,
-        "targets": int(targets),
-    }
+    result = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "targets": int(targets)}
+    if masking is None or masking.objective.drawn:
+        result["bits_per_byte"] = loss / math.log(2) * targets_per_byte
+    return result

@@ -6,23 +6,37 @@ from pydantic import BaseModel, ConfigDict
 class TrainState(BaseModel):
     """Advanced after each optimizer step and stored in every checkpoint.
 
-    Together with the recipe it says which sample comes next, on any number of ranks: sample k of the run is a pure
-    function of (data_fingerprint, seed, weights, k).
+    Together with the recipe it says which sample comes next, on any number of ranks: sample k of a stage is a pure
+    function of the data, seed and weights of this stage and of the earlier ones over the same data, and of k.
     """
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
     version: int = 1
     data_fingerprint: str
+    """Of the data that the last step used."""
     seed: int
     step: int = 0
     """Optimizer steps done, the skipped ones included."""
     consumed_samples: int = 0
     """Samples of the global order that were used, by all ranks together."""
+    stage_samples: list[int] = []
+    """Samples that each earlier stage used; what `consumed_samples` has beyond their sum is the current stage's."""
     consumed_tokens: int = 0
     skipped_steps: int = 0
     consecutive_skipped_steps: int = 0
     wandb_id: str
+
+    @property
+    def consumed_in_stage(self) -> int:
+        return self.consumed_samples - sum(self.stage_samples)
+
+    def enter(self, stage: int, fingerprint: str) -> None:
+        """Go on with the stage of this index, on the data with this fingerprint; nothing changes within a stage."""
+        assert len(self.stage_samples) <= stage, "a stage that has ended cannot be entered again"
+        while len(self.stage_samples) < stage:
+            self.stage_samples.append(self.consumed_in_stage)
+        self.data_fingerprint = fingerprint
 
     def advance(self, samples: int, tokens: int, applied: bool) -> None:
         """Account for one optimizer step over `samples` rows and `tokens` tokens."""

@@ -102,9 +102,12 @@ class StepClock:
     rates = clock.read()                  # at a logging step
     """
 
-    def __init__(self, flops_per_token: float, peak_flops_per_second: float):
+    flops_per_token = 0.0
+    """What the steps that follow cost, to be set before the first and wherever it changes."""
+
+    def __init__(self, peak_flops_per_second: float):
         """`peak_flops_per_second` is that of all devices together."""
-        self._flops_per_token, self._peak = flops_per_token, peak_flops_per_second
+        self._peak = peak_flops_per_second
         self._reset()
 
     @contextmanager
@@ -123,17 +126,17 @@ class StepClock:
         """Counts one optimizer step over `tokens` tokens of all ranks."""
         self._steps += 1
         self._tokens += tokens
+        self._flops += tokens * self.flops_per_token
 
     def read(self) -> Rates:
         """The averages since the last reading, and a new beginning."""
         assert self._steps, "no step since the last reading"
         elapsed = time.perf_counter() - self._began
-        tokens_per_second = self._tokens / elapsed
-        mfu = tokens_per_second * self._flops_per_token / self._peak
-        rates = Rates(tokens_per_second, mfu, self._waited / elapsed, elapsed / self._steps)
+        mfu = self._flops / elapsed / self._peak
+        rates = Rates(self._tokens / elapsed, mfu, self._waited / elapsed, elapsed / self._steps)
         self._reset()
         return rates
 
     def _reset(self) -> None:
         self._began = time.perf_counter()
-        self._waited, self._steps, self._tokens = 0.0, 0, 0
+        self._waited, self._steps, self._tokens, self._flops = 0.0, 0, 0, 0.0

@@ -25,6 +25,7 @@ WANDB_KEYS = {
     "mfu": "speed/mfu",
     "step_seconds": "speed/step_seconds",
     "data_wait_fraction": "speed/data_wait_fraction",
+    "attention_imbalance": "speed/attention_imbalance",
     "memory_bytes": "speed/memory_bytes",
     "tokens": "progress/tokens",
     "samples": "progress/samples",

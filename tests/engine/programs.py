@@ -73,7 +73,7 @@ class Run:
     """One engine and its data, stepped by hand."""
 
     def __init__(self, recipe: str, data: str, ds_config: dict, folder: Path, overrides: dict | None = None):
-        self.topology, self.folder, self.data = read_topology(), folder, data
+        self.topology, self.folder = read_topology(), folder
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / f"ds-{self.topology.rank}.json"
         file.write_text(json.dumps(ds_config))
@@ -97,7 +97,7 @@ class Run:
             result = train_step(self.engine, micro_batches, rate, recipe.training.z_loss_weight)
             if hook:
                 hook.remove()
-            self.state.advance(self.plan.batch.samples, self.plan.step_tokens, result.applied)
+            self.state.advance(self.plan.stage_of(number).batch.samples, self.plan.step_tokens, result.applied)
             rows = torch.cat([batch["input_ids"] for batch in micro_batches]).numpy()
             ids = sorted(hashlib.blake2b(row.tobytes(), digest_size=8).hexdigest() for row in rows)
             history.append(result._asdict() | {"step": self.state.step, "rows": ids})
@@ -119,7 +119,7 @@ class Run:
         return {name: join([part[name] for part in parts], dimensions[name]).numpy() for name in held}
 
     def save(self) -> Path:
-        return save(self.engine, self.folder, self.state, describe(self.plan, self.data), self.plan.recipe.checkpoint)
+        return save(self.engine, self.folder, self.state, describe(self.plan), self.plan.recipe.checkpoint)
 
     def restore(self, folder: Path | None = None) -> None:
         found, damaged = agree_on_checkpoint(folder or self.folder)
@@ -128,6 +128,52 @@ class Run:
 
     def close(self) -> None:
         close_engine(self.engine)
+
+
+def stopped(
+    folder: str, recipe: str, data: str, configs: dict[str, tuple[dict, dict]], steps: int, stops: tuple[int, ...]
+) -> dict[str, dict]:
+    """Per (ds_config, overrides): all steps in one go; and with a checkpoint and a fresh engine at each of the stops."""
+    results = {}
+    for name, (ds_config, overrides) in configs.items():
+        mathematics = {key: value for key, value in overrides.items() if not key.startswith("data.")}
+        run = Run(recipe, data, ds_config, Path(folder) / "whole" / name, mathematics)
+        whole = run.steps(steps)
+        results[name] = {"whole": whole, "weights": run.weights(), "validation": validate_all(run.engine, run.plan)}
+        run.close()
+        history, before = [], 0
+        for stop in (*stops, steps) if stops else ():
+            run = Run(recipe, data, ds_config, Path(folder) / f"stopped-{stop}" / name, overrides)
+            if before:
+                run.restore(Path(folder) / f"stopped-{before}" / name)
+            history += run.steps(stop - before)
+            run.save()
+            run.close()
+            before = stop
+        results[name] |= {"history": history, "state": run.state.model_dump()}
+    return results
+
+
+def moved_at(
+    folder: str,
+    recipe: str,
+    data: str,
+    pairs: list[tuple[str, str]],
+    configs: dict[str, tuple[dict, dict]],
+    steps: int,
+    stops: tuple[int, ...],
+) -> dict[tuple[str, str, int], list[dict]]:
+    """Per (source, target) and stop: an engine of the target's config continues what `stopped` saved there, to the end."""
+    results = {}
+    for source, target in pairs:
+        for stop in stops:
+            run = Run(
+                recipe, data, configs[target][0], Path(folder) / "moved" / f"{source}-{target}", configs[target][1]
+            )
+            run.restore(Path(folder) / f"stopped-{stop}" / source)
+            results[source, target, stop] = run.steps(steps - stop)
+            run.close()
+    return results
 
 
 def _to_nan(module, inputs, output):

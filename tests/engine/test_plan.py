@@ -105,6 +105,8 @@ def test_settings_without_effect_are_named(setting):
     warnings = plan(setting, {"schedule.schedule": "cosine", "model.vocab_size": "300"}).warnings
     assert any("schedule.decay_steps has no effect" in warning for warning in warnings)
     assert any("44 entries more than the tokenizer" in warning for warning in warnings)
+    assert not any("exported" in warning for warning in warnings)
+    assert any("but not exported" in w for w in plan(setting, {"model.position_embedding": "learned"}).warnings)
 
 
 def test_initial_weights_must_fit(setting, tmp_path):
@@ -112,7 +114,8 @@ def test_initial_weights_must_fit(setting, tmp_path):
     save_hf(config, Llama(config).state_dict().items(), tmp_path / "hf")
     lines = refusal(setting, {"training.initial_weights": str(tmp_path / "hf")})
     assert lines[0].endswith("has hidden_size 64 but the recipe's model.hidden_size is 32")
-    assert "no such file" in refusal(setting, {"training.initial_weights": str(tmp_path / "absent")})[0]
+    absent = refusal(setting, {"training.initial_weights": str(tmp_path / "absent")})[0]
+    assert "absent is neither a Hugging Face folder (no config.json) nor a run" in absent
     fitting = {"training.initial_weights": str(tmp_path / "hf"), "model.hidden_size": "64"}
     assert plan(setting, fitting).recipe.model.hidden_size == 64
 

@@ -56,19 +56,16 @@ def positions(*rows: list[int]) -> torch.Tensor:
     return torch.stack([torch.cat([torch.arange(n) for n in row]) for row in rows])
 
 
-def formula(q, k, v, lengths, window=None):
+def formula(q, k, v, documents, visibility):
     """softmax(Q K^T / sqrt(d)) V for [B, T, H, d] rows of documents, masks and all, in the dtype given."""
-    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    shape, (q, k, v) = q.shape, (x.flatten(0, 1) for x in (q, k, v))
     groups = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    index = torch.arange(len(q))
-    seen = (document[:, None] == document) & (index[:, None] >= index)
-    if window is not None:
-        seen &= index[:, None] - index < window
+    tokens = documents.tokens()
+    seen = visibility.sees(tokens.at((slice(None), None)), tokens)
     scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
     weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-    return torch.einsum("hqk,khd->qhd", weights, v)
+    return torch.einsum("hqk,khd->qhd", weights, v).view(shape)
 
 
 class TensorSizes(TorchDispatchMode):

@@ -1,12 +1,16 @@
-"""Attention equals its formula in float64, inside documents, with gradients, and with memory linear in T."""
+"""Attention equals its formula in float64 for all that may be visible, with gradients, and with memory linear in T."""
+
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.attention import attend, attend_cached
+from model import block_attention
+from model.attention import _attend_flex, attend, attend_cached
 from model.documents import Documents
+from model.visibility import Visibility
 from tests.model.support import TensorSizes, formula, positions
 
 
@@ -27,21 +31,92 @@ def rows_of_documents(draw) -> list[list[int]]:
     return rows
 
 
+def both_copies(rows):
+    """Documents of rows that hold a noised and a clean copy of the same documents."""
+    return Documents.from_position_ids(positions(*(row + row for row in rows)), copies=2)
+
+
+def what_may_be_visible():
+    """Causal with and without a window, chunked, bidirectional; windows are for the causal mask."""
+    causal = st.builds(Visibility, st.just(1), st.one_of(st.none(), st.integers(1, 26)))
+    return st.one_of(causal, st.builds(Visibility, st.one_of(st.none(), st.integers(2, 30)), st.none()))
+
+
 @given(
     rows=rows_of_documents(),
     heads=st.sampled_from([(4, 4), (4, 2), (4, 1), (3, 1)]),
-    window=st.one_of(st.none(), st.integers(1, 26)),
+    visibility=what_may_be_visible(),
+    copies=st.booleans(),
+    block_tokens=st.sampled_from([1, 8, 128]),
 )
-def test_values_and_gradients_equal_the_formula(rows, heads, window):
-    q, k, v = qkv(len(rows), sum(rows[0]), *heads)
-    lengths = [n for row in rows for n in row]
-    expected = formula(q, k, v, lengths, window).view_as(q)
-    found = attend(q, k, v, Documents.from_position_ids(positions(*rows)), window)
+def test_values_and_gradients_equal_the_formula(rows, heads, visibility, copies, block_tokens):
+    copies = copies and visibility.window is None
+    documents = both_copies(rows) if copies else Documents.from_position_ids(positions(*rows))
+    q, k, v = qkv(*documents.position_ids.shape, *heads)
+    expected = formula(q, k, v, documents, visibility)
+    with mock.patch.object(block_attention, "BLOCK_TOKENS", block_tokens):
+        found = attend(q, k, v, documents, visibility)
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
     upstream = torch.randn(q.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     expected_grads = torch.autograd.grad(expected, (q, k, v), upstream)
     grads = torch.autograd.grad(found, (q, k, v), upstream)
     torch.testing.assert_close(grads, expected_grads, atol=1e-11, rtol=1e-11)
+
+
+@given(rows=rows_of_documents(), visibility=what_may_be_visible(), copies=st.booleans())
+def test_flex_attention_equals_the_formula(rows, visibility, copies):
+    documents = both_copies(rows) if copies else Documents.from_position_ids(positions(*rows))
+    q, k, v = (x.detach().float() for x in qkv(*documents.position_ids.shape, width=16))
+    found = _attend_flex(q, k, v, documents, visibility)
+    torch.testing.assert_close(found, formula(q, k, v, documents, visibility), atol=1e-5, rtol=1e-5)
+
+
+@given(rows=rows_of_documents(), visibility=what_may_be_visible(), copies=st.booleans())
+def test_visibility_follows_from_document_position_and_chunk(rows, visibility, copies):
+    documents = both_copies(rows) if copies else Documents.from_position_ids(positions(*rows))
+    tokens = documents.tokens()
+    seen = visibility.sees(tokens.at((slice(None), None)), tokens).tolist()
+    size = visibility.span or 10**9
+    # every token of the flattened rows as (row, document of the row, position, whether noised)
+    places = []
+    for number, row in enumerate(rows):
+        for noised in (True, False) if copies else (False,):
+            places += [(number, d, p, noised) for d, length in enumerate(row) for p in range(length)]
+    for i, (*document, p, noised) in enumerate(places):
+        for j, (*other, other_p, other_noised) in enumerate(places):
+            chunk, other_chunk = p // size, other_p // size
+            expected = document == other and (visibility.window is None or p - other_p < visibility.window)
+            if noised and not other_noised:
+                expected = expected and other_chunk < chunk
+            elif noised:
+                expected = expected and other_chunk == chunk
+            else:
+                expected = expected and other_chunk <= chunk and not other_noised
+            assert seen[i][j] == expected
+
+
+@given(st.integers(1, 40), what_may_be_visible(), st.sampled_from([1, 2]))
+def test_visible_pairs_are_counted(tokens, visibility, copies):
+    if copies == 2:
+        visibility = visibility._replace(window=None)
+    documents = Documents.from_position_ids(positions([tokens] * copies), copies=copies)
+    of_token = documents.tokens()
+    assert visibility.pairs(tokens, copies) == visibility.sees(of_token.at((slice(None), None)), of_token).sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("span", [None, 48, 200])
+def test_reduced_precision_stays_near_the_formula(dtype, span):
+    documents = both_copies([[300, 84], [128, 256]])
+    q, k, v = qkv(*documents.position_ids.shape, width=16, dtype=dtype)
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    found, expected = (attend(q, k, v, documents, Visibility(span)), formula(*exact, documents, Visibility(span)))
+    bound = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(found.double(), expected, atol=bound, rtol=bound)
+    grads = torch.autograd.grad(found.sum(), (q, k, v))
+    expected_grads = torch.autograd.grad(expected.sum(), exact)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad.double(), expected_grad, atol=10 * bound, rtol=bound)
 
 
 @given(rows=rows_of_documents())
@@ -64,18 +139,22 @@ def test_a_row_that_starts_inside_a_document_is_still_a_boundary():
 @pytest.mark.parametrize("window", [None, 1, 3, 50])
 def test_one_token_over_the_cache_is_the_last_row_of_the_whole(window):
     q, k, v = qkv(2, 20)
-    whole = attend(q, k, v, Documents.whole_rows(2, 20), window)
+    whole = attend(q, k, v, Documents.whole_rows(2, 20), Visibility(1, window))
     torch.testing.assert_close(attend_cached(q[:, -1:], k, v, window), whole[:, -1:])
 
 
-@pytest.mark.parametrize("window", [None, 16])
+@pytest.mark.parametrize(
+    ("visibility", "copies"),
+    [(Visibility(1), 1), (Visibility(1, 16), 1), (Visibility(None), 1), (Visibility(24), 1), (Visibility(150), 2)],
+)
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory_grows_linearly_with_the_row(dtype, heads, window):
+def test_memory_grows_linearly_with_the_row(dtype, heads, visibility, copies):
     def largest(rows):
-        q, k, v = qkv(len(rows), sum(rows[0]), *heads, dtype=dtype)
+        documents = both_copies(rows) if copies == 2 else Documents.from_position_ids(positions(*rows))
+        q, k, v = qkv(*documents.position_ids.shape, *heads, dtype=dtype)
         with TensorSizes() as sizes:
-            attend(q, k, v, Documents.from_position_ids(positions(*rows)), window).sum().backward()
+            attend(q, k, v, documents, visibility).sum().backward()
         return sizes.largest
 
     for shape in ([512], [200, 56, 256]):

@@ -175,6 +175,12 @@ def test_flops_of_the_window_never_exceed_those_of_full_attention():
     # two matrix products of T/2 keys on average, forward and twice backward, 2 operations a multiply-add
     assert full.flops_per_token(32) - weights == 3 * 2 * 2 * 16 * full.num_hidden_layers * 64
     assert windowed.flops_per_token(8) == full.flops_per_token(8)
+    both = tiny(is_causal=False)
+    assert both.flops_per_token(32) - weights == 2 * (full.flops_per_token(32) - weights)
+    head = 6 * full.vocab_size * full.hidden_size
+    assert both.flops_per_token(32, copies=2) - head == 2 * (both.flops_per_token(32) - head)
+    chunked = tiny(is_causal=False, attention="chunked", chunk_size=4)
+    assert full.flops_per_token(32) < chunked.flops_per_token(32) < both.flops_per_token(32)
     assert full.flops_per_token(4) < windowed.flops_per_token(1000) < full.flops_per_token(16)
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from model.generation import generate, sample
+from model.generation import continuation_losses, generate, sample
 from model.hf import to_hf_state
 from model.llama import Llama
 from tests.model.support import SCALINGS, TensorSizes, tiny
@@ -41,6 +41,21 @@ def test_cached_equals_uncached(variant, tokens):
     model = Llama(tiny(**VARIANTS[variant]), seed=5).double()
     prompt = prompt_of(tokens)
     assert list(generate(model, prompt, 30, temperature=0)) == without_cache(model, prompt, 30)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_losses_of_continuations_equal_those_without_cache(variant):
+    model = Llama(tiny(**VARIANTS[variant]), seed=5).double()
+    prompt, continuations = prompt_of(14), [[3, 9, 27], [3, 8], [95], list(range(7)), [3, 9, 27]]
+    found = continuation_losses(model, prompt, continuations)
+    assert found[0] == pytest.approx(found[-1], rel=1e-12)
+    for loss, continuation in zip(found, continuations, strict=True):
+        expected = 0.0
+        for place, token in enumerate(continuation):
+            ids = torch.cat([prompt, torch.tensor(continuation[:place], dtype=torch.int64)])
+            with torch.no_grad():
+                expected -= float(model(ids.unsqueeze(0))[0, -1].log_softmax(-1)[token])
+        assert loss == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("seed", [0, 1])

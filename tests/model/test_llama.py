@@ -21,6 +21,8 @@ VARIANTS = {
     "tied": {"tie_word_embeddings": True},
     "biases": {"attention_bias": True, "mlp_bias": True},
     "qk_norm_window": {"qk_norm": True, "sliding_window": 5},
+    "bidirectional": {"is_causal": False},
+    "chunked": {"is_causal": False, "attention": "chunked", "chunk_size": 6},
 } | {f"rope_{name}": {"rope_scaling": scaling} for name, scaling in SCALINGS.items() if scaling}
 
 
@@ -44,6 +46,47 @@ def test_a_packed_row_equals_its_documents_alone(variant, dtype, tolerance):
     torch.testing.assert_close(sums, alone_sums, atol=0, rtol=tolerance)
     for packed_grad, grad in zip(packed_grads, torch.autograd.grad(objective, model.parameters()), strict=True):
         assert (packed_grad - grad).norm() <= tolerance * (1 + grad.norm())
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 64])
+def test_chunks_do_not_change_a_causal_model(chunk_size):
+    full, chunked = tiny(), tiny(attention="chunked", chunk_size=chunk_size)
+    ids, position_ids, targets = batch(full, [[40, 1, 7, 22], [70]])
+    outputs = [Llama(config, seed=2)(ids, position_ids, targets) for config in (full, chunked)]
+    assert torch.equal(*(torch.stack(output) for output in outputs))
+
+
+def test_block_diffusion_denoises_each_chunk_given_the_clean_chunks_before_it():
+    """Brute force in float64: every chunk by itself, behind the clean tokens of its own document."""
+    chunk = 5
+    config = tiny(is_causal=False, attention="chunked", chunk_size=chunk)
+    model = Llama(config, seed=2).double()
+    rows = [[12, 1, 7], [20]]
+    clean, position_ids, targets = batch(config, rows)
+    noised, _, _ = batch(config, rows, seed=1)
+    weights = torch.rand(targets.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    both = torch.cat([noised, clean], 1), torch.cat([position_ids, position_ids], 1)
+    ignored = torch.full_like(targets, -100), torch.zeros_like(weights)
+    goals, scale = (torch.cat([x, y], 1) for x, y in zip((targets, weights), ignored, strict=True))
+    objective, cross_entropy = model(*both, goals, z_loss_weight=0.01, target_weights=scale, copies=2)
+    expected = expected_z = 0
+    lengths = [n for row in rows for n in row]
+    pieces = (x.flatten().split(lengths) for x in (noised, clean, targets, weights))
+    for of_noised, of_clean, of_targets, of_weights in zip(*pieces, strict=True):
+        for first in range(0, len(of_clean), chunk):
+            here = slice(first, first + chunk)
+            ids = torch.cat([of_clean[:first], of_noised[here]])
+            logits = model(ids.unsqueeze(0))[0, first:]
+            log_z = logits.logsumexp(-1)
+            counted = of_targets[here] != -100
+            nll = log_z - logits.gather(1, of_targets[here].where(counted, 0).unsqueeze(1)).squeeze(1)
+            expected = expected + (nll * of_weights[here])[counted].sum()
+            expected_z = expected_z + (log_z.square() * of_weights[here])[counted].sum()
+    torch.testing.assert_close(cross_entropy, expected.detach())
+    torch.testing.assert_close(objective, expected + 0.01 * expected_z)
+    found = torch.autograd.grad(objective, model.parameters())
+    for grad, other in zip(found, torch.autograd.grad(expected + 0.01 * expected_z, model.parameters()), strict=True):
+        torch.testing.assert_close(grad, other, atol=1e-10, rtol=1e-8)
 
 
 def test_targets_give_the_cross_entropy_of_the_logits():

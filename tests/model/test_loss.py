@@ -1,21 +1,25 @@
 """Chunked cross-entropy equals the full one, in value and gradient, without its memory."""
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.loss import IGNORED, VocabularyPart, linear_cross_entropy
+from model import loss
+from model.loss import IGNORED, VocabularyPart, linear_cross_entropy, token_losses
 from tests.model.support import TensorSizes
 
 
-def full(x, weight, targets, z_loss_weight):
+def full(x, weight, targets, z_loss_weight, target_weights=None):
     """The definition, with all logits at once."""
     logits = x.flatten(0, -2) @ weight.T
     targets = targets.flatten()
-    cross_entropy = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
-    z = logits.logsumexp(-1).square()[targets != IGNORED].sum()
+    scale = (targets != IGNORED) * (1.0 if target_weights is None else target_weights.flatten())
+    cross_entropy = (F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none") * scale).sum()
+    z = (logits.logsumexp(-1).square() * scale).sum()
     return cross_entropy + z_loss_weight * z, cross_entropy
 
 
@@ -36,13 +40,19 @@ def problem(tokens, width, vocabulary, ignored, seed=0, dtype=torch.float64):
     ignored=st.sampled_from([0.0, 0.3, 1.0]),
     z=st.sampled_from([0.0, 1e-4, 0.5]),
     upstream=st.sampled_from([1.0, 0.25, -3.0]),
+    weighted=st.booleans(),
+    softmax_tokens=st.sampled_from([1, 7, 64]),
     seed=st.integers(0, 5),
 )
-def test_value_and_gradients_equal_the_full_computation(tokens, width, vocabulary, chunk, ignored, z, upstream, seed):
+def test_value_and_gradients_equal_the_full_computation(
+    tokens, width, vocabulary, chunk, ignored, z, upstream, weighted, softmax_tokens, seed
+):
     x, weight, targets = problem(tokens, width, vocabulary, ignored, seed)
-    expected = full(x, weight, targets, z)
+    target_weights = torch.rand(tokens, generator=torch.Generator().manual_seed(seed)) * 9 if weighted else None
+    expected = full(x, weight, targets, z, target_weights)
     expected_grads = torch.autograd.grad(expected[0] * upstream, (x, weight))
-    found = linear_cross_entropy(x, weight, targets, z, chunk)
+    with mock.patch.object(loss, "SOFTMAX_TOKENS", softmax_tokens):
+        found = linear_cross_entropy(x, weight, targets, z, chunk, target_weights=target_weights)
     torch.testing.assert_close(found, tuple(expected), atol=1e-10, rtol=1e-10)
     assert not found[1].requires_grad
     grads = torch.autograd.grad(found[0] * upstream, (x, weight))
@@ -168,3 +178,15 @@ def test_without_gradients_no_gradient_work_is_done():
     assert sizes.largest == 16 * 50
     assert not found[0].requires_grad
     torch.testing.assert_close(found, full(x, weight, targets, 0.0))
+
+
+def test_losses_of_single_tokens():
+    x, weight, targets = problem(60, 5, 13, 0.3)
+    found = token_losses(x.view(4, 15, 5), weight, targets.view(4, 15), chunk_tokens=7)
+    expected = F.cross_entropy(x @ weight.T, targets, ignore_index=IGNORED, reduction="none")
+    torch.testing.assert_close(found, expected.view(4, 15))
+    assert (found[targets.view(4, 15) == IGNORED] == 0).all()
+    assert not found.requires_grad
+    half = token_losses(x.bfloat16(), weight.bfloat16(), targets)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half.double(), expected, rtol=0.03, atol=0.03)

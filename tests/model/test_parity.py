@@ -18,6 +18,7 @@ OPTIONS = {
     "wide_heads": {"head_dim": 24},
     "eps_and_theta": {"rms_norm_eps": 1e-3, "rope_theta": 500000.0},
     "sliding_window": {"sliding_window": 7},
+    "bidirectional": {"is_causal": False},
     "qk_norm": {"qk_norm": True},
     "qk_norm_bias": {"qk_norm": True, "attention_bias": True},
     "qk_norm_window": {"qk_norm": True, "sliding_window": 7},
@@ -67,6 +68,22 @@ def test_logits_equal_transformers_after_import(option, tmp_path):
     ids = torch.randint(96, (2, 29), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("chunk_size", [1, 6, 40])
+def test_chunked_attention_equals_transformers_with_that_mask(implementation, chunk_size):
+    config = tiny(is_causal=False, attention="chunked", chunk_size=chunk_size)
+    ours = randomised(Llama(config, seed=1))
+    as_llama = AutoConfig.for_model(**tiny().to_hf())
+    theirs = AutoModelForCausalLM.from_config(as_llama, attn_implementation=implementation, dtype=torch.float32).eval()
+    theirs.load_state_dict({("" if n == "lm_head.weight" else "model.") + n: p for n, p in ours.state_dict().items()})
+    ids = torch.randint(config.vocab_size, (2, 29), generator=torch.Generator().manual_seed(2))
+    chunk = torch.arange(29) // chunk_size
+    hidden = torch.zeros(2, 1, 29, 29).masked_fill(chunk > chunk.unsqueeze(1), torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        expected = theirs(ids, attention_mask=hidden).logits
+        torch.testing.assert_close(ours(ids), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_gradients_equal_transformers():

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from model.documents import Documents
-from model.rope import rope_depends_on_length, rotary_tables, rotate
+from model.rope import inverse_frequencies, rope_depends_on_length, rotary_tables, rotate
 from tests.model.support import SCALINGS, positions, tiny
 
 
@@ -20,6 +23,40 @@ def test_rotation_equals_transformers(scaling, tokens):
     expected, _ = apply_rotary_pos_emb(q, q, cos, sin, unsqueeze_dim=2)
     tables = rotary_tables(config, Documents.whole_rows(2, tokens))
     torch.testing.assert_close(rotate(q, *tables), expected, atol=2e-5, rtol=1e-5)
+
+
+@st.composite
+def scalings(draw, width: int) -> dict:
+    """Every kind with every optional key, given or not, in the ranges of published models."""
+    kind = draw(st.sampled_from(["linear", "dynamic", "yarn", "llama3", "longrope"]))
+    factor, optional = draw(st.floats(1.0, 64.0)), {}
+    if kind in ("yarn", "longrope"):
+        optional |= {"attention_factor": st.floats(0.5, 2.0)}
+    if kind == "yarn":
+        optional |= {"beta_fast": st.floats(8.0, 64.0), "beta_slow": st.floats(0.5, 4.0), "truncate": st.booleans()}
+        optional |= {"mscale": st.floats(0.1, 2.0), "mscale_all_dim": st.floats(0.1, 2.0)}
+    if kind in ("yarn", "llama3", "longrope"):
+        optional |= {"original_max_position_embeddings": st.sampled_from([64, 512, 8192])}
+    scaling = draw(st.fixed_dictionaries({}, optional=optional))
+    if kind == "llama3":
+        scaling |= {"low_freq_factor": draw(st.floats(0.5, 2.0)), "high_freq_factor": draw(st.floats(3.0, 8.0))}
+    if kind == "longrope":
+        factors = st.lists(st.floats(1.0, 100.0), min_size=width // 2, max_size=width // 2)
+        scaling |= {"short_factor": draw(factors), "long_factor": draw(factors)}
+    if kind != "longrope" or draw(st.booleans()):
+        scaling["factor"] = factor
+    return {"rope_type": kind, **scaling}
+
+
+@given(st.data(), st.sampled_from([16, 64, 128]), st.sampled_from([1e4, 5e5]), st.sampled_from([1, 600, 5000, 200_000]))
+def test_frequencies_equal_transformers_for_any_scaling_and_length(data, width, theta, length):
+    scaling = data.draw(scalings(width))
+    config = tiny(head_dim=width, rope_theta=theta, rope_scaling=scaling, max_position_embeddings=4096)
+    theirs = AutoConfig.for_model(**config.to_hf())
+    expected, expected_factor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](theirs, torch.device("cpu"), seq_len=length)
+    found, factor = inverse_frequencies(config, length)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    assert factor == pytest.approx(expected_factor)
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)

@@ -67,14 +67,25 @@ LAYOUTS = {
     "tensor2": (zero(0, tensor_parallel={"autotp_size": 2}), EVEN_WIDTH | {"model.vocab_size": "601"}),
     "tensor2-zero3-bf16": (read_ds_config("ds_configs/tensor2_zero3.json"), EVEN_WIDTH | TIED),
 }
+MASKED = {
+    "masked": (
+        zero(1, pipeline={"stages": 2}),
+        TIED | {"objective.name": "masked", "objective.mask_ratio": "0.3", "objective.keep_ratio": "0.1"},
+    ),
+    "diffusion": (
+        zero(3),
+        {"objective.name": "block_diffusion", "model.attention": "chunked", "model.chunk_size": "16"},
+    ),
+}
+"""Runs that predict masked tokens: in whole documents, and in chunks."""
 
 
 def train_all(folder: str, recipe: str, data: str) -> dict[str, dict[str, np.ndarray]]:
     """What a rank does: train each layout with train.py's own loop; the live float32 weights at the end, by layout."""
     weights = {}
-    for name, (ds_config, overrides) in LAYOUTS.items():
+    for name, (ds_config, overrides) in (LAYOUTS | MASKED).items():
         run = Run(recipe, data, ds_config, Path(folder) / name, overrides)
-        facts = describe(run.plan, data)
+        facts = describe(run.plan)
         if run.topology.is_first:
             fill_run(run.folder, facts)
         logger, clock = open_outputs(run.engine, run.plan, run.state, facts, run.folder, run.topology)
@@ -97,8 +108,10 @@ class Trained(NamedTuple):
 
     def live(self, name: str) -> Llama:
         """The engine's weights in a plain model."""
-        overrides = {key.removeprefix("model."): yaml.safe_load(value) for key, value in LAYOUTS[name][1].items()}
-        model = Llama(config := ModelConfig(**RECIPE["model"] | overrides))
+        overrides = {key: yaml.safe_load(value) for key, value in (LAYOUTS | MASKED)[name][1].items()}
+        changes = {key.removeprefix("model."): value for key, value in overrides.items() if key.startswith("model.")}
+        config = ModelConfig(**RECIPE["model"] | {"is_causal": name not in MASKED} | changes)
+        model = Llama(config)
         state = {key: torch.from_numpy(value) for key, value in self.weights[name].items()}
         missing, unknown = model.load_state_dict(state, strict=False)
         assert not unknown

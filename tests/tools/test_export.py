@@ -14,15 +14,25 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    GenerationConfig,
+    pipeline,
+)
 
 from data_prep.tokenizer import open_tokenizer
 from engine.checkpoint import steps
+from model.config import ModelConfig
 from model.hf import load_hf
 from tests.data_prep.support import PROSE
 from tests.launch import run_cli, start_cli
 from tests.tools import support
 from tools import export
+from tools.trained import remembered_objective
+from training.objective import ObjectiveConfig
 from training.records import read_records
 from training.shards import open_split
 
@@ -61,6 +71,61 @@ def test_transformers_computes_what_the_engine_did(trained, rows, tmp_path, comm
     written = dict(load_hf(tmp_path / "hf")[1])
     assert written.keys() == trained.weights[name].keys()
     assert all(np.array_equal(written[key].numpy(), value) for key, value in trained.weights[name].items())
+
+
+def test_transformers_fills_in_what_the_engine_did(trained, rows, tmp_path, command, monkeypatch):
+    """Masked models: the same logits in whole, packed and padded rows; the model card says how to get them."""
+    for name in support.MASKED:
+        assert command(trained.folder / name, "--output", tmp_path / name, "--dtype", "float32").code == 0
+        loaded = AutoModelForMaskedLM.from_pretrained(tmp_path / name, trust_remote_code=True)
+        expected = logits(trained.live(name), rows)
+        torch.testing.assert_close(logits(loaded, rows), expected, atol=1e-5, rtol=0)
+        later = rows.clone()
+        later[:, 40:] = rows[:, 40:].flip(1)
+        changed = (logits(loaded, later)[:, :32] - expected[:, :32]).abs().amax()
+        assert (changed > 1e-4) == (name == "masked")  # who sees the future
+        padding = torch.full((len(rows), 7), loaded.config.pad_token_id)
+        left, right = torch.cat([padding, rows], 1), torch.cat([rows, padding], 1)
+        for padded, kept in ((left, slice(7, None)), (right, slice(-7))):
+            mask = torch.zeros_like(padded)
+            mask[:, kept] = 1
+            with torch.no_grad():
+                found = loaded(padded, attention_mask=mask).logits[:, kept]
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+        text = (tmp_path / name / "README.md").read_text()
+        assert yaml.safe_load(text.split("---\n")[1])["pipeline_tag"] == "fill-mask"
+        assert {"masked": "predict 30% of", "diffusion": "from their own chunk of 16 tokens"}[name] in text
+        monkeypatch.chdir(tmp_path)
+        exec(re.search(r"```python\n(.*?)```", text, re.S)[1], found := {})
+        assert int((found["inputs"]["input_ids"] == found["tokenizer"].mask_token_id).sum()) == 1
+        assert found["logits"].shape == (*found["inputs"]["input_ids"].shape, 600)
+        fill = pipeline("fill-mask", str(tmp_path / name), trust_remote_code=True, device="cpu")
+        best = fill(found["text"], tokenizer_kwargs={"split_special_tokens": False}, top_k=1)
+        hidden = found["inputs"]["input_ids"][0] == found["tokenizer"].mask_token_id
+        assert best[0]["token"] == int(logits(trained.live(name), found["inputs"]["input_ids"])[0, hidden].argmax())
+
+
+def test_a_masked_model_is_not_taken_for_another_one(trained, rows, tmp_path, command):
+    for name, folder in (("masked", tmp_path / "full"), ("diffusion", tmp_path / "chunks")):
+        assert command(trained.folder / name, "--output", folder, "--dtype", "float32").code == 0
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "full")
+    assert type(plain).__name__ == "LlamaForCausalLM"
+    torch.testing.assert_close(logits(plain, rows), logits(trained.live("masked"), rows), atol=1e-5, rtol=0)
+    for loader in (AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM):
+        with pytest.raises(ValueError, match="trust_remote_code"):
+            loader.from_pretrained(tmp_path / "chunks", trust_remote_code=False)
+    for folder, objective in (("full", trained_for("masked")), ("chunks", trained_for("diffusion"))):
+        config = json.loads((tmp_path / folder / "config.json").read_text())
+        assert ObjectiveConfig(**config["objective"]).ratios == objective.ratios
+        assert config["mask_token_id"] == AutoTokenizer.from_pretrained(tmp_path / folder).mask_token_id == 4
+        assert config["use_cache"] is False
+        remembered = remembered_objective(tmp_path / folder / "config.json", ModelConfig.from_hf(config))
+        assert remembered.name == objective.name
+
+
+def trained_for(name: str) -> ObjectiveConfig:
+    keys = {tuple(key.split(".")): yaml.safe_load(value) for key, value in support.MASKED[name][1].items()}
+    return ObjectiveConfig(**{key: value for (section, key), value in keys.items() if section == "objective"})
 
 
 def test_tokenizer_and_generation_settings_are_those_of_training(trained, tmp_path, command):

@@ -2,6 +2,7 @@
 
 import base64
 import gzip
+import hashlib
 import json
 import math
 from html.parser import HTMLParser
@@ -16,6 +17,7 @@ from plotly.offline import get_plotlyjs
 
 from tests.launch import run_cli
 from tests.training.test_metrics import log, open_logger
+from tools import evaluation_files
 from tools.report import POINTS_PER_CURVE, _smoothed, _visible_points, main, page, read_run
 from training.metrics import METRICS_FILE
 from training.throughput import Rates
@@ -47,8 +49,8 @@ class Page(HTMLParser):
         if not self._raw:
             self.visible += data
 
-    def figure(self) -> go.Figure:
-        return go.Figure(json.loads(self.by_id["figure"]))  # validates every property
+    def figure(self, name: str = "figure") -> go.Figure:
+        return go.Figure(json.loads(self.by_id[name]))  # validates every property
 
 
 def write_run(folder: Path, last_step: int = 40, total_steps: int = 40) -> Path:
@@ -65,6 +67,35 @@ def write_run(folder: Path, last_step: int = 40, total_steps: int = 40) -> Path:
     facts = {"recipe": {"optimizer": {"lr": 3e-4}}, "environment": {"host": HOSTILE, "devices": []}}
     (folder / "run.json").write_text(json.dumps(facts))
     return folder
+
+
+def write_evaluations(folder: Path, checkpoint: str = "step-00000040", data: str = "/somewhere/books") -> None:
+    """All analyses of two sources, the figures being different for every checkpoint."""
+    step = int(checkpoint.removeprefix("step-"))
+    spread = {"standard_error": 0.25, "targets": 1000}
+    buckets = [{"first": 1, "last": 1}, {"first": 2, "last": 3}, {"first": 4, "last": 6}]
+    by_position = [bucket | {"loss": 5 - step / 80 - place} | spread for place, bucket in enumerate(buckets)]
+    gains = [
+        bucket | {"gain": 0.5 * place, "standard_error": None, "targets": 9} for place, bucket in enumerate(buckets)
+    ]
+    gain = {"limit": 1, "loss": 5.0, "gain": step / 80, "standard_error": 0.01, "positions": gains}
+    cells = [
+        {"length": length, "depth": depth, "exact_match": depth, "forced_choice": 0.1, "nll_drop": length / 1000}
+        for length in (1024, 512)
+        for depth in (0.0, 0.5, 1.0)
+    ]
+    scored = {"loss": 4.5 - step / 80, "perplexity": 90.0, "bits_per_byte": 1.5, "targets": 12345}
+    fingerprint = hashlib.sha256(data.encode()).hexdigest()
+    evaluation_files.store(
+        folder,
+        {"checkpoint": checkpoint, "data": data, "fingerprint": fingerprint, "split": "validation"},
+        {
+            "scores": {"plays": scored, "all": scored},
+            "positions": {"plays": by_position, "all": by_position},
+            "context_gain": {"plays": [gain], "all": [gain]},
+            "passkey": {"language": "en", "candidates": 10, "seed": 0, "trials": 5, "cells": cells},
+        },
+    )
 
 
 def traces(figure: go.Figure) -> dict[str, go.Scatter]:
@@ -107,11 +138,62 @@ def test_the_page_contains_everything_it_needs(tmp_path):
         assert text in shown.visible
 
 
+def test_evaluations_are_drawn_the_newest_ahead(tmp_path):
+    write_run(tmp_path)
+    for checkpoint in ("step-00000040", "step-00000020"):
+        write_evaluations(tmp_path, checkpoint)
+    shown = Page(page(read_run(tmp_path)))
+    for cell in ("books validation", "step-00000020", "4.2500", "4.0000", "12,345"):
+        assert cell in shown.visible
+    figure = shown.figure("evaluations")
+    lines = [trace for trace in figure.data if trace.type == "scatter" and "plays" in trace.name]
+    assert [line.name for line in lines[:2]] == [f"plays, books validation, step-000000{n}" for n in (20, 40)]
+    assert [line.visible for line in lines] == ["legendonly", True, "legendonly", True]
+    assert [line.y for line in lines] == [(4.75, 3.75, 2.75), (4.5, 3.5, 2.5), (0.25,), (0.5,)]
+    assert lines[0].x == (1, 2, 4)
+    assert lines[0].error_y.array == (0.5, 0.5, 0.5)
+    (beyond,) = [trace for trace in figure.data if trace.type == "scatter" and "chunks of 1" in trace.name]
+    assert (beyond.x, beyond.y) == ((2, 4), (0.5, 1.0))  # the first chunk has nothing to gain
+    exact, chosen, drop = (trace for trace in figure.data if trace.type == "heatmap")
+    assert exact.x == ("512", "1,024")
+    assert exact.y == ("0", "0.5", "1")
+    assert list(exact.z) == [[0.0, 0.0], [0.5, 0.5], [1.0, 1.0]]
+    assert list(chosen.z) == [[0.1, 0.1]] * 3
+    assert list(drop.z) == [[0.512, 1.024]] * 3
+    titles = " ".join(annotation.text for annotation in figure.layout.annotations)
+    assert "step-00000040" in titles
+    assert "Forced choice among 10 (chance 0.10)" in titles
+
+
+def test_every_data_set_has_its_own_heat_maps(tmp_path):
+    write_run(tmp_path)
+    for data in ("/here/books", "/there/books", "/there/news"):
+        write_evaluations(tmp_path, data=data)
+    figure = Page(page(read_run(tmp_path))).figure("evaluations")
+    assert len([trace for trace in figure.data if trace.type == "heatmap"]) == 9
+    assert len(list((tmp_path / "evaluations").iterdir())) == 3 * 4
+
+
+def test_one_analysis_alone_is_drawn_and_none_leaves_no_section(tmp_path):
+    write_run(tmp_path)
+    assert Page(page(read_run(tmp_path))).by_id["evaluations"] == "null"
+    write_evaluations(tmp_path)
+    for file in (tmp_path / "evaluations").iterdir():
+        if "passkey" not in file.name:
+            file.unlink()
+    figure = Page(page(read_run(tmp_path))).figure("evaluations")
+    assert {trace.type for trace in figure.data} == {"heatmap"}
+
+
 def test_text_from_the_run_stays_text(tmp_path):
     folder = tmp_path / "<script>"
     folder.mkdir()
-    shown = Page(page(read_run(write_run(folder))))
-    assert shown.tags.count("script") == 3
+    write_run(folder)
+    write_evaluations(folder, data="/somewhere/<img src=x>")
+    shown = Page(page(read_run(folder)))
+    assert shown.tags.count("script") == 4
+    assert "img" not in shown.tags
+    assert "<img src=x> validation" in shown.visible
     assert HOSTILE in shown.visible
     assert "<script>" in shown.visible
 
@@ -177,11 +259,13 @@ def test_command_writes_the_page_where_it_is_told(tmp_path, capsys):
         (METRICS_FILE, None, "metrics.jsonl does not exist: give the folder that train.py was told to write"),
         (METRICS_FILE, b'{"step"\n{"step": 2, "loss": 1.0}\n', "metrics.jsonl:1: not a record"),
         ("run.json", b"{", "run.json is not valid JSON"),
+        ("evaluations/step-00000001-data.json", b"{", "step-00000001-data.json is not valid JSON"),
     ],
 )
 def test_bad_runs_are_refused_in_one_sentence(tmp_path, capsys, file, content, message):
     write_run(tmp_path)
-    (tmp_path / file).unlink()
+    (tmp_path / "evaluations").mkdir()
+    (tmp_path / file).unlink(missing_ok=True)
     if content is not None:
         (tmp_path / file).write_bytes(content)
     assert main([str(tmp_path)]) == 2

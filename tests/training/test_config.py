@@ -10,12 +10,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from training.config import Recipe, add_recipe_flags, load_recipe
+from training.stages import StageConfig
 
 SHIPPED = sorted(Path("recipes").glob("*.yaml"))
 SIZES_IN_MILLIONS = {
     "tiny": (7, 9),
+    "tiny-long": (5, 6),
     "llama-125m": (110, 140),
+    "masked-lm-125m": (105, 140),
+    "block-diffusion-125m": (105, 140),
     "llama-1b": (1200, 1300),
+    "llama-1b-long": (1200, 1300),
     "llama-7b": (6700, 6800),
     "llama-8b": (8000, 8100),
     "llama-70b": (68900, 69100),
@@ -109,8 +114,40 @@ def test_every_key_is_a_flag_with_help(tmp_path):
     given_flags = parser.parse_args(["--optimizer.lr", "0.5", "--model.hidden_size", "64"])
     assert vars(given_flags) == {"optimizer.lr": "0.5", "model.hidden_size": "64"}
     flags = [action for action in parser._actions if "." in action.dest]
-    assert len(flags) == sum(len(section.annotation.model_fields) for section in Recipe.model_fields.values())
+    sections = [section.annotation for name, section in Recipe.model_fields.items() if name != "stages"]
+    assert len(flags) == sum(len(section.model_fields) for section in sections)
+    assert vars(parser.parse_args(["--stages", "[]"])) == {"stages": "[]"}
     assert all(len(action.help) > 20 for action in flags)
+
+
+STAGED = MINIMAL.replace(", max_steps: 10", "") + "stages: [{name: short, max_steps: 3}, {max_tokens: 600, data: long}]"
+
+
+def test_stages_make_the_length_of_the_run(tmp_path):
+    recipe = load(tmp_path, STAGED)
+    assert [stage.name for stage in recipe.all_stages] == ["short", "stage-2"]
+    assert [stage.steps(512) for stage in recipe.all_stages] == [3, 2]
+    for agreeing in ({"training.max_steps": "5"}, {"training.max_tokens": "2560"}):
+        assert load(tmp_path, STAGED, agreeing).stages == recipe.stages
+    (alone,) = load(tmp_path, MINIMAL).all_stages
+    assert (alone.steps(512), alone.data, alone.weights) == (10, None, None)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        ({"training.max_steps": "6"}, "training.max_steps makes 6 steps but the stages add up to 5"),
+        ({"training.max_tokens": "512"}, "training.max_tokens makes 1 steps but the stages add up to 5"),
+        ({"stages": "[]"}, "give exactly one of training.max_steps and training.max_tokens, or stages"),
+        ({"stages": "[{name: a, max_steps: 1}, {name: a, max_steps: 1}]"}, "stages: two are called 'a'"),
+        ({"stages": "[{max_steps: 1}, {name: stage-1, max_steps: 1}]"}, "stages: two are called 'stage-1'"),
+        ({"stages": "[{}]"}, "--stages.0: give exactly one of max_steps and max_tokens"),
+        ({"stages": "[{max_steps: 1, weight: {}}]"}, "--stages.0.weight: unknown key; did you mean 'weights'?"),
+        ({"stages": "{max_steps: 1}"}, "--stages: input should be a valid list, got {'max_steps': 1}"),
+    ],
+)
+def test_stages_that_cannot_be(tmp_path, overrides, sentence):
+    assert sentence in problems(tmp_path, STAGED, overrides)[0]
 
 
 def test_config_json_of_hugging_face_is_a_model(tmp_path):
@@ -143,7 +180,10 @@ sections = {
     name: anything
     | st.dictionaries(st.sampled_from(sorted(field.annotation.model_fields)) | st.text(max_size=5), anything)
     for name, field in Recipe.model_fields.items()
+    if name != "stages"
 }
+stage = st.dictionaries(st.sampled_from(sorted(StageConfig.model_fields)) | st.text(max_size=5), anything)
+sections["stages"] = anything | st.lists(stage, max_size=3)
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

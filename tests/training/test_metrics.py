@@ -31,6 +31,7 @@ def log(logger: MetricsLogger, step: int, **changes) -> None:
         "grad_norm": 1.25,
         "skipped_steps": 0,
         "rates": Rates(31_250.0, 0.412, 0.003, 0.5),
+        "attention_imbalance": 0.07,
         "memory_bytes": 2**30,
     }
     logger.log_step(step, **(values | changes))
@@ -57,6 +58,7 @@ def test_records_hold_every_key(tmp_path):
         "mfu": 0.412,
         "data_wait_fraction": 0.003,
         "step_seconds": 0.5,
+        "attention_imbalance": 0.07,
         "memory_bytes": 2**30,
         "eta_seconds": 495.0,
     }

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.sampler import WEIGHT_BITS, SampleOrder, permute, rank_samples
+from training.sampler import WEIGHT_BITS, SampleOrder, permute
 
 ROWS = st.dictionaries(st.sampled_from("abcde"), st.integers(1, 300), min_size=1)
 
@@ -83,20 +83,6 @@ def test_a_sample_does_not_depend_on_what_else_is_asked(order, ks):
     for k, source, row, epoch in zip(ks, sources, rows, epochs, strict=True):
         assert order.locate(k) == (order.sources[source], row, epoch)
         assert 0 <= row < order.rows[source]
-
-
-@given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 4), st.integers(0, 10**15))
-@settings(deadline=None)
-def test_ranks_share_a_step_without_gap_or_repetition(world, micro_batch, accumulation, consumed):
-    step = world * micro_batch * accumulation
-    parts = [rank_samples(consumed, step, micro_batch, world, rank) for rank in range(world)]
-    assert all(part.shape == (accumulation, micro_batch) for part in parts)
-    assert sorted(np.concatenate(parts, axis=None).tolist()) == list(range(consumed, consumed + step))
-
-
-def test_batch_that_does_not_divide_is_refused():
-    with pytest.raises(ValueError, match="10 samples a step are not a multiple of micro-batch 2 x 3 ranks"):
-        rank_samples(0, 10, 2, 3, 0)
 
 
 def test_fingerprint_seed_weights_and_rows_select_the_order():

@@ -25,7 +25,8 @@ class Hands:
 
 def test_rates_cover_the_steps_since_the_last_reading(monkeypatch):
     hands = Hands(monkeypatch)
-    clock = StepClock(flops_per_token=6.0, peak_flops_per_second=12_000.0)
+    clock = StepClock(peak_flops_per_second=12_000.0)
+    clock.flops_per_token = 6.0
     for _ in range(2):
         with clock.waiting_for_data():
             hands.move(0.5)
@@ -39,6 +40,12 @@ def test_rates_cover_the_steps_since_the_last_reading(monkeypatch):
     hands.move(8)
     clock.step_done(tokens=1000)
     assert clock.read() == (125.0, 125 * 6 / 12_000, 0.0, 8.0)
+
+    clock.step_done(tokens=1000)
+    clock.flops_per_token = 12.0
+    clock.step_done(tokens=1000)
+    hands.move(2)
+    assert clock.read().mfu == 18_000 / 2 / 12_000
 
 
 @pytest.mark.parametrize(

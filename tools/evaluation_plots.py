@@ -1,0 +1,183 @@
+"""The part of the report that shows what `tools.evaluate` measured: whether the model uses the length of its documents.
+
+Of each data set and split the newest checkpoint's figures are drawn; older ones wait in the legend.
+"""
+
+import html
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from tools.evaluation_tables import PASSKEY_FIGURES, bucket_name, passkey_grid, passkey_title, whole_set
+from tools.plot_style import COLORS, style
+
+ROW_PIXELS = 340
+SPAN = 6  # columns of the grid: a row holds one, two or three plots
+HEAT = ((0.0, "rgba(59,130,246,0.05)"), (1.0, "rgba(59,130,246,0.95)"))
+
+
+class Panel(NamedTuple):
+    title: str
+    traces: list[go.Scatter | go.Heatmap]
+    x: dict[str, Any]
+    y: dict[str, Any]
+
+
+def figure(evaluations: list[dict[str, Any]]) -> go.Figure | None:
+    """Everything but the scores, which are a table; None where nothing of it was measured."""
+    rows = [row for row in (_positions(evaluations), _gains(evaluations), *_passkeys(evaluations)) if row]
+    if not rows:
+        return None
+    specs = []
+    for row in rows:
+        width = SPAN // len(row)
+        specs.append([{"colspan": width} if column % width == 0 else None for column in range(SPAN)])
+    gap = 105 / (ROW_PIXELS * len(rows))
+    plot = make_subplots(
+        len(rows), SPAN, specs=specs, vertical_spacing=gap, horizontal_spacing=0.05,
+        subplot_titles=[panel.title for row in rows for panel in row],
+    )  # fmt: skip
+    for number, row in enumerate(rows, 1):
+        for place, panel in enumerate(row):
+            where = {"row": number, "col": 1 + place * (SPAN // len(row))}
+            for trace in panel.traces:
+                plot.add_trace(trace, **where)
+            plot.update_xaxes(panel.x | {"title_standoff": 6}, **where)
+            plot.update_yaxes(panel.y, **where)
+    style(plot, ROW_PIXELS * len(rows) + 60)
+    plot.update_layout(legend={"y": 1.0 + 30 / (ROW_PIXELS * len(rows))}, margin={"t": 80})
+    return plot
+
+
+def score_rows(evaluations: list[dict[str, Any]]) -> list[list[str]]:
+    """Cells of a table: checkpoint, data and split, source, loss, bits per byte, targets."""
+    return [
+        [
+            found["checkpoint"],
+            _data(found),
+            source,
+            f"{row['loss']:.4f}",
+            f"{row['bits_per_byte']:.4f}" if "bits_per_byte" in row else "",
+            f"{row['targets']:,}",
+        ]
+        for found in evaluations
+        for source, row in found.get("scores", {}).items()
+    ]
+
+
+def _data(found: dict[str, Any]) -> str:
+    return f"{Path(found['data']).name} {found['split']}"
+
+
+def _newest(evaluations: list[dict[str, Any]], analysis: str) -> dict[str, dict[str, Any]]:
+    """The last evaluation of each data set and split that has the analysis."""
+    return {found["fingerprint"] + found["split"]: found for found in evaluations if analysis in found}
+
+
+def _lines(evaluations: list[dict[str, Any]], analysis: str):
+    """Name, rows and style of a line for each evaluation and source."""
+    newest, colors = list(map(id, _newest(evaluations, analysis).values())), {}
+    for found in evaluations:
+        for source, rows in found.get(analysis, {}).items():
+            is_newest = id(found) in newest
+            key = found["fingerprint"], found["split"], source
+            color = COLORS[colors.setdefault(key, len(colors)) % len(COLORS)]
+            name = html.escape(f"{source}, {_data(found)}, {found['checkpoint']}")
+            shown = {"visible": True if is_newest else "legendonly", "legendgroup": name, "name": name}
+            dash = "solid" if is_newest else "dot"
+            yield rows, shown | {"mode": "lines+markers", "line": {"color": color, "width": 1.5, "dash": dash}}
+
+
+def _errors(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Bars of two standard errors."""
+    return {"type": "data", "array": [2 * (row["standard_error"] or 0) for row in rows], "thickness": 1, "width": 3}
+
+
+def _positions(evaluations: list[dict[str, Any]]) -> list[Panel]:
+    traces = [
+        go.Scatter(
+            x=[row["first"] for row in rows],
+            y=[row["loss"] for row in rows],
+            text=[f"{bucket_name(row)}, {row['targets']:,} targets" for row in rows],
+            hovertemplate="position %{text}: %{y:.4f}<extra></extra>",
+            error_y=_errors(rows),
+            **shown,
+        )
+        for rows, shown in _lines(evaluations, "positions")
+    ]
+    title = "Loss by position in the piece of a document (nats; bars: two standard errors)"
+    return [Panel(title, traces, _log_axis("tokens of the same piece before the target"), {})] if traces else []
+
+
+def _gains(evaluations: list[dict[str, Any]]) -> list[Panel]:
+    by_chunk = [
+        go.Scatter(
+            x=[row["limit"] for row in rows],
+            y=[row["gain"] for row in rows],
+            hovertemplate="chunks of %{x} tokens: %{y:.4f}<extra></extra>",
+            error_y=_errors(rows),
+            showlegend=False,
+            **shown,
+        )
+        for rows, shown in _lines(evaluations, "context_gain")
+    ]
+    by_position = [
+        _gain_by_position(found, limit, COLORS[-1 - number % len(COLORS)])
+        for found in _newest(evaluations, "context_gain").values()
+        for number, limit in enumerate(whole_set(found["context_gain"]))
+    ]
+    if not by_chunk:
+        return []
+    zero = {"rangemode": "tozero"}
+    return [
+        Panel("Gain from all context over chunks (nats)", by_chunk, _log_axis("tokens of a chunk"), zero),
+        Panel("The same by position", by_position, _log_axis("tokens before the target"), zero),
+    ]
+
+
+def _gain_by_position(found: dict[str, Any], limit: dict[str, Any], color: str) -> go.Scatter:
+    """Beyond the first chunk, which sees all before it anyway; all sources."""
+    rows = [row for row in limit["positions"] if row["last"] > limit["limit"]]
+    return go.Scatter(
+        x=[row["first"] for row in rows],
+        y=[row["gain"] for row in rows],
+        text=[bucket_name(row) for row in rows],
+        hovertemplate="position %{text}: %{y:.4f}<extra></extra>",
+        error_y=_errors(rows),
+        mode="lines+markers",
+        name=html.escape(f"gain over chunks of {limit['limit']:,}, {_data(found)}"),
+        line={"color": color, "width": 1.5},
+    )
+
+
+def _passkeys(evaluations: list[dict[str, Any]]) -> list[list[Panel]]:
+    """A row of three heat maps for each data set and split."""
+    return [[_heat_map(found, name) for name in PASSKEY_FIGURES] for found in _newest(evaluations, "passkey").values()]
+
+
+def _heat_map(found: dict[str, Any], name: str) -> Panel:
+    lengths, depths, values = passkey_grid(found["passkey"], name)
+    trace = go.Heatmap(
+        x=[f"{length:,}" for length in lengths],
+        y=[f"{depth:g}" for depth in depths],
+        z=[list(column) for column in zip(*values, strict=True)],
+        zmin=0,
+        zmax=max(1.0, *map(max, values)) if name == "nll_drop" else 1.0,
+        colorscale=HEAT,
+        showscale=False,
+        texttemplate="%{z:.2f}",
+        hovertemplate="%{x} tokens, key at %{y}: %{z:.3f}<extra></extra>",
+    )
+    title = passkey_title(found["passkey"], name).capitalize()
+    x, y = {"type": "category", "showgrid": False, "title_text": "tokens of the text"}, {"type": "category"}
+    y |= {"autorange": "reversed", "showgrid": False}
+    if name == "exact_match":
+        title = f"Pass key, {html.escape(_data(found))}, {html.escape(found['checkpoint'])}<br>{title}"
+        y["title_text"] = "depth of the key"
+    return Panel(title, [trace], x, y)
+
+
+def _log_axis(title: str) -> dict[str, Any]:
+    return {"type": "log", "tickvals": [2**k for k in range(24)], "title_text": title, "tickformat": ",d"}

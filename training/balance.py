@@ -1,0 +1,51 @@
+"""Which rank gets which row of a step, so that all ranks have about as much attention to compute.
+
+Rows have equally many tokens, but one long document costs more attention than many short ones. Ranks wait for each other
+after every step, and under ZeRO-3 or a pipeline in every micro-batch, so the slowest decides. The rows of a step are
+therefore dealt out by cost. A step as a whole keeps its rows: which these are stays a pure function of the sample numbers.
+"""
+
+import numpy as np
+
+from model.config import Visibility
+from training.shards import ShardedDataset
+
+
+def row_costs(dataset: ShardedDataset, sources: np.ndarray, rows: np.ndarray, visibility: Visibility) -> np.ndarray:
+    """Visible (query, key) pairs in each row, int64 [n]; padding counts, since it is computed."""
+    T = dataset.manifest.seq_length
+    costs = np.empty(len(rows), np.int64)
+    for i, (source, row) in enumerate(zip(sources.tolist(), rows.tolist(), strict=True)):
+        block, j = dataset.find(source, row)
+        lengths = block.seg_len[block.splits[j] : block.splits[j + 1]].astype(np.int64)
+        rest = T - int(lengths.sum())
+        if rest < 0:
+            lengths[-1] += rest  # the last token of a full row is a target only
+        costs[i] = visibility.pairs(lengths).sum() + visibility.pairs(max(rest, 0))
+    return costs
+
+
+def deal(costs: np.ndarray, micro_batch: int, world_size: int) -> np.ndarray:
+    """Indices into `costs` for each rank and micro-batch: int64 [accumulation, world_size, micro_batch], each used once.
+
+    The most expensive rows share the first micro-batches, so that ranks in step with each other have rows alike; within
+    them every row goes to the rank that has had the least so far (Graham 1969, longest processing time first).
+    """
+    accumulation = len(costs) // (micro_batch * world_size)
+    assert accumulation * micro_batch * world_size == len(costs)
+    order = np.argsort(-costs, kind="stable").reshape(accumulation, world_size * micro_batch)
+    dealt = np.empty((accumulation, world_size, micro_batch), np.int64)
+    total = np.zeros(world_size, np.int64)
+    for group, out in zip(order, dealt, strict=True):
+        filled = np.zeros(world_size, np.int64)
+        for row in group.tolist():
+            rank = int(np.where(filled < micro_batch, total, np.iinfo(np.int64).max).argmin())
+            out[rank, filled[rank]] = row
+            filled[rank] += 1
+            total[rank] += costs[row]
+    return dealt
+
+
+def imbalance(cost_of_ranks: np.ndarray) -> float:
+    """How much more the busiest rank has to do than the average one, as a share: 0 when all have the same."""
+    return float(cost_of_ranks.max() / cost_of_ranks.mean() - 1)

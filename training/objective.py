@@ -1,0 +1,163 @@
+"""What the model is asked for: the next token, or the tokens behind masks.
+
+Masks are drawn per sample: those of sample k are a pure function of (seed, data set, k), whatever rank reads it in which
+layout. The first token of a document, the tokens that mark its beginning and end, context from an overlap, and padding are
+never masked.
+"""
+
+import hashlib
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from model.config import ModelConfig
+from training.manifest import Manifest, TokenizerInfo
+
+NO_TARGET = -100
+GOLDEN = (5**0.5 - 1) / 2
+"""Steps of this length, modulo 1, fill [0, 1) more evenly than random draws: of all t, few batches get only small ones."""
+
+
+class ObjectiveConfig(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True, allow_inf_nan=False)
+
+    name: Literal["causal", "masked", "block_diffusion"] = "causal"
+    """causal: predict the next token. masked: predict tokens replaced by the mask token, from both sides (with `attention:
+    chunked` from their own and earlier chunks). block_diffusion: predict the masked tokens of each chunk from the rest of
+    it and the clean earlier chunks; a row then holds both copies (Arriola et al. 2025)."""
+
+    mask_ratio: float | tuple[float, float] | None = None
+    """Share of the tokens that is masked. One number: fixed, the loss is the mean over the masked tokens (Devlin et al.
+    2019). Two: drawn uniformly between them for each row, or chunk of block_diffusion, and a masked token weighs 1 over
+    the share; with [0, 1] the loss bounds -log p of a token from above (Sahoo et al. 2024, MDLM, equation 10). null: 0.15
+    for masked, [0, 1] for block_diffusion."""
+
+    random_ratio: float = Field(0.0, ge=0, le=1)
+    """Share of the masked tokens that is replaced by a random token instead (0.1 in BERT); with a fixed mask_ratio."""
+
+    keep_ratio: float = Field(0.0, ge=0, le=1)
+    """Share of the masked tokens that is left as it is (0.1 in BERT); with a fixed mask_ratio."""
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Self:
+        set_here = {key for key in ("mask_ratio", "random_ratio", "keep_ratio") if getattr(self, key)}
+        if self.name == "causal":
+            if set_here:
+                raise ValueError(f"{min(set_here)} has no meaning for the objective causal: remove it")
+            return self
+        low, high = self.ratios
+        if not 0 <= low <= high <= 1 or not high:
+            raise ValueError(f"mask_ratio {self.mask_ratio}: one share in (0, 1], or two, the smaller one first")
+        if self.name == "block_diffusion" and not self.drawn:
+            raise ValueError("block_diffusion draws its mask_ratio: give two numbers, [0, 1] for all shares")
+        if self.drawn and set_here & {"random_ratio", "keep_ratio"}:
+            raise ValueError("random_ratio and keep_ratio go with a fixed mask_ratio: the bound is for masks only")
+        if self.random_ratio + self.keep_ratio > 1:
+            raise ValueError("random_ratio and keep_ratio are shares of the masked tokens: their sum is at most 1")
+        return self
+
+    @property
+    def ratios(self) -> tuple[float, float]:
+        """The smallest and the largest share."""
+        ratio = self.mask_ratio
+        if ratio is None:
+            ratio = 0.15 if self.name == "masked" else (0.0, 1.0)
+        return ratio if isinstance(ratio, tuple) else (ratio, ratio)
+
+    @property
+    def drawn(self) -> bool:
+        return isinstance(self.mask_ratio, tuple) or (self.mask_ratio is None and self.name == "block_diffusion")
+
+    @property
+    def bounds_likelihood(self) -> bool:
+        """Whether the loss bounds -log p of a token from above."""
+        return self.drawn and self.ratios == (0.0, 1.0)
+
+    def resolved(self) -> dict[str, Any]:
+        """JSON-able, with the default of `mask_ratio` filled in."""
+        low, high = self.ratios
+        return self.model_dump() | {"mask_ratio": [low, high] if self.drawn else high}
+
+    @property
+    def copies(self) -> int:
+        """Copies of each row that the model reads: noised and clean, or one."""
+        return 2 if self.name == "block_diffusion" else 1
+
+
+def mask_token_id(tokenizer: TokenizerInfo, model: ModelConfig) -> int:
+    """The tokenizer's mask token, or the first id that only the model knows. Raises ValueError where neither exists."""
+    if tokenizer.mask_id is not None:
+        return tokenizer.mask_id
+    if model.vocab_size > tokenizer.vocab_size:
+        return tokenizer.vocab_size
+    raise ValueError(
+        f"the tokenizer has no mask token: set model.vocab_size to at least {tokenizer.vocab_size + 1}, so that there is an "
+        "id for one"
+    )
+
+
+class Masking:
+    """Masks the batches of one data set. `purpose` separates the draws of training from those of validation."""
+
+    def __init__(self, objective: ObjectiveConfig, model: ModelConfig, manifest: Manifest, seed: int, purpose: str):
+        assert objective.name != "causal"
+        tokenizer = manifest.tokenizer
+        self.objective, self.chunk_size = objective, model.chunk_size
+        self.mask_id = mask_token_id(tokenizer, model)
+        control = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.mask_id} - {None}
+        self.boundaries = np.array(sorted(control))
+        self.replacements = np.setdiff1d(np.arange(tokenizer.vocab_size), self.boundaries)
+        digest = hashlib.sha256(f"{manifest.fingerprint}\0{seed}\0mask {purpose}".encode()).digest()
+        self.key = int.from_bytes(digest[:8], "little")
+        self.offset = int.from_bytes(digest[8:16], "little") / 2**64
+
+    def __call__(self, batch: dict, samples: np.ndarray) -> dict:
+        """The masked form of a batch of next-token prediction: `samples` int64 [B] are the numbers of its rows.
+
+        `targets` are the tokens behind the masks, `target_weights` float32 [B, T] what each counts; `num_targets` is what
+        the weighted sum is divided by: the masked tokens, or where the share is drawn all that might have been.
+        """
+        ids, positions = (batch[key].numpy() for key in ("input_ids", "position_ids"))
+        eligible = self.eligible(batch)
+        noised, targets = ids.copy(), np.full_like(ids, NO_TARGET)
+        weights = np.zeros(ids.shape, np.float32)
+        for row, sample in enumerate(samples.tolist()):
+            draws = np.random.Generator(np.random.Philox(key=[self.key, sample]))
+            share = self._shares(draws, sample, positions[row])
+            masked = eligible[row] & (draws.random(len(share)) < share)
+            targets[row, masked] = ids[row, masked]
+            weights[row, masked] = 1 / share[masked] if self.objective.drawn else 1.0
+            noised[row, masked] = self._replaced(draws, ids[row, masked])
+        batch = batch | {"num_targets": int(eligible.sum() if self.objective.drawn else (targets >= 0).sum())}
+        if self.objective.copies == 2:
+            noised, positions = np.hstack([noised, ids]), np.hstack([positions, positions])
+            targets, weights = np.hstack([targets, np.full_like(ids, NO_TARGET)]), np.hstack([weights, 0 * weights])
+        tensors = {"input_ids": noised, "position_ids": positions, "targets": targets, "target_weights": weights}
+        return (
+            batch | {key: torch.from_numpy(value) for key, value in tensors.items()} | {"copies": self.objective.copies}
+        )
+
+    def eligible(self, batch: dict) -> np.ndarray:
+        """Which tokens of a batch of next-token prediction may be masked, bool [B, T]."""
+        following = batch["targets"].numpy()
+        eligible = np.zeros(following.shape, bool)
+        eligible[:, 1:] = following[:, :-1] >= 0  # a target of causal training: neither context nor a first token
+        return eligible & ~np.isin(batch["input_ids"].numpy(), self.boundaries)
+
+    def _shares(self, draws: np.random.Generator, sample: int, positions: np.ndarray) -> np.ndarray:
+        """The probability of a mask for each token of a row, float64 [T], never 0."""
+        low, high = self.objective.ratios
+        if self.objective.name == "block_diffusion":
+            chunk = np.cumsum(positions % self.chunk_size == 0) - 1
+            place = (draws.random() + chunk * GOLDEN) % 1
+        else:
+            place = np.full(len(positions), (self.offset + sample * GOLDEN) % 1)
+        return high - (high - low) * place
+
+    def _replaced(self, draws: np.random.Generator, ids: np.ndarray) -> np.ndarray:
+        kind = draws.random(len(ids))
+        random, keep = self.objective.random_ratio, self.objective.keep_ratio
+        noise = self.replacements[(draws.random(len(ids)) * len(self.replacements)).astype(np.int64)]
+        return np.where(kind < random, noise, np.where(kind < random + keep, ids, self.mask_id))
