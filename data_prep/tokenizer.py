@@ -305,7 +305,9 @@ def main() -> None:
     options.add_argument("--workers", type=int, default=1, help="threads of the trainer")
     arguments = parser.parse_args()
     if not 0 < arguments.character_coverage <= 1:
-        raise ValueError(f"--character-coverage {arguments.character_coverage}: a share of the text, above 0 and up to 1")
+        raise ValueError(
+            f"--character-coverage {arguments.character_coverage}: a share of the text, above 0 and up to 1"
+        )
 
     inputs = parse_sources(arguments.input, [])
     units, files = plan_units(inputs)

@@ -107,7 +107,9 @@ class Recipe(Section):
                 f"model.is_causal {self.model.is_causal} contradicts objective.name {name}: leave model.is_causal out"
             )
         if name == "block_diffusion" and self.model.chunk_size is None:
-            raise ValueError("objective.name block_diffusion works in chunks: set model.attention to chunked, and chunk_size")
+            raise ValueError(
+                "objective.name block_diffusion works in chunks: set model.attention to chunked, and chunk_size"
+            )
         return self
 
     @model_validator(mode="after")

@@ -141,7 +141,9 @@ def validation_batches(
         source = np.searchsorted(ends, number, side="right")
         rows = number - np.concatenate([[0], ends])[source]
         batch = make_batch(dataset, source, rows, size=micro_batch_samples)
-        yield masking(batch, np.concatenate([number, np.zeros(micro_batch_samples - len(k), np.int64)])) if masking else batch
+        if masking:
+            batch = masking(batch, np.pad(number, (0, micro_batch_samples - len(k))))
+        yield batch
 
 
 class _Places:
