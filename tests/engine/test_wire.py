@@ -96,7 +96,8 @@ def by_stage(tmp_path_factory):
 def test_stage_0_hands_in_each_gradient_once(by_stage):
     for rank in by_stage:
         calls, parameters = rank[0, "fp32"]
-        sums_of_the_step = 3 * 8  # targets before it; objective and loss after it
+        # targets and each rank's attention before the step, objective and loss after it
+        sums_of_the_step = (3 + len(by_stage)) * 8
         assert calls.keys() == {"all_reduce"}
         assert calls["all_reduce"].bytes == 4 * parameters + sums_of_the_step
 
