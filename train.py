@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from engine.checkpoint import agree_on_checkpoint, save
+from engine.checkpoint import agree_on_checkpoint, save, steps
 from engine.plan import RunPlan, make_plan
 from engine.resume import check_resumable, restore
 from engine.run_folder import claim_run, describe, fill_run
@@ -61,8 +61,8 @@ def main() -> int:
 
     # Whatever can be wrong is found here, before any process group exists.
     files = (arguments.recipe, overrides, arguments.deepspeed_config, arguments.data)
-    plan = make_plan(*files, topology, arguments.pipeline_stages)
     run = Path(arguments.output)
+    plan = make_plan(*files, topology, arguments.pipeline_stages, fresh=not steps(run))
     notices = plan.warnings + check_resumable(run, plan, arguments.allow_data_change)
 
     start_process_group(topology)
@@ -91,12 +91,12 @@ def main() -> int:
 def train(engine, plan: RunPlan, state: TrainState, logger, clock, stop, topology, run: Path, facts: dict) -> int:
     """The loop: one optimizer step at a time until the recipe's last, a signal or the time limit."""
     recipe, began = plan.recipe, time.monotonic()
-    stage, steps = None, optimizer_steps(plan, state, topology)
+    stage, batches = None, optimizer_steps(plan, state, topology)
     while state.step < plan.total_steps:
         if stage is not (stage := plan.stage_of(state.step + 1)):
             announce(stage, plan, state, logger, clock)
         with clock.waiting_for_data():
-            micro_batches = next(steps)
+            micro_batches = next(batches)
         learning_rate = plan.learning_rate(state.step + 1)
         result = train_step(engine, micro_batches, learning_rate, recipe.training.z_loss_weight)
         state.advance(stage.batch.samples, plan.step_tokens, result.applied)

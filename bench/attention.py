@@ -1,6 +1,6 @@
 """Speed and peak memory of one LLaMA layer's training step over long rows, beside a dense mask and beside transformers.
 
-    python -m bench.attention [--tokens 1024 4096 16384 32768] [--dtype float32] [--device cpu|cuda] [--seconds 300]
+    python -m bench.attention [--tokens 1024 ... 32768] [--dtype float32] [--device cpu|cuda] [--seconds 400]
 
 A step is forward and backward of one row of T tokens through a model of one block (width 768, 12 heads) with a small
 vocabulary, so that attention is most of the work in long rows. The row is
@@ -105,11 +105,11 @@ def peak_bytes(device: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--tokens", type=int, nargs="+", default=[1024, 4096, 16384, 32768], help="default: %(default)s"
+        "--tokens", type=int, nargs="+", default=[1024 << k for k in range(6)], help="default: %(default)s"
     )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="default: %(default)s")
     parser.add_argument("--device", default="cpu", help="default: %(default)s")
-    parser.add_argument("--seconds", type=float, default=300, help="of a single step (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=400, help="of a single step (default: %(default)s)")
     arguments = parser.parse_args()
     how = arguments.dtype, arguments.device
     print(f"one block of width 768, {', '.join(how)}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}")

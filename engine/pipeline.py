@@ -109,12 +109,13 @@ def _specs(recipe: Recipe, loss: Loss) -> list[LayerSpec]:
     return specs
 
 
-def stage_bounds(config: ModelConfig, stages: int, partition: str, seq_length: int) -> list[int]:
+def stage_bounds(config: ModelConfig, stages: int, partition: str, seq_length: int, copies: int = 1) -> list[int]:
     """Where to cut the plan: stage i holds layers bounds[i] .. bounds[i + 1] - 1, at least one block among them.
 
     `partition`: "flops" balances arithmetic, the output head's included (it costs as much as several blocks when the
-    vocabulary is large); "parameters" balances memory; "uniform" the number of layers; "type:REGEX" the number of layers
-    whose class matches. Raises ValueError when there are fewer blocks than stages or the expression matches nothing.
+    vocabulary is large; `copies` of a token pass through the blocks, one through the head); "parameters" balances memory;
+    "uniform" the number of layers; "type:REGEX" the number of layers whose class matches. Raises ValueError when there are
+    fewer blocks than stages or the expression matches nothing.
     """
     plan = layer_plan(config)
     if stages > config.num_hidden_layers:
@@ -123,7 +124,7 @@ def stage_bounds(config: ModelConfig, stages: int, partition: str, seq_length: i
         )
     head = config.vocab_size * config.hidden_size
     if partition == "flops":
-        block = (config.flops_per_token(seq_length) - 6.0 * head) / config.num_hidden_layers
+        block = (config.flops_per_token(seq_length, copies) - 6.0 * head) / config.num_hidden_layers
         costs = [{Block: block, Head: 6.0 * head}.get(entry.cls, 0.0) for entry in plan]
     elif partition == "parameters":
         with torch.device("meta"):

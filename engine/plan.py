@@ -79,8 +79,12 @@ def make_plan(
     data: str,
     topology: Topology,
     pipeline_stages: int | None = None,
+    fresh: bool = True,
 ) -> RunPlan:
-    """Read and cross-check recipe, DeepSpeed JSON and data. Raises ValueError with one line a problem."""
+    """Read and cross-check recipe, DeepSpeed JSON and data. Raises ValueError with one line a problem.
+
+    Not `fresh`: a run that has begun continues, without its `training.initial_weights`, which may be gone by now.
+    """
     problems: list[str] = []
     recipe = _collect(problems, load_recipe, recipe_file, overrides)
     raw = _collect(problems, read_ds_config, ds_config_file)
@@ -97,8 +101,9 @@ def make_plan(
         resolved = _collect(problems, resolve_ds_config, raw, ds_config_file, *launch)
     bounds = []
     if resolved is not None and "pipeline" in resolved.config:
-        pipeline, model = resolved.config["pipeline"], recipe.model
-        bounds = _collect(problems, stage_bounds, model, pipeline["stages"], pipeline["partition"], seq_length)
+        section = resolved.config["pipeline"]
+        cut = (recipe.model, section["stages"], section["partition"], seq_length, recipe.objective.copies)
+        bounds = _collect(problems, stage_bounds, *cut)
     stages, stage_problems = plan_stages(recipe, folders, datasets, resolved)
     for stage in stages:
         stage_problems += model_data_problems(recipe.model, stage.dataset, stage.data)
@@ -113,7 +118,7 @@ def make_plan(
         for stage in stages[1:]:
             found += illegal_combinations(resolved.config, stage.batch, resolved.mesh, recipe, topology.device)
         problems += [f"{ds_config_file}: {problem}" for problem in dict.fromkeys(found)]
-    if recipe.training.initial_weights:
+    if fresh and recipe.training.initial_weights:
         problems += initial_weights_problems(recipe, dataset.manifest.tokenizer, data)
     _collect(problems, landmarks, recipe.schedule, stages[-1].end, recipe.training.global_batch_tokens)
     if problems:

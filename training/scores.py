@@ -23,7 +23,8 @@ def scores(
     loss = loss_sum / max(targets, 1)
     entries = dataset.manifest.splits[dataset.split]
     counted = [entries[name] for name in sources or entries]
-    targets_per_byte = sum(entry.targets for entry in counted) / sum(entry.bytes for entry in counted)
+    # masks leave out the end of every document
+    targets_per_byte = sum(e.targets - (e.documents if masking else 0) for e in counted) / sum(e.bytes for e in counted)
     result = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "targets": int(targets)}
     if masking is None or masking.objective.drawn:
         result["bits_per_byte"] = loss / math.log(2) * targets_per_byte

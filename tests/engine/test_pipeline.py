@@ -47,6 +47,12 @@ def test_the_head_counts_as_much_as_its_arithmetic():
     assert stage_bounds(model, 2, "type:block", 64)[1] == 5
 
 
+def test_two_copies_of_a_token_pass_through_the_blocks_and_one_through_the_head():
+    half = stage_bounds(config(24, vocab_size=1500), 4, "flops", 64)
+    assert stage_bounds(config(24, vocab_size=3000), 4, "flops", 64, copies=2) == half
+    assert stage_bounds(config(24, vocab_size=3000), 4, "flops", 64) != half
+
+
 def test_an_expression_that_matches_nothing_is_refused():
     with pytest.raises(ValueError, match="matches none of the layer classes Embedding, Block, RMSNorm, Head"):
         stage_bounds(config(2), 2, "type:decoder", 64)

@@ -88,7 +88,12 @@ def test_the_figure_is_its_definition(name, dataset):
     bound = math.fsum(loss for _, loss, _ in tokens) / len(tokens)
     result = scores(dataset, found.full.total, found.full.targets, masking=masking)
     assert (result["targets"], result["loss"]) == (len(tokens), pytest.approx(bound, rel=1e-10))
-    assert ("bits_per_byte" in result) == (name != "fixed")
+    if name == "fixed":
+        assert "bits_per_byte" not in result
+    else:
+        (source,) = dataset.manifest.splits["train"].values()
+        per_byte = (source.tokens - 2 * source.documents) / source.bytes  # neither the first token nor the last, EOS
+        assert result["bits_per_byte"] == pytest.approx(bound / math.log(2) * per_byte, rel=1e-10)
     buckets = defaultdict(list)
     for place, loss, _ in tokens:
         buckets[place.bit_length() - 1].append(loss)
