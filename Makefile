@@ -21,7 +21,7 @@ demo: .venv/installed
 	$(BIN)/python -m tools.demo
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 check: .venv/installed
 	$(BIN)/ruff check .

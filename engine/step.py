@@ -4,6 +4,8 @@ The loss is a sum over valid targets divided by the number of targets of the who
 micro-batches before the first backward pass. So it depends neither on how a step is cut nor on where padding falls.
 """
 
+import contextlib
+import io
 import math
 from typing import NamedTuple
 
@@ -73,7 +75,8 @@ def build_engine(plan: RunPlan, fresh: bool = True) -> deepspeed.DeepSpeedEngine
         config["zero_allow_untested_optimizer"] = True  # DeepSpeed has not tested this one; tests/engine has
     if hasattr(optimizer, "max_grad_norm"):
         config["gradient_clipping"] = 0.0  # this optimizer clips by itself, after measuring
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    with contextlib.redirect_stdout(io.StringIO()):  # the bf16 optimizer prints its memory, whatever the log level
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     engine.mesh, engine.visibility = plan.mesh, recipe.model.visibility
     if plan.mesh.tensor > 1 and not config["tensor_parallel"].get("tp_overlap_comm"):
         sum_gradients_once(model)

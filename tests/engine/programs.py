@@ -1,6 +1,8 @@
 """What a rank does in the engine's tests: runs of a tiny model through the very functions that train.py calls."""
 
+import contextlib
 import hashlib
+import io
 import json
 from pathlib import Path
 
@@ -184,7 +186,8 @@ def histories(folder: str, recipe: str, data: str, runs: dict[str, tuple[dict, d
     """Each named (ds_config, overrides) from the same start: its history, weights and validation."""
     results = {}
     for name, (ds_config, overrides) in runs.items():
-        run = Run(recipe, data, ds_config, Path(folder) / name, overrides)
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            run = Run(recipe, data, ds_config, Path(folder) / name, overrides)
         parameters = list(run.engine.module.parameters())
         held = sum(getattr(p, "ds_tensor", p).numel() for p in parameters)
         history = run.steps(steps)
@@ -194,6 +197,7 @@ def histories(folder: str, recipe: str, data: str, runs: dict[str, tuple[dict, d
             "validation": validate_all(run.engine, run.plan),
             "held_parameters": held,
             "all_parameters": run.plan.recipe.model.num_parameters(),
+            "printed": printed.getvalue(),
         }
         run.close()
     return results
