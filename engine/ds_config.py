@@ -131,6 +131,13 @@ def _fill_optimizer(config: dict[str, Any], recipe: Recipe) -> list[str]:
     return problems
 
 
+def without_effect(raw: dict[str, Any]) -> list[str]:
+    """Keys of a valid JSON that choose between implementations of an optimizer, which is not built from the JSON."""
+    block = raw.get("optimizer", {})
+    sections = {"optimizer.legacy_fusion": block, "optimizer.params.torch_adam": block.get("params", {})}
+    return [key for key, section in sections.items() if key.rpartition(".")[2] in section]
+
+
 def _fill_batch(config: dict[str, Any], recipe: Recipe, seq_length: int, data_ranks: int) -> tuple[Batch, list[str]]:
     """Solve `train_batch_size = micro_batch * accumulation * data_ranks` for what the JSON leaves open."""
     tokens = recipe.training.global_batch_tokens

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from engine.ds_config import Batch, read_ds_config, resolve_ds_config
+from engine.ds_config import Batch, read_ds_config, resolve_ds_config, without_effect
 from engine.ds_keys import key_problems
 from engine.initial_weights import initial_weights_problems
 from engine.legality import illegal_combinations
@@ -134,6 +134,7 @@ def make_plan(
             f"{recipe_file}: transformers has no LLaMA with model.position_embedding {recipe.model.position_embedding}: this "
             "model can be evaluated and used here, but not exported"
         )
+    warnings += [f"{ds_config_file}: {key} has no effect: the recipe says the optimizer" for key in without_effect(raw)]
     if "gradient_compression" in resolved.config and topology.world_size == 1:
         warnings.append(f"{ds_config_file}: gradient_compression has no effect on one rank")
     return RunPlan(recipe, resolved.config, resolved.mesh, stages, sets, bounds, warnings)

@@ -109,6 +109,14 @@ def test_settings_without_effect_are_named(setting):
     assert any("but not exported" in w for w in plan(setting, {"model.position_embedding": "learned"}).warnings)
 
 
+def test_the_choice_of_an_optimizers_implementation_has_no_effect(setting, tmp_path):
+    block = {"type": "AdamW", "legacy_fusion": True, "params": {"lr": "auto", "torch_adam": True}}
+    (tmp_path / "ds.json").write_text(json.dumps({"optimizer": block}))
+    (fusion, implementation) = plan(setting, ds_config=tmp_path / "ds.json").warnings
+    assert "ds.json: optimizer.legacy_fusion has no effect" in fusion
+    assert "ds.json: optimizer.params.torch_adam has no effect" in implementation
+
+
 def test_initial_weights_must_fit(setting, tmp_path):
     config = ModelConfig(**RECIPE["model"] | {"hidden_size": 64})
     save_hf(config, Llama(config).state_dict().items(), tmp_path / "hf")
