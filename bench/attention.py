@@ -41,12 +41,8 @@ CONFIG = ModelConfig(
 )
 CHUNKED = CONFIG.model_copy(update={"is_causal": False, "attention": "chunked", "chunk_size": 512})
 DOCUMENT_TOKENS = 1024
-CASES = {
-    # row: contenders
-    "one document": ("longform", "dense mask", "transformers"),
-    "chunks of 512": ("longform", "dense mask", "transformers"),
-    "documents of 1k": ("longform", "dense mask", "transformers"),
-}
+ROWS = ("one document", "chunks of 512", "documents of 1k")
+CONTENDERS = ("longform", "dense mask", "transformers")
 
 
 def dense(q, k, v, documents, visibility):
@@ -113,11 +109,11 @@ def main() -> None:
     arguments = parser.parse_args()
     how = arguments.dtype, arguments.device
     print(f"one block of width 768, {', '.join(how)}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}")
-    for row, contenders in CASES.items():
+    for row in ROWS:
         print(
             f"\n{row:16s} {'':12s} " + " ".join(f"{f'T={tokens:,}':>22s}" for tokens in arguments.tokens) + "   growth"
         )
-        for contender in contenders:
+        for contender in CONTENDERS:
             cells, times = [], []
             for tokens in arguments.tokens:
                 growth = (tokens / arguments.tokens[len(times) - 1]) ** 2 if times else 0

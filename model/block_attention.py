@@ -48,15 +48,11 @@ def plan_blocks(documents: Documents, visibility: Visibility) -> list[Block]:
         for first in range(0, length, step):
             last = min(first + step, length)
             queries = slice(start + first, start + last)
-            if noised:
-                clean = start + half
-                prefix, near = slice(clean, clean + first), (slice(clean + first, clean + last), queries)
-            else:
-                prefix, near = slice(start, start + first), (queries,)
-            if step == span:  # the block is one chunk
-                near = (queries,)
-                mask = None
-            else:
+            clean = start + half * noised
+            prefix, near, mask = slice(clean, clean + first), (queries,), None
+            if step > span:  # several chunks, each of which sees those before it
+                if noised:
+                    near = (slice(clean + first, clean + last), queries)
                 keys = Tokens(*(torch.cat([column[keys] for keys in near]) for column in tokens))
                 mask = visibility.sees(Tokens(*(column[queries].unsqueeze(1) for column in tokens)), keys)
             blocks.append(Block(queries, prefix, near, mask))

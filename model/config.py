@@ -222,18 +222,11 @@ class ModelConfig(BaseModel):
         rope = {"rope_theta": self.rope_theta, "rope_type": "default", **(self.rope_scaling or {})}
         if rope["rope_type"] in ROPE_EXTENDS_ORIGINAL:
             rope.setdefault("original_max_position_embeddings", self.max_position_embeddings)
-        ours = {
-            "qk_norm",
-            "sliding_window",
-            "rope_scaling",
-            "position_embedding",
-            "attention",
-            "chunk_size",
-            "is_causal",
-        }
-        fields = self.model_dump(exclude=ours)
+        ours = {"qk_norm", "sliding_window", "rope_scaling", "position_embedding"}
+        of_masked = {"attention", "chunk_size", "is_causal"}
+        fields = self.model_dump(exclude=ours | of_masked)
         if not self.is_causal:
-            fields |= self.model_dump(include={"attention", "chunk_size", "is_causal"}, exclude_none=True)
+            fields |= self.model_dump(include=of_masked, exclude_none=True)
         fields |= {"num_key_value_heads": self.kv_heads, "head_dim": self.head_width, "hidden_act": "silu"}
         fields |= {"rope_parameters": rope}
         if self.rope_scaling:

@@ -51,9 +51,9 @@ class Documents:
         return cls(positions, [tokens] * rows, starts.int())
 
     @classmethod
-    def tail(cls, tokens: int, new: int, device: torch.device | None = None) -> Documents:
-        """The last `new` tokens of one document that is now `tokens` long (decoding with a cache)."""
-        positions = torch.arange(tokens - new, tokens, device=device).unsqueeze(0)
+    def stretch(cls, first: int, last: int, tokens: int, device: torch.device | None = None) -> Documents:
+        """The tokens first .. last - 1 of one document of `tokens` tokens (decoding with a cache)."""
+        positions = torch.arange(first, last, device=device).unsqueeze(0)
         starts = torch.tensor([0, tokens], dtype=torch.int32, device=device)
         return cls(positions, [tokens], starts)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from .attention import KeyValueCache
 from .documents import Documents
 from .llama import Llama
-from .rope import inverse_frequencies, rope_depends_on_length
+from .rope import frequencies_of_length
 
 
 def generate(
@@ -95,7 +95,8 @@ class _Decoder:
     @torch.inference_mode()
     def logits(self, ids: Tensor) -> Tensor:
         """[V] after `ids` [1, T]; all but the last of them have been seen before, except in the first call."""
-        frequencies, tokens = _frequencies(self.model, ids), ids.shape[1]
+        tokens = ids.shape[1]
+        frequencies = frequencies_of_length(self.model.config, tokens)
         if frequencies == self.frequencies:
             for cache in self.caches:
                 cache.tokens = tokens - 1
@@ -105,16 +106,9 @@ class _Decoder:
         return _last_logits(self.model, ids, tokens, self.caches)
 
 
-def _frequencies(model: Llama, ids: Tensor) -> tuple[float, ...]:
-    """What cached keys depend on. Some rotary scalings change with the length; the cache is then filled anew."""
-    if not rope_depends_on_length(model.config):
-        return ()
-    return tuple(inverse_frequencies(model.config, ids.shape[1])[0].tolist())
-
-
 def _last_logits(model: Llama, step: Tensor, tokens: int, caches: list[KeyValueCache]) -> Tensor:
     """Logits [V] after the new tokens `step` [1, new] of a document that is now `tokens` long."""
-    documents = Documents.tail(tokens, step.shape[1], step.device)
+    documents = Documents.stretch(tokens - step.shape[1], tokens, tokens, step.device)
     x = model.embed(step, documents)
     for block, cache in zip(model.layers, caches, strict=True):
         x = block(x, documents, cache)

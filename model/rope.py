@@ -18,7 +18,7 @@ from .documents import Documents
 
 
 def rope_depends_on_length(config: ModelConfig) -> bool:
-    """Whether the frequencies change with the length of the document (cached keys then go stale)."""
+    """Whether the frequencies change with the length of the document."""
     return config.rope_scaling is not None and config.rope_scaling["rope_type"] in ("dynamic", "longrope")
 
 
@@ -72,6 +72,11 @@ def inverse_frequencies(config: ModelConfig, length: int, device: torch.device |
     extension = scaling.get("factor", config.max_position_embeddings / original)
     default = math.sqrt(1 + math.log(extension) / math.log(original)) if extension > 1 else 1.0
     return inverse / torch.tensor(factors, device=device).float(), scaling.get("attention_factor", default)
+
+
+def frequencies_of_length(config: ModelConfig, length: int) -> tuple[float, ...]:
+    """What cached keys depend on: the frequencies where they change with the length (the cache is then filled anew)."""
+    return tuple(inverse_frequencies(config, length)[0].tolist()) if rope_depends_on_length(config) else ()
 
 
 def _llama3(inverse: Tensor, original: int, factor: float, low_freq_factor: float, high_freq_factor: float) -> Tensor:

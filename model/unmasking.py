@@ -17,7 +17,7 @@ from .attention import KeyValueCache
 from .documents import Documents
 from .generation import check_request, sample
 from .llama import Llama
-from .rope import inverse_frequencies, rope_depends_on_length, rotary_tables
+from .rope import frequencies_of_length, rotary_tables
 
 
 def unmask(
@@ -71,18 +71,17 @@ class _States:
     def __init__(self, model: Llama, capacity_tokens: int):
         self.model, self.capacity_tokens = model, capacity_tokens
         self.caches: list[KeyValueCache] = []
-        self.kept, self.made_for = 0, None
+        self.frequencies: tuple[float, ...] | None = None
+        self.kept = 0
 
     @torch.inference_mode()
     def logits(self, finished: Tensor, here: Tensor) -> Tensor:
         """[c, V] at the tokens `here` [c], after the whole chunks `finished` [n]."""
         tokens = len(finished) + len(here)
-        made_for = None
-        if rope_depends_on_length(self.model.config):
-            made_for = inverse_frequencies(self.model.config, tokens)[0].tolist()
-        if not self.caches or made_for != self.made_for:
+        frequencies = frequencies_of_length(self.model.config, tokens)
+        if frequencies != self.frequencies:
             self.caches = [KeyValueCache(self.capacity_tokens) for _ in self.model.layers]
-            self.kept, self.made_for = 0, made_for
+            self.kept, self.frequencies = 0, frequencies
         if len(finished) > self.kept:
             # all whole chunks of the prompt at once, or one more
             self._read(finished[self.kept :], tokens)
@@ -94,8 +93,7 @@ class _States:
         """Hidden states [1, n, D] of the tokens that follow the kept ones, in a document to be of `tokens` tokens."""
         for cache in self.caches:
             cache.tokens = self.kept
-        positions = torch.arange(self.kept, self.kept + len(ids), device=ids.device).unsqueeze(0)
-        whole = Documents(positions, [tokens], torch.tensor([0, tokens], dtype=torch.int32, device=ids.device))
+        whole = Documents.stretch(self.kept, self.kept + len(ids), tokens, ids.device)
         x = self.model.embed(ids.unsqueeze(0), whole)
         documents = Documents.whole_rows(1, len(ids), ids.device)
         if self.model.config.position_embedding == "rope":

@@ -47,15 +47,15 @@ class Visibility(NamedTuple):
             visible = visible & (query.position - key.position < self.window)
         return visible
 
-    def pairs(self, tokens, copies: int = 1):
+    def pairs(self, tokens):
         """How many (query, key) pairs are visible in a document of `tokens` (a number or an array of them)."""
         n, c = tokens, self.span
         if self.window is not None:
             w = (n < self.window) * n + (n >= self.window) * self.window  # the shorter of the two
             return w * (w + 1) // 2 + (n - w) * w
         if c is None:
-            return copies * n * n
+            return n * n
         full, rest = n // c, n % c
         own = full * c * c + rest * rest
         before = c * c * (full * (full - 1) // 2) + rest * full * c
-        return copies * (own + before)
+        return own + before

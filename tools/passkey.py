@@ -80,9 +80,7 @@ class Filler:
         self.dataset = dataset
         counts = [min(dataset.rows_per_source[name], max_samples or len(dataset)) for name in dataset.sources]
         self.bounds = np.cumsum([0, *counts])
-        tokenizer = dataset.manifest.tokenizer
-        control = tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.mask_id
-        self.control = [token for token in control if token is not None]
+        self.control = dataset.manifest.tokenizer.control_ids
 
     def draw(self, generator: np.random.Generator, tokens: int) -> list[int]:
         ids: list[int] = []

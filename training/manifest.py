@@ -94,6 +94,11 @@ class TokenizerInfo(Record):
     """Fills the end of rows; never a target."""
     mask_id: int | None
 
+    @property
+    def control_ids(self) -> list[int]:
+        """Those of BOS, EOS, padding and mask that there are, ascending."""
+        return sorted({self.bos_id, self.eos_id, self.pad_id, self.mask_id} - {None})
+
 
 class Shard(Record):
     file: str

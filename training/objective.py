@@ -106,8 +106,7 @@ class Masking:
         tokenizer = manifest.tokenizer
         self.objective, self.chunk_size = objective, model.chunk_size
         self.mask_id = mask_token_id(tokenizer, model)
-        control = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.mask_id} - {None}
-        self.boundaries = np.array(sorted(control))
+        self.boundaries = np.array(tokenizer.control_ids)
         self.replacements = np.setdiff1d(np.arange(tokenizer.vocab_size), self.boundaries)
         digest = hashlib.sha256(f"{manifest.fingerprint}\0{seed}\0mask {purpose}".encode()).digest()
         self.key = int.from_bytes(digest[:8], "little")

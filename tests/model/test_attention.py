@@ -101,7 +101,7 @@ def test_visible_pairs_are_counted(tokens, visibility, copies):
         visibility = visibility._replace(window=None)
     documents = Documents.from_position_ids(positions([tokens] * copies), copies=copies)
     of_token = documents.tokens()
-    assert visibility.pairs(tokens, copies) == visibility.sees(of_token.at((slice(None), None)), of_token).sum()
+    assert copies * visibility.pairs(tokens) == visibility.sees(of_token.at((slice(None), None)), of_token).sum()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -40,3 +40,9 @@ def trained(data, tmp_path_factory) -> support.Trained:
     recipe.write_text(yaml.safe_dump(support.RECIPE))
     first, second = run_ranks(support.train_all, 2, str(folder), str(recipe), str(data), timeout=300)
     return support.Trained(folder, data, {name: first[name] | second[name] for name in first})
+
+
+@pytest.fixture(scope="session")
+def masked_exports(trained, tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("exports")
+    return {name: support.exported(trained.folder / name, folder / name, "float32") for name in support.MASKED}

@@ -23,11 +23,13 @@ from engine.ds_config import read_ds_config
 from engine.run_folder import describe, fill_run
 from model.config import ModelConfig
 from model.llama import Llama
+from tests.data_prep.support import build_here
 from tests.engine.programs import Run, zero
 from tools import export
 from tools.trained import DTYPES
 from train import open_outputs, train
 from training.manifest import PackingPolicy
+from training.shards import ShardedDataset, open_split
 
 STEPS = 4
 EVERY = 2  # steps between checkpoints and between validations
@@ -145,6 +147,13 @@ def exported(run: Path, output: Path, dtype: str) -> Path:
 def write_documents(path: Path, texts: list[str]) -> Path:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path
+
+
+def packed(texts: list[str], tokenizer: Path, folder: Path, **policy) -> ShardedDataset:
+    """The train split of a data set of these documents, none of which is put into another."""
+    documents = write_documents(folder / "documents.jsonl", texts)
+    build_here([documents], tokenizer, folder / "data", validation_fraction=0, **policy)
+    return open_split(folder / "data", "train")
 
 
 def build_data(sources: list[str], tokenizer: Path, output: Path, seq_length: int, validation_fraction: float) -> Path:

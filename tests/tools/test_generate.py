@@ -29,12 +29,6 @@ def exported(trained, tmp_path_factory):
     return support.exported(trained.folder / "zero3", tmp_path_factory.mktemp("exported") / "hf", "float32")
 
 
-@pytest.fixture(scope="module")
-def exports(trained, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("exports")
-    return {name: support.exported(trained.folder / name, folder / name, "float32") for name in support.MASKED}
-
-
 @pytest.fixture
 def command(capsys, monkeypatch):
     return lambda *arguments: support.call(generate.main, capsys, monkeypatch, "--device", "cpu", *arguments)
@@ -60,13 +54,13 @@ def test_seeds_and_steps_make_a_difference(trained, command):
 
 
 @pytest.mark.parametrize("name", support.MASKED)
-def test_a_masked_run_and_its_export_say_the_same(trained, exports, command, name):
+def test_a_masked_run_and_its_export_say_the_same(trained, masked_exports, command, name):
     choices = [["--temperature", "0"], ["--seed", "7"], ["--seed", "7", "--top-k", "50", "--top-p", "0.9"]]
     choices += [["--seed", "7", "--unmasking-steps", "2"], ["--seed", "8"]]
     said = []
     for flags in choices:
         flags = ["--prompt", PROMPT, "--max-new-tokens", "40", *flags]
-        run, export = (command(source, *flags) for source in (trained.folder / name, exports[name]))
+        run, export = (command(source, *flags) for source in (trained.folder / name, masked_exports[name]))
         assert (run.code, run.err) == (0, "")
         assert run == export
         assert run.out.startswith(PROMPT)
@@ -75,8 +69,8 @@ def test_a_masked_run_and_its_export_say_the_same(trained, exports, command, nam
     assert "<mask>" not in "".join(said)
 
 
-def test_finished_chunks_are_shown_while_the_next_one_is_made(trained, exports):
-    opened = open_trained(str(exports["diffusion"]), None, "cpu", "float32")
+def test_finished_chunks_are_shown_while_the_next_one_is_made(trained, masked_exports):
+    opened = open_trained(str(masked_exports["diffusion"]), None, "cpu", "float32")
     read = []
     opened.model.embed_tokens.register_forward_hook(lambda _module, inputs, _output: read.append(inputs[0].shape[1]))
     how = Namespace(max_new_tokens=30, temperature=0.0, top_k=None, top_p=None, seed=None, unmasking_steps=3)

@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 
 from model.documents import Documents
 from model.llama import Llama
-from tests.data_prep.support import PROSE, build_here
+from tests.data_prep.support import PROSE
 from tests.model.support import SCALINGS, tiny
 from tests.tools import support
 from tools.long_context import PositionSums, context_gain, default_limits, in_chunks, measure, positions
-from training.shards import open_split
 
 TOKENS, LIMITS = 24, (1, 5, 8, 24, 100)
 
@@ -23,11 +22,8 @@ TOKENS, LIMITS = 24, (1, 5, 8, 24, 100)
 @pytest.fixture(scope="module")
 def dataset(tokenizer, tmp_path_factory):
     """Rows of 24 tokens: pieces of long documents that overlap by 5, and short documents together in a row."""
-    folder = tmp_path_factory.mktemp("long_context")
     texts = [PROSE[2][:200], *(text[:18] for text in PROSE[3:8])]
-    documents = support.write_documents(folder / "documents.jsonl", texts)
-    build_here([documents], tokenizer, folder / "data", seq_length=TOKENS, overlap=5, validation_fraction=0)
-    found = open_split(folder / "data", "train")
+    found = support.packed(texts, tokenizer, tmp_path_factory.mktemp("long_context"), seq_length=TOKENS, overlap=5)
     pieces = [row.seg_len for row in rows_of(found)]
     assert len(pieces) < 30
     assert any(len(lengths) > 1 for lengths in pieces)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections import defaultdict
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from model.llama import Llama
-from tests.data_prep.support import PROSE, build_here
+from tests.data_prep.support import PROSE
 from tests.model.support import formula, tiny
 from tests.tools import support
 from tests.tools.test_report import Page
@@ -21,7 +22,6 @@ from training.data import make_batch
 from training.objective import Masking, ObjectiveConfig
 from training.records import read_records
 from training.scores import scores
-from training.shards import open_split
 
 TOKENS, CHUNK = 24, 6
 CHUNKED = {"attention": "chunked", "chunk_size": CHUNK}
@@ -37,11 +37,8 @@ OBJECTIVES = {
 @pytest.fixture(scope="module")
 def dataset(tokenizer, tmp_path_factory):
     """Rows of 24 tokens: pieces of long documents that overlap by 5, and short documents together in a row."""
-    folder = tmp_path_factory.mktemp("masked")
     texts = [PROSE[2][:900], *(text[:18] for text in PROSE[3:15])]
-    documents = support.write_documents(folder / "documents.jsonl", texts)
-    build_here([documents], tokenizer, folder / "data", seq_length=TOKENS, overlap=5, validation_fraction=0)
-    return open_split(folder / "data", "train")
+    return support.packed(texts, tokenizer, tmp_path_factory.mktemp("masked"), seq_length=TOKENS, overlap=5)
 
 
 def definition(model, dataset, masking):
@@ -118,12 +115,6 @@ def test_the_bound_of_a_model_that_knows_nothing_is_its_entropy(dataset):
         assert np.mean(losses) == pytest.approx(math.log(600), rel=0.1)
 
 
-@pytest.fixture(scope="module")
-def exports(trained, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("exports")
-    return {name: support.exported(trained.folder / name, folder / name, "float32") for name in support.MASKED}
-
-
 @pytest.fixture
 def command(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
@@ -131,10 +122,10 @@ def command(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("name", support.MASKED)
-def test_it_is_the_validation_loss_that_the_run_logged(trained, exports, command, tmp_path, name):
+def test_it_is_the_validation_loss_that_the_run_logged(trained, masked_exports, command, tmp_path, name):
     run, file = trained.folder / name, tmp_path / "figures.json"
     validations = {r["step"]: r["validation"] for r in read_records(run / "metrics.jsonl") if "validation" in r}
-    for source, step, *more in ((run, 4), (run, 2, "--step", 2), (exports[name], 4, "--batch-samples", 7)):
+    for source, step, *more in ((run, 4), (run, 2, "--step", 2), (masked_exports[name], 4, "--batch-samples", 7)):
         done = command(source, "--data", trained.data, "--json", file, *more)
         assert (done.code, done.err) == (0, "")
         found = json.loads(file.read_text())
@@ -152,23 +143,22 @@ def test_it_is_the_validation_loss_that_the_run_logged(trained, exports, command
     assert "step-00000004" in Page(page(read_run(run))).visible
 
 
-def test_what_asks_for_the_next_token_is_refused(trained, exports, command):
+def test_what_asks_for_the_next_token_is_refused(trained, masked_exports, command, tmp_path):
     data = "--data", trained.data
     for flag in ("--context-gain", "--passkey"):
         done = command(trained.folder / "masked", *data, flag)
         said = f"{flag} is for models that predict the next token; masked/step-00000004 predicts masked ones"
         assert (done.code, done.err) == (2, f"error: {said}\n")
-    file = exports["masked"] / "config.json"
+    file = shutil.copytree(masked_exports["masked"], tmp_path / "export") / "config.json"
     config = json.loads(file.read_text())
     for change, said in (
         ({"objective": None}, "config.json has no objective, which says how tokens are masked"),
         ({"objective": {"name": "masked", "mask_ratio": 2}}, "config.json: objective: Value error, mask_ratio 2.0"),
     ):
         file.write_text(json.dumps(config | change))
-        done = command(exports["masked"], *data)
+        done = command(file.parent, *data)
         assert (done.code, done.err.count("\n")) == (2, 1)
         assert said in done.err
-    file.write_text(json.dumps(config))
 
 
 def test_the_batch_does_not_enter(dataset):
