@@ -72,7 +72,7 @@ model = AutoModelForCausalLM.from_pretrained("$folder")
 MASKED = Template("""```python
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("$folder")
+tokenizer = AutoTokenizer.from_pretrained("$folder", trust_remote_code=True)
 model = AutoModelForMaskedLM.from_pretrained("$folder", trust_remote_code=True)
 text = f"To be, or {tokenizer.mask_token} to be"
 inputs = tokenizer(text, split_special_tokens=False, return_tensors="pt")

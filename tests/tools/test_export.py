@@ -73,7 +73,7 @@ def test_transformers_computes_what_the_engine_did(trained, rows, tmp_path, comm
     assert all(np.array_equal(written[key].numpy(), value) for key, value in trained.weights[name].items())
 
 
-def test_transformers_fills_in_what_the_engine_did(trained, rows, tmp_path, command, monkeypatch):
+def test_transformers_fills_in_what_the_engine_did(trained, rows, tmp_path, command, monkeypatch, capsys):
     """Masked models: the same logits in whole, packed and padded rows; the model card says how to get them."""
     for name in support.MASKED:
         assert command(trained.folder / name, "--output", tmp_path / name, "--dtype", "float32").code == 0
@@ -96,7 +96,9 @@ def test_transformers_fills_in_what_the_engine_did(trained, rows, tmp_path, comm
         assert yaml.safe_load(text.split("---\n")[1])["pipeline_tag"] == "fill-mask"
         assert {"masked": "predict 30% of", "diffusion": "from their own chunk of 16 tokens"}[name] in text
         monkeypatch.chdir(tmp_path)
+        capsys.readouterr()
         exec(re.search(r"```python\n(.*?)```", text, re.S)[1], found := {})
+        assert "trust_remote_code" not in capsys.readouterr().out  # transformers has no question left
         assert int((found["inputs"]["input_ids"] == found["tokenizer"].mask_token_id).sum()) == 1
         assert found["logits"].shape == (*found["inputs"]["input_ids"].shape, 600)
         fill = pipeline("fill-mask", str(tmp_path / name), trust_remote_code=True, device="cpu")
