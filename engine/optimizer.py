@@ -89,3 +89,13 @@ def build_optimizer(model: torch.nn.Module, config: OptimizerConfig, ds_config: 
     if unguarded:
         return GuardedAdamW(groups, config.max_grad_norm or 0.0, fused=True, **options)
     return torch.optim.AdamW(groups, fused=True, **options)
+
+
+def drop_sums(optimizer) -> None:
+    """Forget the gradients of a skipped step, to which the next backward pass would add its own.
+
+    DeepSpeed (0.19) does it itself except at ZeRO-1 and 2 with an offloaded optimizer: there `step` leaves its
+    `averaged_gradients`, sums over micro-batches in float32, as they are unless the step is applied.
+    """
+    for group in getattr(optimizer, "averaged_gradients", {}):
+        optimizer.averaged_gradients[group] = None

@@ -19,7 +19,7 @@ from engine import pipeline
 from engine.compression import compress_gradients
 from engine.initial_weights import load_initial_weights
 from engine.mesh import Mesh
-from engine.optimizer import build_optimizer
+from engine.optimizer import build_optimizer, drop_sums
 from engine.plan import RunPlan
 from engine.sequence import share_rows
 from engine.tensor import cut_vocabulary, for_autotp, sum_gradients_once
@@ -121,9 +121,11 @@ def train_step(
             engine.backward(objective_sum * weight)
             engine.step()
     objective, loss = (total / max(targets, 1) for total in sum_over_tokens(engine, sums.tolist()))
-    norm = engine.get_global_grad_norm()
+    norm, applied = engine.get_global_grad_norm(), engine.was_step_applied()
+    if not applied:
+        drop_sums(engine.optimizer)
     wire_bytes = engine.gradient_compression and engine.gradient_compression.wire_bytes
-    return StepResult(loss, objective, targets, float(norm), engine.was_step_applied(), imbalance, wire_bytes)
+    return StepResult(loss, objective, targets, float(norm), applied, imbalance, wire_bytes)
 
 
 def follow_the_cut(engine: deepspeed.DeepSpeedEngine, micro_batches: list[dict]) -> None:

@@ -4,7 +4,9 @@ import contextlib
 import hashlib
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -71,6 +73,34 @@ def prepare(folder: Path) -> tuple[str, str]:
     return str(folder / "recipe.yaml"), str(folder / "data")
 
 
+class Poison(NamedTuple):
+    """A number that is not finite, on one rank and in one micro-batch of a step."""
+
+    value: float
+    rank: int
+    micro_batch: int
+    in_gradient: bool
+    """Whether the loss stays finite and only what flows back from it is poisoned."""
+
+    @contextlib.contextmanager
+    def given_to(self, engine, micro_batches: int) -> Iterator[None]:
+        """Within this context the last norm that the rank holds gives, or gets back, the value."""
+        *_, norm = (module for module in engine.module.modules() if isinstance(module, RMSNorm))
+        turns = iter(number == self.micro_batch % micro_batches for number in range(micro_batches))
+
+        def spoil(module, inputs, output):
+            if not next(turns):
+                return output
+            if not self.in_gradient:
+                return output * self.value
+            output.register_hook(lambda gradient: gradient * self.value)
+            return output
+
+        hook = norm.register_forward_hook(spoil)
+        yield
+        hook.remove()
+
+
 class Run:
     """One engine and its data, stepped by hand."""
 
@@ -85,20 +115,17 @@ class Run:
         self.engine = build_engine(self.plan)
         self.state = new_state(self.plan)
 
-    def steps(self, count: int, poison_at: int | None = None) -> list[dict]:
-        """Train; the step numbered `poison_at` gets a NaN loss on the last rank only."""
+    def steps(self, count: int, poison: "Poison | None" = None) -> list[dict]:
+        """Train, the activations or gradients of every step poisoned if so asked."""
         history, recipe = [], self.plan.recipe
         batches = optimizer_steps(self.plan, self.state, self.topology)
         for _ in range(count):
             number = self.state.step + 1
             rate = self.plan.learning_rate(number)
             micro_batches = next(batches)
-            poisoned = number == poison_at and self.topology.rank == self.topology.world_size - 1
-            *_, norm = (module for module in self.engine.module.modules() if isinstance(module, RMSNorm))
-            hook = norm.register_forward_hook(_to_nan) if poisoned else None
-            result = train_step(self.engine, micro_batches, rate, recipe.training.z_loss_weight)
-            if hook:
-                hook.remove()
+            poisoned = poison is not None and self.topology.rank == poison.rank % self.topology.world_size
+            with poison.given_to(self.engine, len(micro_batches)) if poisoned else contextlib.nullcontext():
+                result = train_step(self.engine, micro_batches, rate, recipe.training.z_loss_weight)
             self.state.advance(self.plan.stage_of(number).batch.samples, self.plan.step_tokens, result.applied)
             rows = torch.cat([batch["input_ids"] for batch in micro_batches]).numpy()
             ids = sorted(hashlib.blake2b(row.tobytes(), digest_size=8).hexdigest() for row in rows)
@@ -178,10 +205,6 @@ def moved_at(
     return results
 
 
-def _to_nan(module, inputs, output):
-    return output * float("nan")
-
-
 def histories(folder: str, recipe: str, data: str, runs: dict[str, tuple[dict, dict]], steps: int) -> dict[str, dict]:
     """Each named (ds_config, overrides) from the same start: its history, weights and validation."""
     results = {}
@@ -198,27 +221,6 @@ def histories(folder: str, recipe: str, data: str, runs: dict[str, tuple[dict, d
             "held_parameters": held,
             "all_parameters": run.plan.recipe.model.num_parameters(),
             "printed": printed.getvalue(),
-        }
-        run.close()
-    return results
-
-
-def poisoned(folder: str, recipe: str, data: str, configs: dict[str, dict]) -> dict[str, dict]:
-    """Three steps of which the second has a NaN on one rank."""
-    results = {}
-    for name, ds_config in configs.items():
-        run = Run(recipe, data, ds_config, Path(folder) / name)
-        first = run.steps(1)
-        before = run.weights()
-        second = run.steps(1, poison_at=2)
-        after = run.weights()
-        third = run.steps(1)
-        results[name] = {
-            "applied": [r["applied"] for r in first + second + third],
-            "losses": [r["loss"] for r in first + second + third],
-            "unchanged": all(np.array_equal(before[key], after[key]) for key in before),
-            "moved_again": any(not np.array_equal(after[key], value) for key, value in run.weights().items()),
-            "state": run.state.model_dump(),
         }
         run.close()
     return results

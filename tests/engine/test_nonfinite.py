@@ -1,38 +1,135 @@
-"""A loss that is not finite on one rank never reaches the weights, in any stage."""
+"""One bad step is one skipped step, in every layout that is shipped.
 
+A run that meets a NaN in a loss and an inf in a gradient goes on, to the bit, like one that left these two steps out.
+"""
+
+import contextlib
+import io
+import json
 import math
+import re
+from pathlib import Path
 
 import pytest
+import torch
 
-from tests.engine.programs import BF16, poisoned, prepare, zero
-from tests.launch import run_ranks
+from tests.engine.programs import BF16, Poison, Run, prepare, zero
+from tests.launch import ROOT, run_ranks
 
-CONFIGS = {
-    **{f"zero{stage}": zero(stage) for stage in range(4)},
-    "zero0-autocast": zero(0, torch_autocast={"enabled": True, "dtype": "bfloat16"}),
-    **{f"zero{stage}-bf16": zero(stage, **BF16) for stage in (1, 2, 3)},
-    "pipeline": zero(1, pipeline={"stages": 2}),
-    "pipeline-bf16": zero(1, pipeline={"stages": 2}, **BF16),
-    **{f"tensor2-zero{stage}": zero(stage, tensor_parallel={"autotp_size": 2}) for stage in (0, 2, 3)},
-    "tensor2-zero1-bf16": zero(1, tensor_parallel={"autotp_size": 2}, **BF16),
+POISONS = {
+    2: Poison(math.nan, rank=-1, micro_batch=0, in_gradient=False),
+    4: Poison(math.inf, rank=0, micro_batch=-1, in_gradient=True),
 }
+STEPS = 5
+FILES = {file.stem: json.loads(file.read_text()) for file in sorted((ROOT / "ds_configs").glob("*.json"))}
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+ONE_MICRO_BATCH = {"training.micro_batch_samples": "4"}
+LION, MUON = {"optimizer.name": "lion"}, {"optimizer.name": "muon"}
+CASES = {
+    **{name: (config, {}) for name, config in FILES.items()},
+    **{f"{name}-lion": (FILES[name], LION) for name in ("zero0_fp32", "zero2_offload", "zero3")},
+    "zero0-muon": (FILES["zero0"], MUON),
+    "zero2-offload-fp32": (zero(2, zero=OFFLOAD), {}),
+    "zero1-offload": (zero(1, zero=OFFLOAD, **BF16), {}),
+    "zero2-offload-one-micro-batch": (FILES["zero2_offload"], ONE_MICRO_BATCH),
+    "zero2-offload-bf16-sums": (zero(2, zero=OFFLOAD, bf16={"enabled": True}), ONE_MICRO_BATCH),
+}
+SHARED = {
+    # ranks that hold other layers, other parts of every layer or other tokens of a row, and ranks with other rows
+    name: (config | ({"pipeline": {"stages": 2}} if "pipeline" in config else {}), overrides)
+    for name, (config, overrides) in CASES.items()
+    if config.keys() & {"pipeline", "tensor_parallel", "sequence_parallel_size"}
+}
+MISSING_DEVICE = re.compile(r"\bCPU\b|\bGPUs?\b|nvme")
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("nonfinite")
-    return run_ranks(poisoned, 2, str(folder), *prepare(folder), CONFIGS, timeout=300)
+def compressing(config: dict) -> dict:
+    """The same JSON, compressing from the first step on."""
+    section = config.get("gradient_compression")
+    return config | ({"gradient_compression": section | {"warmup_steps": 0}} if section else {})
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_nan_on_one_rank_skips_the_step_on_all(results, name):
-    for rank in results:
-        result = rank[name]
-        assert result["applied"] == [True, False, True]
-        assert result["unchanged"]
-        assert result["moved_again"]
-        assert math.isnan(result["losses"][1])
-        assert math.isfinite(result["losses"][2])
+def held(run: Run) -> list[bytes]:
+    """Bytes of all that this rank carries from step to step: weights, their float32 copies, moments, residuals."""
+    engine, leaves = run.engine, []
+    leaves += [getattr(parameter, "ds_tensor", parameter) for parameter in engine.module.parameters()]
+    for master, moments in engine.basic_optimizer.state.items():
+        leaves += [master, *(moments[key] for key in sorted(moments))]
+    if compression := engine.gradient_compression:
+        trees = [compression.residuals, compression._compressor.state()]
+        leaves += torch.utils._pytree.tree_leaves(trees)
+    tensors = [torch.as_tensor(leaf).detach() for leaf in leaves if leaf is not None]
+    return [tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes() for tensor in tensors]
+
+
+def interrupted(folder: Path, recipe: str, data: str, config: dict, overrides: dict) -> dict:
+    """A run with the poisoned steps, and one that leaves them out; compressing, if at all, from the first step on."""
+    config, overrides = compressing(config), overrides | {"model.num_hidden_layers": "2"}
+    try:
+        run = Run(recipe, data, config, folder, overrides)
+    except ValueError as error:
+        return {"refused": str(error)}
+    history, unchanged = [], []
+    for number in range(1, STEPS + 1):
+        before = held(run)
+        history += run.steps(1, POISONS.get(number))
+        unchanged.append(held(run) == before)
+    result = {"history": history, "unchanged": unchanged, "state": run.state.model_dump(), "held": held(run)}
+    run.close()
+    reference, losses = Run(recipe, data, config, folder, overrides), []
+    for number in range(1, STEPS + 1):
+        if number in POISONS:
+            reference.state.advance(reference.plan.batch.samples, reference.plan.step_tokens, applied=False)
+        else:
+            losses += reference.steps(1)
+    result |= {"reference": losses, "same": held(reference) == result.pop("held")}
+    reference.close()
+    return result
+
+
+def on_ranks(folder: str, recipe: str, data: str, cases: dict) -> dict[str, dict]:
+    with contextlib.redirect_stdout(io.StringIO()):
+        return {name: interrupted(Path(folder) / name, recipe, data, *case) for name, case in cases.items()}
+
+
+def results(world_size: int, cases: dict):
+    @pytest.fixture(scope="module")
+    def run(tmp_path_factory):
+        folder = tmp_path_factory.mktemp(f"nonfinite-{world_size}")
+        return run_ranks(on_ranks, world_size, str(folder), *prepare(folder), cases, timeout=300)
+
+    return run
+
+
+on_two_ranks, on_four_ranks = results(2, CASES), results(4, SHARED)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_bad_step_is_left_out(on_two_ranks, name):
+    check([rank[name] for rank in on_two_ranks])
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_a_bad_step_is_left_out_by_ranks_that_share_rows(on_four_ranks, name):
+    check([rank[name] for rank in on_four_ranks])
+
+
+def check(ranks: list[dict]) -> None:
+    if reason := ranks[0].get("refused"):
+        assert MISSING_DEVICE.search(reason), reason
+        pytest.skip(reason)
+    for result in ranks:
+        history = result["history"]
+        assert [step["applied"] for step in history] == [number not in POISONS for number in range(1, STEPS + 1)]
+        assert [number in POISONS for number in range(1, STEPS + 1)] == result["unchanged"]
+        for number, step in enumerate(history, start=1):
+            poison = POISONS.get(number)
+            assert math.isfinite(step["loss"]) == (poison is None or poison.in_gradient)
+            assert math.isfinite(step["grad_norm"]) == (poison is None)
+        good = [step for number, step in enumerate(history, start=1) if number not in POISONS]
+        assert [step["loss"] for step in good] == [step["loss"] for step in result["reference"]]
+        assert [step["grad_norm"] for step in good] == [step["grad_norm"] for step in result["reference"]]
+        assert result["same"]
         state = result["state"]
-        assert (state["step"], state["skipped_steps"], state["consecutive_skipped_steps"]) == (3, 1, 0)
-        assert state["consumed_samples"] == 3 * 8
+        assert (state["step"], state["skipped_steps"], state["consecutive_skipped_steps"]) == (STEPS, len(POISONS), 0)
+        assert state["consumed_samples"] == STEPS * 8
