@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from engine.checkpoint import agree_on_checkpoint, save, steps
+from engine.memory import check_memory, rank_need
 from engine.plan import RunPlan, make_plan
 from engine.resume import check_resumable, restore
 from engine.run_folder import claim_run, describe, fill_run
@@ -49,6 +50,7 @@ def parse_arguments() -> argparse.Namespace:
         "--pipeline_stages", type=int, help="stages of a pipeline JSON (none: all ranks, or what it says)"
     )
     parser.add_argument("--allow_data_change", action="store_true", help="continue a run on another data set")
+    parser.add_argument("--allow_overcommit", action="store_true", help="start although memory cannot suffice")
     parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # given by the launcher
     add_recipe_flags(parser)
     return parser.parse_args()
@@ -64,6 +66,9 @@ def main() -> int:
     run = Path(arguments.output)
     plan = make_plan(*files, topology, arguments.pipeline_stages, fresh=not steps(run))
     notices = plan.warnings + check_resumable(run, plan, arguments.allow_data_change)
+    memory = check_memory(plan, topology, arguments.allow_overcommit)
+    if topology.is_first:
+        print(memory, flush=True)
 
     start_process_group(topology)
     lock = claim_run(run) if topology.is_first else None
@@ -75,7 +80,7 @@ def main() -> int:
     state = restore(engine, *found) if found else new_state(plan)
     facts = describe(plan)
     if topology.is_first:
-        fill_run(run, facts)
+        fill_run(run, facts | {"memory": rank_need(plan, topology.rank)._asdict()})
     logger, clock = open_outputs(engine, plan, state, facts, run, topology)
     with logger:
         for notice in [*notices, *damaged]:

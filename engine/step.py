@@ -7,6 +7,8 @@ micro-batches before the first backward pass. So it depends neither on how a ste
 import contextlib
 import io
 import math
+import sys
+import threading
 from typing import NamedTuple
 
 import deepspeed
@@ -26,6 +28,8 @@ from engine.tensor import cut_vocabulary, for_autotp, sum_gradients_once
 from model.llama import Block, Llama
 from training.balance import imbalance
 from training.optimizer import Lion
+
+ANNOUNCED_SECONDS = 2.0
 
 
 class StepResult(NamedTuple):
@@ -47,8 +51,20 @@ class StepResult(NamedTuple):
 def build_engine(plan: RunPlan, fresh: bool = True) -> deepspeed.DeepSpeedEngine:
     """The model in the layout of the plan's JSON, with the same initial weights in every layout.
 
-    Not `fresh`: a checkpoint is about to replace the weights, so `training.initial_weights` are not read.
+    Not `fresh`: a checkpoint is about to replace the weights, so `training.initial_weights` are not read. The first rank
+    says so when it takes long.
     """
+    late = threading.Timer(ANNOUNCED_SECONDS, print, ("building the model ...",), {"file": sys.stdout, "flush": True})
+    late.daemon = True
+    if plan.mesh.rank == 0:
+        late.start()
+    try:
+        return _build_engine(plan, fresh)
+    finally:
+        late.cancel()
+
+
+def _build_engine(plan: RunPlan, fresh: bool) -> deepspeed.DeepSpeedEngine:
     recipe, config = plan.recipe, dict(plan.ds_config)
     compression = config.pop("gradient_compression", None)
     if plan.stage_bounds:

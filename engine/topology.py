@@ -32,6 +32,8 @@ class Topology:
     local_rank: int
     world_size: int
     device: torch.device
+    local_size: int = 1
+    """Ranks that this host has."""
 
     @property
     def is_first(self) -> bool:
@@ -67,7 +69,14 @@ def read_topology(environment: dict[str, str] | None = None) -> Topology:
         raise ValueError(
             f"LOCAL_RANK={local_rank} but this host has {torch.cuda.device_count()} GPUs: start fewer processes a host"
         )
-    return Topology(rank, local_rank, world_size, torch.device("cuda", local_rank) if use_cuda else torch.device("cpu"))
+    device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    return Topology(rank, local_rank, world_size, device, _local_size(environment))
+
+
+def _local_size(environment: dict[str, str]) -> int:
+    """What `torchrun` or `deepspeed` says of this host; 1 where neither does."""
+    text = environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or "1"
+    return int(text) if text.isdecimal() and int(text) > 0 else 1
 
 
 def shell_environment() -> dict[str, str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from engine.checkpoint import agree_on_checkpoint, save
+from engine.memory import check_memory
 from engine.plan import RunPlan, make_plan
 from engine.resume import check_resumable, restore
 from engine.run_folder import describe
@@ -27,6 +28,7 @@ def main() -> int:
     run, topology = Path(job["run"]), read_topology()
     plan = make_plan(job["recipe"], job["overrides"], job["ds_config"], job["data"], topology, job["stages"])
     check_resumable(run, plan, allow_data_change=False)
+    check_memory(plan, topology)
     start_process_group(topology)
     engine = build_engine(plan)
     found, _ = agree_on_checkpoint(run)

@@ -1,11 +1,13 @@
 """Where and with what a run took place: recorded once, so that a result can be explained later."""
 
+import contextlib
 import importlib.metadata
 import platform
 import resource
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,12 @@ PACKAGES = (
     "numpy",
     "wandb",
 )
+
+CGROUP_FILES = {
+    # version: limit, memory in use, and the line of memory.stat with the file cache, all in bytes
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"),
+    2: ("memory.max", "memory.current", "file"),
+}
 
 
 def environment() -> dict[str, Any]:
@@ -53,6 +61,33 @@ def peak_memory_bytes(device: torch.device) -> int:
     kilobytes = next((line.split()[1] for line in lines if line.startswith("VmHWM:")), None)
     # Elsewhere: a figure that begins with the peak of the process that started this one.
     return int(kilobytes or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Memory that can still be taken: of the GPU, or of this host within the limits of this process's control groups."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return min([psutil.virtual_memory().available, *free_of_cgroups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
+
+
+def free_of_cgroups(membership: Path, root: Path) -> Iterator[int]:
+    """For each control group with a memory limit that holds this process: the limit less what is used and is no file cache.
+
+    `membership` has lines `number:controllers:path` (cgroups(7)); version 2 has no controllers there, version 1 the
+    controller's name, which is also its folder below `root`. A container sees its own group as the root.
+    """
+    for line in membership.read_text().splitlines() if membership.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        base = root / "memory" if controllers else root
+        limit, used, cached = CGROUP_FILES[1 if controllers else 2]
+        group = base / path.strip("/")
+        for folder in [folder for folder in (group, *group.parents) if folder.is_relative_to(base)]:
+            with contextlib.suppress(OSError, ValueError, KeyError):  # "max", or no such file
+                statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                in_use = int((folder / used).read_text()) - int(statistics[cached])
+                yield max(0, int((folder / limit).read_text()) - in_use)
 
 
 def _git() -> dict[str, Any] | None:
