@@ -163,13 +163,13 @@ def check_memory(plan: RunPlan, topology: Topology, overcommit: bool = False) ->
 
 
 def remedy(plan: RunPlan, topology: Topology, free: dict[str, int]) -> str:
-    """What to change so that the run may fit: the nearest shipped JSON, with the ranks arranged alike if possible; more hosts."""
+    """What to change so that the run may fit: the nearest shipped JSON, of the same precision and arrangement of ranks if possible."""
     fitting = []
     for file in sorted(SHIPPED.glob("*.json")):
         other = _with_config(plan, file, topology)
         if other is not None and not _shortage(other, topology, free):
             changes = len(_leaves(other.ds_config) ^ _leaves(plan.ds_config))
-            fitting.append((other.mesh != plan.mesh, changes, file.name))
+            fitting.append((other.mesh != plan.mesh, other.half_precision != plan.half_precision, changes, file.name))
     words = [f"take ds_configs/{min(fitting)[-1]}"] if fitting else []
     hosts, ranks = topology.world_size // topology.local_size, topology.local_size
     while (hosts := hosts * 2) <= MOST_HOSTS:
