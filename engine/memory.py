@@ -163,7 +163,7 @@ def check_memory(plan: RunPlan, topology: Topology, overcommit: bool = False) ->
 
 
 def remedy(plan: RunPlan, topology: Topology, free: dict[str, int]) -> str:
-    """What to change so that the run may fit: the nearest shipped JSON, of the same precision and arrangement of ranks if possible."""
+    """What to change so that the run may fit: the nearest shipped JSON, alike in ranks and precision if possible."""
     fitting = []
     for file in sorted(SHIPPED.glob("*.json")):
         other = _with_config(plan, file, topology)
