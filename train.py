@@ -8,40 +8,25 @@ input (one sentence a problem); 75 stopped early with a checkpoint (SIGTERM, SIG
 """
 
 import argparse
-import secrets
-import time
-from collections.abc import Iterator
-from itertools import islice
+import sys
 from pathlib import Path
 
-import torch
+if (ROOT := str(Path(__file__).resolve().parent)) not in sys.path:  # where PYTHONSAFEPATH or -P has left it out
+    sys.path.insert(0, ROOT)
 
-from engine.checkpoint import agree_on_checkpoint, save, steps
-from engine.memory import check_memory, rank_need
-from engine.plan import RunPlan, make_plan
-from engine.resume import check_resumable, restore
-from engine.run_folder import claim_run, describe, fill_run
-from engine.signals import StopSignal
-from engine.stages import Stage
-from engine.step import StepResult, any_rank, build_engine, sum_over_ranks, train_step
-from engine.topology import Topology, read_topology, run_command, start_process_group, wandb_mode
-from engine.validation import validate_all
+from data_prep.command import CommandParser
 from training.config import add_recipe_flags
-from training.data import train_loader
-from training.environment import peak_memory_bytes
-from training.metrics import MetricsLogger
-from training.stages import stage_order
-from training.state import TrainState
-from training.throughput import StepClock, peak_rate
 
-EXIT_RUN_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
+FLAGS_OF_OTHERS = {
+    "--deepspeed": "leave it out, and name the JSON with --deepspeed_config FILE",
+    "--optimizer.learning_rate": "did you mean --optimizer.lr?",
+}
 
 
-def parse_arguments() -> argparse.Namespace:
+def new_parser(every_flag: bool) -> CommandParser:
+    """`every_flag`: whether the help explains each recipe key, or the sections in a line each."""
     paragraphs = __doc__.split("\n\n")
-    parser = argparse.ArgumentParser(
-        description=paragraphs[0], epilog=paragraphs[2], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = CommandParser(description=paragraphs[0], epilog=paragraphs[2], hints=FLAGS_OF_OTHERS)
     parser.add_argument("--recipe", required=True, help="YAML file: model, optimizer, schedule, limits, seed")
     parser.add_argument("--deepspeed_config", required=True, help="DeepSpeed JSON: ZeRO stage, precision, offload")
     parser.add_argument("--data", required=True, help="folder made by data_prep.build")
@@ -52,12 +37,30 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--allow_data_change", action="store_true", help="continue a run on another data set")
     parser.add_argument("--allow_overcommit", action="store_true", help="start although memory cannot suffice")
     parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # given by the launcher
-    add_recipe_flags(parser)
-    return parser.parse_args()
+    parser.add_argument("--help-all", action="store_true", help="explain every recipe key and exit")
+    add_recipe_flags(parser, every_flag)
+    return parser
 
 
-def main() -> int:
-    arguments = parse_arguments()
+def parse_arguments(words: list[str]) -> argparse.Namespace:
+    if "--help-all" in words:
+        words = ["--help"]
+        return new_parser(every_flag=True).parse_args(words)
+    return new_parser(every_flag=False).parse_args(words)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    # What takes seconds to import comes after the arguments have been understood.
+    from engine.checkpoint import agree_on_checkpoint, steps
+    from engine.loop import new_state, open_outputs, train
+    from engine.memory import check_memory, rank_need
+    from engine.plan import make_plan
+    from engine.resume import check_resumable, restore
+    from engine.run_folder import claim_run, describe, fill_run
+    from engine.signals import StopSignal
+    from engine.step import build_engine
+    from engine.topology import read_topology, start_process_group
+
     topology = read_topology()
     overrides = {name: value for name, value in vars(arguments).items() if "." in name or name == "stages"}
 
@@ -93,118 +96,9 @@ def main() -> int:
     return code
 
 
-def train(engine, plan: RunPlan, state: TrainState, logger, clock, stop, topology, run: Path, facts: dict) -> int:
-    """The loop: one optimizer step at a time until the recipe's last, a signal or the time limit."""
-    recipe, began = plan.recipe, time.monotonic()
-    stage, batches = None, optimizer_steps(plan, state, topology)
-    while state.step < plan.total_steps:
-        if stage is not (stage := plan.stage_of(state.step + 1)):
-            announce(stage, plan, state, logger, clock)
-        with clock.waiting_for_data():
-            micro_batches = next(batches)
-        learning_rate = plan.learning_rate(state.step + 1)
-        result = train_step(engine, micro_batches, learning_rate, recipe.training.z_loss_weight)
-        state.advance(stage.batch.samples, plan.step_tokens, result.applied)
-        clock.step_done(plan.step_tokens)
-        report(logger, clock, state, result, learning_rate, topology)
-        give_up_after_skips(state, recipe.training.max_consecutive_skipped_steps)
-
-        last = state.step == plan.total_steps
-        out_of_time = time.monotonic() - began > (recipe.training.max_hours or float("inf")) * 3600
-        stopping = any_rank(engine, stop.name is not None or out_of_time) and not last
-        with clock.aside():
-            if plan.validation_sets and (last or state.step % recipe.validation.every_steps == 0):
-                logger.log_validation(state.step, validate_all(engine, plan))
-            if last or stopping or state.step % recipe.checkpoint.every_steps == 0:
-                folder = save(engine, run, state, facts, recipe.checkpoint)
-                logger.log_event(state.step, "checkpoint", name=folder.name)
-        if stopping:
-            reason = stop.name or ("time limit" if out_of_time else "signal on another rank")
-            logger.log_event(state.step, "stop", reason=reason, next="run the same command to continue")
-            return EXIT_RUN_AGAIN
-    return 0
-
-
-def new_state(plan: RunPlan) -> TrainState:
-    return TrainState(
-        data_fingerprint=plan.dataset.manifest.fingerprint,
-        seed=plan.recipe.training.seed,
-        wandb_id=secrets.token_hex(4),
-    )
-
-
-def optimizer_steps(plan: RunPlan, state: TrainState, topology: Topology) -> Iterator[list[dict]]:
-    """This rank's micro-batches, one list an optimizer step, from the first sample that was not yet consumed."""
-    while state.step < plan.total_steps:
-        stage = plan.stage_of(state.step + 1)
-        number = plan.stages.index(stage)
-        state.enter(number, stage.dataset.manifest.fingerprint)
-        parts = [(part.dataset, part.config) for part in plan.stages[: number + 1]]
-        order = stage_order(parts, state.stage_samples, plan.recipe.training.seed)
-        loader = train_loader(
-            plan.training_data(stage, order),
-            stage.config,
-            consumed=state.consumed_in_stage,
-            micro_batch_samples=stage.batch.micro_batch_samples,
-            accumulation=stage.batch.accumulation,
-            world_size=plan.mesh.data,
-            rank=plan.mesh.data_rank,
-            pin_memory=topology.device.type == "cuda",
-        )
-        yield from islice(loader, stage.end - state.step)
-
-
-def open_outputs(engine, plan: RunPlan, state: TrainState, facts: dict, run: Path, topology: Topology):
-    """The logger (silent on all ranks but the first) and the clock that knows the hardware's peak rate."""
-    peak = peak_rate(topology.device, torch.bfloat16 if plan.half_precision else torch.float32)
-    logger = MetricsLogger(
-        run,
-        plan.recipe.logging,
-        is_first_rank=topology.is_first,
-        total_steps=plan.total_steps,
-        resumed_step=state.step,
-        run_id=state.wandb_id,
-        facts=facts,
-        peak_label=peak.label,
-        wandb_mode=wandb_mode(),
-    )
-    return logger, StepClock(sum_over_ranks(engine, [peak.flops_per_second])[0])
-
-
-def announce(stage: Stage, plan: RunPlan, state: TrainState, logger, clock) -> None:
-    """What is trained on from here, and what a token of it costs."""
-    clock.flops_per_token = plan.recipe.model.flops_per_token(stage.mean_document_tokens, plan.recipe.objective.copies)
-    if plan.recipe.stages:
-        logger.log_event(state.step, "stage", name=stage.name, seq_length=stage.seq_length, data=stage.data)
-
-
-def report(logger, clock, state: TrainState, result: StepResult, learning_rate: float, topology: Topology) -> None:
-    if not result.applied:
-        logger.log_event(state.step, "skip", loss=result.loss, grad_norm=result.grad_norm)
-    if logger.due(state.step):
-        logger.log_step(
-            state.step,
-            samples=state.consumed_samples,
-            tokens=state.consumed_tokens,
-            loss=result.loss,
-            objective=result.objective,
-            learning_rate=learning_rate,
-            grad_norm=result.grad_norm,
-            skipped_steps=state.skipped_steps,
-            rates=clock.read(),
-            attention_imbalance=result.attention_imbalance,
-            memory_bytes=peak_memory_bytes(topology.device),
-            wire_bytes=result.wire_bytes,
-        )
-
-
-def give_up_after_skips(state: TrainState, most: int) -> None:
-    if state.consecutive_skipped_steps >= most:
-        raise ValueError(
-            f"{most} steps in a row had a loss or gradient that is not finite (the last is step {state.step}); the weights "
-            "are those of before: lower optimizer.lr, lengthen the warmup, or look at the samples of these steps"
-        )
-
-
 if __name__ == "__main__":
-    run_command(main)
+    given = parse_arguments(sys.argv[1:])
+
+    from engine.topology import run_command
+
+    run_command(lambda: main(given))

@@ -15,7 +15,6 @@ adds to the resident set, or the peak of the GPU's. A case is left out when the 
 longer than `--seconds`.
 """
 
-import argparse
 import math
 import multiprocessing
 import resource
@@ -25,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from data_prep.command import CommandParser
 from model.attention import attend
 from model.config import ModelConfig
 from model.hf import to_hf_state
@@ -99,7 +99,7 @@ def peak_bytes(device: str) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     parser.add_argument(
         "--tokens", type=int, nargs="+", default=[1024 << k for k in range(6)], help="default: %(default)s"
     )

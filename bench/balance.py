@@ -19,10 +19,11 @@ import numpy as np
 
 from bench.corpus import PLAYS, pack
 from bench.ranks import run_ranks
+from data_prep.command import CommandParser
+from engine.loop import new_state, optimizer_steps
 from engine.plan import make_plan
 from engine.step import build_engine, train_step
 from engine.topology import leave, read_topology, start_process_group
-from train import new_state, optimizer_steps
 from training.balance import deal, imbalance, row_costs
 from training.config import load_recipe
 from training.data import TrainingData, training_order
@@ -104,7 +105,7 @@ def report(results: dict[str, list[dict]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=6, help="optimizer steps of each way (default: %(default)s)")
     parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

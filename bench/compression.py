@@ -19,11 +19,12 @@ from pathlib import Path
 
 from bench.corpus import pack
 from bench.ranks import run_ranks
+from data_prep.command import CommandParser
+from engine.loop import new_state, optimizer_steps
 from engine.plan import make_plan
 from engine.step import build_engine, train_step
 from engine.topology import leave, read_topology, start_process_group
 from engine.wire import WireBytes
-from train import new_state, optimizer_steps
 
 RANKS, STEP_TOKENS, ROW_TOKENS, WARMUP_STEPS, MEAN_OF = 2, 2048, 256, 10, 5
 BASE = {"zero_optimization": {"stage": 0}}
@@ -88,9 +89,7 @@ def report(results: dict[str, list[dict]], steps: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.compression", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(prog="python -m bench.compression", description=__doc__)
     parser.add_argument("--steps", type=int, default=40, help="optimizer steps, 20 or more (default: %(default)s)")
     parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

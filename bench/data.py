@@ -24,6 +24,8 @@ import time
 from itertools import chain
 from pathlib import Path
 
+from data_prep.command import CommandParser
+
 SEQ_LENGTH = 4096
 VOCAB_SIZE = 32000
 
@@ -237,7 +239,7 @@ CONTENDERS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.data", formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(prog="python -m bench.data")
     parser.description = __doc__
     parser.add_argument("--megabytes", type=int, default=192, help="size of the text (default: %(default)s)")
     parser.add_argument("--run", nargs=2, metavar=("FOLDER", "CONTENDER"), help=argparse.SUPPRESS)

@@ -8,13 +8,14 @@ backward, and keeps a log-sum-exp a query, as flash attention does; `compiled` i
 model/attention.py uses what wins here.
 """
 
-import argparse
 import functools
 import math
 import time
 
 import torch
 import torch.nn.functional as F
+
+from data_prep.command import CommandParser
 
 HEADS, WIDTH, BLOCK = 12, 64, 128
 
@@ -85,7 +86,7 @@ def milliseconds(attention, tensors, grad) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024, 4096], help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
     arguments = parser.parse_args()

@@ -11,7 +11,6 @@
 Every command is printed, and what is done already is not done again. `--tiny` takes a hundredth of the steps.
 """
 
-import argparse
 import hashlib
 import json
 import shutil
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.corpus import PLAYS
-from data_prep.command import run_command
+from data_prep.command import CommandParser, run_command
 
 PACKAGE = "https://registry.npmjs.org/chinese-poetry/-/chinese-poetry-2.0.1.tgz"
 SHA256 = "25b549e46919c3a0569db6b68ddc96956b04a484ea4518ad2bbd4f137e307e86"
@@ -97,7 +96,7 @@ def run(*words: Any) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     parser.add_argument(
         "--folder", type=Path, default=Path("long"), help="where everything goes (default: %(default)s)"
     )

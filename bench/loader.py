@@ -11,7 +11,6 @@ in a fresh process and shuffled; what grows is the manifest's list of shards. Be
 `torch.utils.data.DistributedSampler` does at the start of every epoch in every rank.
 """
 
-import argparse
 import datetime
 import json
 import subprocess
@@ -29,9 +28,11 @@ import torch
 from datasets import load_from_disk
 from torch.utils.data import DistributedSampler
 
+from data_prep.command import CommandParser
 from data_prep.pack import pack, write_split
-from training.data import DataConfig, TrainingData, make_batch, train_loader, training_order
+from training.data import TrainingData, make_batch, train_loader, training_order
 from training.manifest import Manifest, PackingPolicy, SourceRows, TokenizerInfo
+from training.sections import DataConfig
 from training.shards import ShardedDataset, ShardWriter, open_split, write_manifest
 
 SEQ_LENGTH, BATCH_ROWS, ROUNDS, SAMPLES = 4096, 8, 30, 512
@@ -201,9 +202,7 @@ def in_fresh_process(function: Callable, argument) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.loader", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(prog="python -m bench.loader", description=__doc__)
     parser.add_argument("--rows", type=int, default=20480, help="rows to read from (default: %(default)s)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

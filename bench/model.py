@@ -17,6 +17,7 @@ from functools import partial
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from data_prep.command import CommandParser
 from engine.step import compile_blocks
 from model.config import ModelConfig
 from model.hf import to_hf_state
@@ -77,7 +78,7 @@ def timed(step: Step, ids: torch.Tensor) -> tuple[float, float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=2, help="rows (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens of a row (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=60, help="start no round after this (default: %(default)s)")

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from data_prep.command import run_command
+from data_prep.command import CommandParser, run_command
 from data_prep.encode import Work, choose_encoder
 from data_prep.finish import Tokenized, finish
 from data_prep.plan import (
@@ -91,10 +91,9 @@ def _tokenize(
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m data_prep.build",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--input", nargs="+", default=[], metavar="DOCS", help="files, folders or globs (source `documents`)")

@@ -1,9 +1,15 @@
 """What every command of this package does the same way: one sentence for bad input, no traceback, exit code 2."""
 
+import argparse
+import difflib
 import errno
 import os
 import sys
+import time
 from collections.abc import Callable
+from typing import NoReturn
+
+OTHERS_FIRST_SECONDS = 10.0
 
 DISK_ERRORS = {
     errno.ENOSPC: "no space is left on the device",
@@ -41,3 +47,45 @@ def sentence(error: Exception) -> str:
     if error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split())
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Says what is wrong with a command line in a sentence a mistake, each flag with the nearest known one.
+
+    Of many ranks with the same command line only the first speaks. Flags are never abbreviated: a later flag would change
+    what an abbreviation means. `hints`: sentences for flags that are expected by users of other programs.
+    """
+
+    def __init__(self, *args, hints: dict[str, str] | None = None, **settings):
+        settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(*args, allow_abbrev=False, **settings)
+        self.hints = hints or {}
+
+    def parse_known_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else list(args)
+        if self._subparsers is None:  # else each command has a parser of its own
+            words_of_flags = words[: words.index("--")] if "--" in words else words
+            flags = dict.fromkeys(word.partition("=")[0] for word in words_of_flags if word.startswith("--"))
+            if unknown := [flag for flag in flags if flag not in self._option_string_actions]:
+                self.error("\n".join(self._unknown(flag) for flag in unknown))
+        return super().parse_known_args(words, namespace)
+
+    def _unknown(self, flag: str) -> str:
+        if hint := self.hints.get(flag):
+            return f"unknown flag {flag}: {hint}"
+        known = [name for name in self._option_string_actions if name.startswith("--")]
+        section = flag.partition(".")[0]
+        if "." in flag and (of_section := [name for name in known if name.startswith(f"{section}.")]):
+            near = difflib.get_close_matches(flag, of_section, n=1, cutoff=0.6)
+            listed = ", ".join(of_section)
+            return f"unknown flag {flag}; did you mean {near[0]}?" if near else f"unknown flag {flag}; known: {listed}"
+        near = difflib.get_close_matches(flag, known, n=1, cutoff=0.6)
+        return f"unknown flag {flag}; did you mean {near[0]}?" if near else f"unknown flag {flag} (--help lists all)"
+
+    def error(self, message: str) -> NoReturn:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(OTHERS_FIRST_SECONDS)  # the launcher ends this rank when the first one has spoken
+            sys.exit(2)
+        for line in message.splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        sys.exit(2)

@@ -9,7 +9,6 @@ a terminal) or put in ⟦ ⟧. Rows are counted from 0, over all sources in the 
 within --source. Every cut is shown with its kind (data_prep/cut.py) and the text on both sides, line ends as ⏎.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from data_prep.command import run_command
+from data_prep.command import CommandParser, run_command
 from data_prep.cut import Breaks
 from data_prep.store import TokenStore
 from data_prep.summary import cut_words
@@ -149,9 +148,7 @@ def _text(tokenizer: Tokenizer, ids: np.ndarray, context: int) -> Text:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.inspect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(prog="python -m data_prep.inspect", description=__doc__)
     parser.add_argument("data", type=Path, help="folder made by data_prep.build")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--row", type=int, metavar="N", help="show this row (default: an overview)")

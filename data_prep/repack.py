@@ -8,7 +8,6 @@ hard links to the files of DATA (copies on another file system), so either may b
 a damaged store is refused. After an interruption the same command continues.
 """
 
-import argparse
 import os
 import shutil
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from data_prep.command import run_command
+from data_prep.command import CommandParser, run_command
 from data_prep.finish import Tokenized, finish
 from data_prep.plan import (
     PLAN_FILE,
@@ -156,10 +155,9 @@ def _link(source: Path, target: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m data_prep.repack",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("data", type=Path, help="folder made by data_prep.build")
     parser.add_argument("--output", type=Path, required=True, help="folder of the new data set")

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from data_prep.command import run_command
+from data_prep.command import CommandParser, run_command
 from data_prep.documents import Problems, read_unit
 from data_prep.progress import Progress, say
 from data_prep.sources import hash64, parse_sources, plan_units
@@ -291,7 +291,7 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m data_prep.tokenizer", description=__doc__.split("\n")[0])
+    parser = CommandParser(prog="python -m data_prep.tokenizer", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     options = commands.add_parser("train", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     options.add_argument("--input", nargs="+", required=True, help="documents: files, folders or globs")

@@ -7,14 +7,13 @@ row count (milliseconds a shard). With --full also the SHA-256 of every byte. Ev
 only if there is none.
 """
 
-import argparse
 import hashlib
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_prep.command import run_command
+from data_prep.command import CommandParser, run_command
 from data_prep.plan import TOKENS_FOLDER
 from data_prep.progress import Progress
 from data_prep.store import INDEX_FILE, Ledger, TokenStore
@@ -97,9 +96,7 @@ def unit_problem(path: Path, ledger: Ledger, full: bool) -> str | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(prog="python -m data_prep.verify", description=__doc__)
     parser.add_argument("data", type=Path, help="folder made by data_prep.build")
     parser.add_argument("--full", action="store_true", help="also hash every byte (about 2 GB/s; default: no)")
     arguments = parser.parse_args()

@@ -22,7 +22,7 @@ from engine.checkpoint import CheckpointManifest
 from engine.names import plan_name
 from engine.slices import cut_dimensions, join
 from model.config import ModelConfig
-from training.optimizer import OptimizerConfig
+from training.sections import OptimizerConfig
 
 
 class ParameterState(NamedTuple):

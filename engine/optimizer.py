@@ -5,7 +5,8 @@ from deepspeed import comm as dist
 from deepspeed.runtime.utils import is_model_parallel_parameter
 from deepspeed.utils.groups import get_tensor_model_parallel_group
 
-from training.optimizer import Lion, MuonAndAdamW, OptimizerConfig, parameter_groups
+from training.optimizer import Lion, MuonAndAdamW, parameter_groups
+from training.sections import OptimizerConfig
 
 
 class Guarded:

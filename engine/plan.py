@@ -15,6 +15,7 @@ from engine.topology import Topology
 from model.config import ModelConfig
 from training.config import Recipe, load_recipe
 from training.data import TrainingData
+from training.objective import recipe_masking
 from training.sampler import SampleOrder
 from training.schedule import landmarks, lr_factor
 from training.shards import ShardedDataset, open_split
@@ -56,7 +57,7 @@ class RunPlan(NamedTuple):
 
     def training_data(self, stage: Stage, order: SampleOrder) -> TrainingData:
         """The batches of a stage in that order, masked if the objective says so, dealt out by attention if the recipe does."""
-        masking = self.recipe.masking(stage.dataset.manifest, f"training from step {stage.begin}")
+        masking = recipe_masking(self.recipe, stage.dataset.manifest, f"training from step {stage.begin}")
         visibility = self.recipe.model.visibility if stage.config.balance_attention else None
         return TrainingData(stage.dataset, order, masking, visibility)
 

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 from engine.ds_config import Batch, Resolved
 from training.config import Recipe
-from training.data import DataConfig, training_order
+from training.data import training_order
+from training.sections import DataConfig
 from training.shards import ShardedDataset
 
 

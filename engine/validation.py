@@ -8,7 +8,7 @@ from engine import pipeline
 from engine.plan import RunPlan
 from engine.step import forward, sum_over_tokens, survey
 from training.data import validation_batches
-from training.objective import Masking
+from training.objective import Masking, recipe_masking
 from training.scores import scores
 from training.shards import ShardedDataset
 
@@ -22,7 +22,7 @@ def validate_all(engine, plan: RunPlan) -> dict[str, dict[str, float]]:
     results = {}
     for name, dataset in plan.validation_sets.items():
         # the same masks in every run, whatever its seed
-        masking = plan.recipe.masking(dataset.manifest, "validation", seed=0)
+        masking = recipe_masking(plan.recipe, dataset.manifest, "validation", seed=0)
         rows = max(1, tokens // dataset.manifest.seq_length)
         results[name] = validate(engine, dataset, rows, limit, masking)
     return results

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
+from data_prep.command import CommandParser
 from data_prep.progress import LINE_SECONDS, console, say
 from engine.checkpoint import find
 from engine.native import read_weights
@@ -67,8 +68,7 @@ class Tolerance(NamedTuple):
 
 def new_parser(program: str, text: str) -> argparse.ArgumentParser:
     """A parser whose help is `text`, which shows the command's usage."""
-    form = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(prog=program, usage=f"{program} [options]", description=text, formatter_class=form)
+    return CommandParser(prog=program, usage=f"{program} [options]", description=text)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -90,7 +90,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="of the loss where bf16, fp16 or compressed communication round; only the loss is judged (default: 0.05)",
     )
     parser.add_argument("--json", help="also write every figure of every step to this file")
-    add_recipe_flags(parser)
+    add_recipe_flags(parser, explained=False)
 
 
 def read_setting(arguments: argparse.Namespace, work: Path) -> Setting:

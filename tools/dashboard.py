@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from data_prep.command import CommandParser
 from training.wandb_run import WANDB_KEYS
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def specification(view: "Workspace") -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m tools.dashboard",
         description=__doc__.partition("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

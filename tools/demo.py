@@ -4,7 +4,6 @@ Shakespeare's plays -> tokenizer -> packed shards -> DeepSpeed training on two p
 -> Hugging Face folder -> generated text -> report.html. Every step is a command that is printed before it runs.
 """
 
-import argparse
 import importlib.util
 import shlex
 import shutil
@@ -17,7 +16,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from data_prep.command import run_command
+from data_prep.command import CommandParser, run_command
 from training.metrics import METRICS_FILE
 from training.records import read_records
 
@@ -26,9 +25,7 @@ RECIPE_STEPS, STEP_ROWS = 60, 8  # of recipes/tiny.yaml on rows of 512 tokens
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(prog="python -m tools.demo", description=__doc__)
     parser.add_argument("--output", default="demo", help="folder to fill, emptied first (default: demo)")
     parser.add_argument("--steps", type=int, default=RECIPE_STEPS, help="optimizer steps (default: %(default)s)")
     arguments = parser.parse_args()

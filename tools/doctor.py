@@ -5,7 +5,6 @@ python -m tools.doctor [--hostfile hosts]
 Run it where you will start `deepspeed`: it logs into every host as the launcher does and compares what it finds there.
 """
 
-import argparse
 import contextlib
 import ipaddress
 import json
@@ -18,7 +17,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from data_prep.command import run_command
+from data_prep.command import CommandParser, run_command
 from engine.hostfile import read_forwarded, read_hostfile
 from engine.topology import shell_environment
 from tools import host_facts
@@ -47,9 +46,7 @@ class Findings:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(prog="python -m tools.doctor", description=__doc__)
     parser.add_argument("--hostfile", type=Path, help="check a launch on these hosts (default: describe this machine)")
     arguments = parser.parse_args()
     findings = Findings()

@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from data_prep.command import run_command
+from data_prep.command import CommandParser, run_command
 from data_prep.tokenizer import open_tokenizer
 from tools import evaluation_files
 from tools.evaluation_tables import gain_tables, passkey_tables, position_table, score_table
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m tools.evaluate", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("source", help="folder of a run, or an exported Hugging Face folder")

@@ -6,7 +6,6 @@ Weights are read from the checkpoint of whatever ZeRO stage one parameter at a t
 so memory is bounded by one shard. The folder appears when it is complete.
 """
 
-import argparse
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from string import Template
 
 import torch
 
-from data_prep.command import run_command
+from data_prep.command import CommandParser, run_command
 from data_prep.progress import Progress
 from engine.checkpoint import CheckpointManifest, find
 from engine.native import read_weights
@@ -87,9 +86,7 @@ BEGINNING = "Every document of the training began with the BOS token, which the 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(prog="python -m tools.export", description=__doc__)
     parser.add_argument("run", help="folder of a run (train.py's --output)")
     parser.add_argument("--output", required=True, help="folder to create")
     parser.add_argument("--step", type=int, help="checkpoint to take (default: the newest good one)")

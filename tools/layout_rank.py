@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from engine.checkpoint import agree_on_checkpoint, save
+from engine.loop import new_state, optimizer_steps
 from engine.memory import check_memory
 from engine.plan import RunPlan, make_plan
 from engine.resume import check_resumable, restore
@@ -17,7 +18,6 @@ from engine.run_folder import describe
 from engine.step import build_engine, train_step
 from engine.topology import Topology, read_topology, run_command, start_process_group
 from engine.wire import WireBytes
-from train import new_state, optimizer_steps
 from training.environment import peak_memory_bytes
 from training.state import TrainState
 

@@ -4,7 +4,6 @@ Reads RUN/metrics.jsonl and RUN/run.json, and what tools.evaluate kept in RUN/ev
 The page carries its own compressed copy of plotly.js, so it opens from disk on a machine that is cut off from everything.
 """
 
-import argparse
 import base64
 import gzip
 import html
@@ -24,6 +23,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
+from data_prep.command import CommandParser
 from tools import evaluation_files, evaluation_plots
 from tools.plot_style import COLORS, style
 from training.metrics import METRICS_FILE, with_prefix
@@ -319,7 +319,7 @@ def write_report(run_dir: Path, output: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.report", description=__doc__.partition("\n")[0])
+    parser = CommandParser(prog="python -m tools.report", description=__doc__.partition("\n")[0])
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a training run, finished or going on")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="page to write (default: RUN/report.html)")
     options = parser.parse_args(arguments)

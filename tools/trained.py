@@ -13,7 +13,8 @@ from engine.native import read_weights
 from model.config import ModelConfig
 from model.hf import load_model
 from model.llama import Llama
-from training.objective import ObjectiveConfig, mask_token_id
+from training.objective import mask_token_id
+from training.sections import ObjectiveConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -6,6 +6,7 @@ collected, and one ValueError lists them all with the file or the flag they come
 
 import argparse
 import difflib
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from model.config import ModelConfig
-from training.data import DataConfig
-from training.manifest import Manifest
-from training.metrics import MetricsConfig
-from training.objective import Masking, ObjectiveConfig
-from training.optimizer import OptimizerConfig
 from training.schedule import ScheduleConfig
-from training.stages import StageConfig
+from training.sections import DataConfig, MetricsConfig, ObjectiveConfig, OptimizerConfig, StageConfig
 
 
 class Section(BaseModel):
@@ -135,12 +131,6 @@ class Recipe(Section):
             raise ValueError(f"stages: two are called {twice[0]!r}: give each a name of its own")
         return self
 
-    def masking(self, manifest: Manifest, purpose: str, seed: int | None = None) -> Masking | None:
-        """How batches of a data set are masked; None for the causal objective."""
-        if self.objective.name == "causal":
-            return None
-        return Masking(self.objective, self.model, manifest, self.training.seed if seed is None else seed, purpose)
-
     @property
     def all_stages(self) -> list[StageConfig]:
         """The stages, each with a name; where the recipe has none, the whole run is one."""
@@ -152,18 +142,35 @@ class Recipe(Section):
         ]
 
 
-def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
-    """Add one `--section.key` flag per recipe field, its help being the text under the field, and `--stages`."""
-    group = parser.add_argument_group("recipe keys", "override the recipe file; values are YAML")
+def add_recipe_flags(parser: argparse.ArgumentParser, explained: bool = True) -> None:
+    """Add one `--section.key` flag per recipe field, its help being the text under the field, and `--stages`.
+
+    Not `explained`: the help has the names of each section's keys instead.
+    """
+    text = "override the recipe file; values are YAML, as in --optimizer.lr 3e-4"
+    if not explained:
+        text += ".\n" + "\n".join(
+            textwrap.fill(f"{name}: {', '.join(keys)}", 98, initial_indent="  ", subsequent_indent="      ")
+            for name, keys in _flags_of_sections().items()
+        )
+    group = parser.add_argument_group("recipe keys, --section.key VALUE", text)
     for section, field in Recipe.model_fields.items():
         if section == "stages":
             text = f"{field.description} Keys of each: {', '.join(StageConfig.model_fields)} (default: none)"
+            text = text if explained else argparse.SUPPRESS
             group.add_argument("--stages", default=argparse.SUPPRESS, metavar="LIST", help=text)
             continue
         for key, leaf in field.annotation.model_fields.items():
             default = "required" if leaf.is_required() else f"default: {leaf.get_default(call_default_factory=True)}"
-            text = f"{leaf.description or ''} ({default})".replace("%", "%%")
+            text = f"{leaf.description or ''} ({default})".replace("%", "%%") if explained else argparse.SUPPRESS
             group.add_argument(f"--{section}.{key}", default=argparse.SUPPRESS, metavar="VALUE", help=text)
+
+
+def _flags_of_sections() -> dict[str, list[str]]:
+    nested = {name: field.annotation for name, field in Recipe.model_fields.items() if name != "stages"}
+    return {name: list(section.model_fields) for name, section in nested.items()} | {
+        "--stages LIST": list(StageConfig.model_fields)
+    }
 
 
 def load_recipe(path: str | Path, overrides: dict[str, str]) -> Recipe:

@@ -23,30 +23,17 @@ from typing import TypedDict
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch.utils.data import DataLoader, Dataset
 
 from model.config import Visibility
 from training.balance import deal, row_costs
 from training.objective import NO_TARGET, Masking
 from training.sampler import Drawn, SampleOrder
+from training.sections import DataConfig
 from training.shards import ShardedDataset
 
 LOOKUP_SAMPLES = 4096
 """Samples located at a time: the order costs little per sample only when computed for many."""
-
-
-class DataConfig(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-    weights: dict[str, float] | None = None
-    """Share of the samples per source, relative to each other; none: the weights that the data were built with."""
-    num_workers: int = Field(default=0, ge=0)
-    """Processes that read ahead; reading takes microseconds a row, so they pay only on storage with high latency."""
-    prefetch_batches: int = Field(default=4, ge=1)
-    """Micro-batches that each worker reads ahead."""
-    balance_attention: bool = True
-    """Deal the rows of a step out to the ranks by their attention cost (longer documents cost more) instead of in order."""
 
 
 class Batch(TypedDict):

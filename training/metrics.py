@@ -13,38 +13,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from pydantic import BaseModel, ConfigDict, PositiveInt
-
 from training.records import RecordFile
+from training.sections import MetricsConfig
 from training.throughput import Rates
 from training.wandb_run import WandbRun
 
 METRICS_FILE = "metrics.jsonl"
-
-
-class MetricsConfig(BaseModel):
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True)
-
-    log_every_steps: PositiveInt = 10
-    """Optimizer steps between two lines on the console, in metrics.jsonl and in W&B; the first and last step always."""
-
-    wandb: bool = True
-    """Record the run with Weights & Biases: online if a key is configured, otherwise offline under RUN/wandb."""
-
-    wandb_project: str | None = None
-    """W&B project; null: WANDB_PROJECT, or `longform`."""
-
-    wandb_entity: str | None = None
-    """W&B user or team; null: the key's default."""
-
-    wandb_name: str | None = None
-    """Display name of the run; null: the name of the output folder."""
-
-    wandb_group: str | None = None
-    """Group under which W&B shows related runs."""
-
-    wandb_tags: tuple[str, ...] = ()
-    """W&B tags of the run."""
 
 
 class Sink(Protocol):

@@ -6,84 +6,18 @@ never masked.
 """
 
 import hashlib
-from typing import Any, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from model.config import ModelConfig
+from training.config import Recipe
 from training.manifest import Manifest, TokenizerInfo
+from training.sections import ObjectiveConfig
 
 NO_TARGET = -100
 GOLDEN = (5**0.5 - 1) / 2
 """Steps of this length, modulo 1, fill [0, 1) more evenly than random draws: of all t, few batches get only small ones."""
-
-
-class ObjectiveConfig(BaseModel):
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True, allow_inf_nan=False)
-
-    name: Literal["causal", "masked", "block_diffusion"] = "causal"
-    """causal: predict the next token. masked: predict tokens replaced by the mask token, from both sides (with `attention:
-    chunked` from their own and earlier chunks). block_diffusion: predict the masked tokens of each chunk from the rest of
-    it and the clean earlier chunks; a row then holds both copies (Arriola et al. 2025)."""
-
-    mask_ratio: float | tuple[float, float] | None = None
-    """Share of the tokens that is masked. One number: fixed, the loss is the mean over the masked tokens (Devlin et al.
-    2019). Two: drawn uniformly between them for each row, or chunk of block_diffusion, and a masked token weighs 1 over
-    the share; with [0, 1] the loss bounds -log p of a token from above (Sahoo et al. 2024, MDLM, equation 10). null: 0.15
-    for masked, [0, 1] for block_diffusion."""
-
-    random_ratio: float = Field(0.0, ge=0, le=1)
-    """Share of the masked tokens that is replaced by a random token instead (0.1 in BERT); with a fixed mask_ratio."""
-
-    keep_ratio: float = Field(0.0, ge=0, le=1)
-    """Share of the masked tokens that is left as it is (0.1 in BERT); with a fixed mask_ratio."""
-
-    @model_validator(mode="after")
-    def _makes_sense(self) -> Self:
-        set_here = {key for key in ("mask_ratio", "random_ratio", "keep_ratio") if getattr(self, key)}
-        if self.name == "causal":
-            if set_here:
-                raise ValueError(f"{min(set_here)} has no meaning for the objective causal: remove it")
-            return self
-        low, high = self.ratios
-        if not 0 <= low <= high <= 1 or not high:
-            raise ValueError(f"mask_ratio {self.mask_ratio}: one share in (0, 1], or two, the smaller one first")
-        if self.name == "block_diffusion" and not self.drawn:
-            raise ValueError("block_diffusion draws its mask_ratio: give two numbers, [0, 1] for all shares")
-        if self.drawn and set_here & {"random_ratio", "keep_ratio"}:
-            raise ValueError("random_ratio and keep_ratio go with a fixed mask_ratio: the bound is for masks only")
-        if self.random_ratio + self.keep_ratio > 1:
-            raise ValueError("random_ratio and keep_ratio are shares of the masked tokens: their sum is at most 1")
-        return self
-
-    @property
-    def ratios(self) -> tuple[float, float]:
-        """The smallest and the largest share."""
-        ratio = self.mask_ratio
-        if ratio is None:
-            ratio = 0.15 if self.name == "masked" else (0.0, 1.0)
-        return ratio if isinstance(ratio, tuple) else (ratio, ratio)
-
-    @property
-    def drawn(self) -> bool:
-        return isinstance(self.mask_ratio, tuple) or (self.mask_ratio is None and self.name == "block_diffusion")
-
-    @property
-    def bounds_likelihood(self) -> bool:
-        """Whether the loss bounds -log p of a token from above."""
-        return self.drawn and self.ratios == (0.0, 1.0)
-
-    def resolved(self) -> dict[str, Any]:
-        """JSON-able, with the default of `mask_ratio` filled in."""
-        low, high = self.ratios
-        return self.model_dump() | {"mask_ratio": [low, high] if self.drawn else high}
-
-    @property
-    def copies(self) -> int:
-        """Copies of each row that the model reads: noised and clean, or one."""
-        return 2 if self.name == "block_diffusion" else 1
 
 
 def mask_token_id(tokenizer: TokenizerInfo, model: ModelConfig) -> int:
@@ -160,3 +94,10 @@ class Masking:
         random, keep = self.objective.random_ratio, self.objective.keep_ratio
         noise = self.replacements[(draws.random(len(ids)) * len(self.replacements)).astype(np.int64)]
         return np.where(kind < random, noise, np.where(kind < random + keep, ids, self.mask_id))
+
+
+def recipe_masking(recipe: Recipe, manifest: Manifest, purpose: str, seed: int | None = None) -> Masking | None:
+    """How batches of a data set are masked; None for the causal objective. `seed`: the recipe's by default."""
+    if recipe.objective.name == "causal":
+        return None
+    return Masking(recipe.objective, recipe.model, manifest, recipe.training.seed if seed is None else seed, purpose)

@@ -4,45 +4,12 @@ Every parameter is in exactly one group: matrices of linear maps decay; embeddin
 types and names decide, because under ZeRO-3 a partitioned parameter has lost its shape.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat
 from torch import nn
 
-Rate = Annotated[float, Field(ge=0, lt=1)]
-
-
-class OptimizerConfig(BaseModel):
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True, allow_inf_nan=False)
-
-    name: Literal["adamw", "lion", "muon"] = "adamw"
-    """AdamW (Loshchilov and Hutter 2019); Lion (Chen et al. 2023), half the state, a rate 3 to 10 times smaller; or Muon
-    (Jordan et al. 2024) for the linear maps of the blocks, at AdamW's rate (Liu et al. 2025), and AdamW for the rest."""
-
-    lr: PositiveFloat = 3e-4
-    """Peak learning rate, reached at the end of warmup."""
-
-    betas: tuple[Rate, Rate] = (0.9, 0.95)
-    """Decay rates of the running means of the gradient and of its square."""
-
-    eps: PositiveFloat = 1e-8
-    """Added to the root of the second moment; Lion has none."""
-
-    momentum: Rate = 0.95
-    """Decay rate of Muon's running mean of the gradient."""
-
-    weight_decay: NonNegativeFloat = 0.1
-    """Decoupled decay of linear maps, multiplied by the learning rate; embeddings, norms and biases have none."""
-
-    max_grad_norm: PositiveFloat | None = 1.0
-    """Gradients are scaled down to this global norm; null: never."""
-
-    @property
-    def moments(self) -> tuple[str, ...]:
-        """Names of the optimizer's state tensors, each of the parameter's shape; under Muon a parameter has some of them."""
-        adamw = ("exp_avg", "exp_avg_sq")
-        return {"adamw": adamw, "lion": ("exp_avg",), "muon": ("momentum_buffer", *adamw)}[self.name]
+from training.sections import OptimizerConfig
 
 
 class Lion(torch.optim.Optimizer):

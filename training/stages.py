@@ -9,38 +9,10 @@ earlier ones left each source. A data set packed from the same documents at anot
 
 from collections.abc import Sequence
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-
-from training.data import DataConfig, training_order
+from training.data import training_order
 from training.sampler import Drawn, SampleOrder
+from training.sections import DataConfig
 from training.shards import ShardedDataset
-
-
-class StageConfig(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-    name: str | None = Field(default=None, min_length=1)
-    """What the stage is called in logs, and its validation set after it; null: stage-1, stage-2, ..."""
-    max_steps: int | None = Field(default=None, ge=1)
-    """Optimizer steps of this stage."""
-    max_tokens: int | None = Field(default=None, ge=1)
-    """Tokens of this stage (rounded up to whole steps)."""
-    data: str | None = None
-    """Folder made by data_prep.build, with the tokenizer of the others and any --seq-length; null: --data."""
-    weights: dict[str, float] | None = None
-    """Share of the samples per source, as `data.weights`; null: those of `data.weights`."""
-    micro_batch_samples: int | None = Field(default=None, ge=1)
-    """Rows per rank and forward pass; null: `training.micro_batch_samples` in the first stage, then as many tokens as there,
-    as far as the step can be divided so, and at least one row."""
-
-    @model_validator(mode="after")
-    def _has_a_length(self):
-        if (self.max_steps is None) == (self.max_tokens is None):
-            raise ValueError("give exactly one of max_steps and max_tokens")
-        return self
-
-    def steps(self, step_tokens: int) -> int:
-        return self.max_steps or -(-self.max_tokens // step_tokens)
 
 
 def stage_order(parts: Sequence[tuple[ShardedDataset, DataConfig]], used: Sequence[int], seed: int) -> SampleOrder:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from training.records import finite
 
 if TYPE_CHECKING:
-    from training.metrics import MetricsConfig
+    from training.sections import MetricsConfig
 
 # Record key -> W&B key; the part before the slash is the section of the dashboard.
 WANDB_KEYS = {

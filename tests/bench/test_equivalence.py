@@ -78,7 +78,7 @@ def test_differences_refusals_and_failures_are_seen(setting, tmp_path):
         (["--layout", ZERO2, "--layout", ZERO2], "two layouts are called 'two ranks': give one of them another NAME="),
         (["--layout", ZERO2, "--steps", "9"], "--steps 9 goes beyond the recipe, which ends after 8 steps"),
         (["--reference", "ds_configs/none.json:1"], "ds_configs/none.json: no such DeepSpeed config"),
-        (["--training.sed", "1"], "unrecognized arguments: --training.sed"),
+        (["--training.sed", "1"], "unknown flag --training.sed; did you mean --training.seed?"),
     ],
 )
 def test_bad_input_is_one_sentence(setting, capsys, monkeypatch, flags, sentence):

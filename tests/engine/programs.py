@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from engine.checkpoint import agree_on_checkpoint, save
+from engine.loop import new_state, optimizer_steps
 from engine.names import named_parameters
 from engine.plan import make_plan
 from engine.resume import restore
@@ -23,7 +24,6 @@ from engine.topology import read_topology, start_process_group
 from engine.validation import validate_all
 from model.llama import RMSNorm
 from tests.training.corpus import build
-from train import new_state, optimizer_steps
 
 RECIPE = {
     "model": {

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine.checkpoint import MANIFEST, find, steps
 from engine.initial_weights import open_source
+from engine.loop import new_state, optimizer_steps
 from engine.plan import make_plan
 from engine.topology import Topology
 from model.config import ModelConfig
@@ -24,7 +25,6 @@ from tests.launch import run_ranks
 from tests.training.corpus import build
 from tools import export
 from tools.trained import load_checkpoint
-from train import new_state, optimizer_steps
 
 LENGTH, LONGER = 64, 256  # tokens of a row, before and after
 PIPELINE = zero(1, pipeline={"stages": 2, "partition": "flops"})

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from engine.ds_config import read_ds_config
+from engine.loop import new_state, optimizer_steps
 from engine.plan import make_plan
 from engine.topology import Topology
 from model.hf import save_hf
 from model.llama import Llama
 from tests.engine.programs import BF16, histories, prepare, zero
 from tests.launch import run_ranks
-from train import new_state, optimizer_steps
 from training.config import load_recipe
 from training.optimizer import Lion, parameter_groups
 from training.schedule import lr_factor

@@ -16,7 +16,8 @@ from model.hf import save_hf, to_hf_state
 from model.llama import Llama, layer_plan
 from model.positions import resize_positions, sinusoids
 from tests.model.support import positions, tiny
-from training.optimizer import OptimizerConfig, parameter_groups
+from training.optimizer import parameter_groups
+from training.sections import OptimizerConfig
 
 KINDS = ["sinusoidal", "learned"]
 LENGTHS = [9, 1, 14, 6]

@@ -20,6 +20,7 @@ from data_prep.sources import parse_sources
 from data_prep.tokenizer import open_tokenizer
 from engine.checkpoint import MANIFEST, find, read_manifest, steps
 from engine.ds_config import read_ds_config
+from engine.loop import open_outputs, train
 from engine.run_folder import describe, fill_run
 from model.config import ModelConfig
 from model.llama import Llama
@@ -27,7 +28,6 @@ from tests.data_prep.support import build_here
 from tests.engine.programs import Run, zero
 from tools import export
 from tools.trained import DTYPES
-from train import open_outputs, train
 from training.manifest import PackingPolicy
 from training.shards import ShardedDataset, open_split
 

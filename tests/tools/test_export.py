@@ -32,8 +32,8 @@ from tests.launch import run_cli, start_cli
 from tests.tools import support
 from tools import export
 from tools.trained import remembered_objective
-from training.objective import ObjectiveConfig
 from training.records import read_records
+from training.sections import ObjectiveConfig
 from training.shards import open_split
 
 TEXT = "O, for a Muse of fire — that would ascend\n\nthe brightest heaven of invention, 1599! ☃"

@@ -19,9 +19,10 @@ from tools.evaluation_files import read
 from tools.long_context import measure
 from tools.report import page, read_run
 from training.data import make_batch
-from training.objective import Masking, ObjectiveConfig
+from training.objective import Masking
 from training.records import read_records
 from training.scores import scores
+from training.sections import ObjectiveConfig
 
 TOKENS, CHUNK = 24, 6
 CHUNKED = {"attention": "chunked", "chunk_size": CHUNK}

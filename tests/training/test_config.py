@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from training.config import Recipe, add_recipe_flags, load_recipe
-from training.stages import StageConfig
+from training.sections import StageConfig
 
 SHIPPED = sorted(Path("recipes").glob("*.yaml"))
 SIZES_IN_MILLIONS = {

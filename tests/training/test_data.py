@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.training.corpus import PAD, build
-from training.data import NO_TARGET, DataConfig, TrainingData, train_loader, training_order, validation_batches
+from training.data import NO_TARGET, TrainingData, train_loader, training_order, validation_batches
+from training.sections import DataConfig
 from training.shards import open_split
 
 STEP_SAMPLES = 12
@@ -168,7 +169,8 @@ def rows_with_targets(batch) -> list[tuple]:
 STOPPED_BY_SIGNAL = """
 import signal, sys
 from itertools import islice
-from training.data import DataConfig, TrainingData, train_loader, training_order
+from training.data import TrainingData, train_loader, training_order
+from training.sections import DataConfig
 from training.shards import open_split
 
 def main():

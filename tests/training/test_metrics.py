@@ -9,8 +9,9 @@ import time
 
 import pytest
 
-from training.metrics import METRICS_FILE, MetricsConfig, MetricsLogger, with_prefix
+from training.metrics import METRICS_FILE, MetricsLogger, with_prefix
 from training.records import read_records
+from training.sections import MetricsConfig
 from training.throughput import Rates
 
 WITHOUT_WANDB = MetricsConfig(log_every_steps=5, wandb=False)

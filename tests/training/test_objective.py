@@ -9,8 +9,9 @@ from pydantic import ValidationError
 from model.config import ModelConfig
 from tests.training.corpus import PAD, build
 from training.config import Recipe
-from training.data import NO_TARGET, DataConfig, TrainingData, make_batch, train_loader, training_order
-from training.objective import Masking, ObjectiveConfig
+from training.data import NO_TARGET, TrainingData, make_batch, train_loader, training_order
+from training.objective import Masking
+from training.sections import DataConfig, ObjectiveConfig
 from training.shards import open_split
 
 T, VOCABULARY = 32, 1000

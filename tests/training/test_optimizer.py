@@ -6,7 +6,8 @@ from torch import nn
 
 from model.config import ModelConfig
 from model.llama import Llama
-from training.optimizer import Lion, MuonAndAdamW, OptimizerConfig, parameter_groups
+from training.optimizer import Lion, MuonAndAdamW, parameter_groups
+from training.sections import OptimizerConfig
 
 SHAPE = {
     "vocab_size": 64,

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.training.corpus import build
-from training.data import DataConfig, training_order
+from training.data import training_order
 from training.sampler import SampleOrder
+from training.sections import DataConfig, StageConfig
 from training.shards import open_split
-from training.stages import StageConfig, stage_order
+from training.stages import stage_order
 from training.state import TrainState
 
 SEED = 5

@@ -16,8 +16,9 @@ import pytest
 
 from tests.launch import run_ranks
 from tests.training.test_metrics import log
-from training.metrics import METRICS_FILE, MetricsConfig, MetricsLogger
+from training.metrics import METRICS_FILE, MetricsLogger
 from training.records import read_records
+from training.sections import MetricsConfig
 from training.wandb_run import WANDB_KEYS, wandb_values
 
 FACTS = {
