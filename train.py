@@ -53,7 +53,7 @@ def main(arguments: argparse.Namespace) -> int:
     # What takes seconds to import comes after the arguments have been understood.
     from engine.checkpoint import agree_on_checkpoint, steps
     from engine.loop import new_state, open_outputs, train
-    from engine.memory import check_memory, rank_need
+    from engine.memory import check_memory, largest_need
     from engine.plan import make_plan
     from engine.resume import check_resumable, restore
     from engine.run_folder import claim_run, describe, fill_run
@@ -83,7 +83,7 @@ def main(arguments: argparse.Namespace) -> int:
     state = restore(engine, *found) if found else new_state(plan)
     facts = describe(plan)
     if topology.is_first:
-        fill_run(run, facts | {"memory": rank_need(plan, topology.rank)._asdict()})
+        fill_run(run, facts | {"memory": largest_need(plan)._asdict()})
     logger, clock = open_outputs(engine, plan, state, facts, run, topology)
     with logger:
         for notice in [*notices, *damaged]:

@@ -117,6 +117,12 @@ def rank_need(plan: RunPlan, rank: int) -> Need:
     return Need(weights, gradients, optimizer, activations, int(offloaded), _building(plan, mesh, stage, width))
 
 
+def largest_need(plan: RunPlan) -> Need:
+    """That of the rank with most to hold: the stages of a pipeline differ, other layouts cut evenly."""
+    firsts = range(0, plan.mesh.world_size, plan.mesh.world_size // plan.mesh.pipeline)
+    return max((rank_need(plan, rank) for rank in firsts), key=lambda need: need.training)
+
+
 def _share_on(zero: dict[str, Any], section: str, device: str) -> float:
     """How much of the optimizer's states or of the weights an `offload_*` section puts there."""
     offload = zero.get(section) or {}
@@ -141,12 +147,12 @@ def _building(plan: RunPlan, mesh: Mesh, stage: int, width: int) -> int:
 
 
 def check_memory(plan: RunPlan, topology: Topology, overcommit: bool = False) -> str:
-    """One line about what this rank needs and this host has.
+    """One line about what a rank needs and this host has.
 
     Raises ValueError when it cannot fit, naming the nearest shipped JSON and the number of hosts with which it may; not if
     `overcommit`, for which the line says so.
     """
-    need, free = rank_need(plan, topology.rank), free_memory(topology.device)
+    need, free = largest_need(plan), free_memory(topology.device)
     shortage = _shortage(plan, topology, free)
     if shortage and not overcommit:
         raise ValueError(f"{shortage}: {remedy(plan, topology, free)}, or go on with --allow_overcommit")
@@ -155,7 +161,7 @@ def check_memory(plan: RunPlan, topology: Topology, overcommit: bool = False) ->
     rooms = " and ".join(f"{_gib(room)} of {place}" for place, room in free.items())
     ranks = len(_ranks_here(topology))
     return (
-        f"memory: {plan.recipe.model.num_parameters() / 1e6:,.1f}M parameters; this rank needs at least {peak}; "
+        f"memory: {plan.recipe.model.num_parameters() / 1e6:,.1f}M parameters; a rank needs at least {peak}; "
         f"{rooms} are free here"
         + f", for {ranks} ranks" * (ranks > 1)
         + f"; going on although {shortage}" * bool(shortage)
@@ -171,9 +177,11 @@ def remedy(plan: RunPlan, topology: Topology, free: dict[str, int]) -> str:
             changes = len(_leaves(other.ds_config) ^ _leaves(plan.ds_config))
             fitting.append((other.mesh != plan.mesh, other.half_precision != plan.half_precision, changes, file.name))
     words = [f"take ds_configs/{min(fitting)[-1]}"] if fitting else []
-    hosts, ranks = topology.world_size // topology.local_size, topology.local_size
+    hosts, ranks = -(-topology.world_size // topology.local_size), topology.local_size
     while (hosts := hosts * 2) <= MOST_HOSTS:
         wider = plan._replace(mesh=plan.mesh._replace(world_size=hosts * ranks))
+        if plan.batch.samples % wider.mesh.data:
+            continue
         # the ends of a pipeline hold most, and all other layouts share evenly
         ends = [
             replace(topology, rank=first, local_rank=0, world_size=hosts * ranks) for first in (0, (hosts - 1) * ranks)

@@ -70,7 +70,7 @@ def read_topology(environment: dict[str, str] | None = None) -> Topology:
             f"LOCAL_RANK={local_rank} but this host has {torch.cuda.device_count()} GPUs: start fewer processes a host"
         )
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
-    return Topology(rank, local_rank, world_size, device, _local_size(environment))
+    return Topology(rank, local_rank, world_size, device, min(world_size, _local_size(environment)))
 
 
 def _local_size(environment: dict[str, str]) -> int:

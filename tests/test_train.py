@@ -66,6 +66,9 @@ def test_finished_run_leaves_all_its_files(finished):
     facts = json.loads((output / "run.json").read_text())
     assert facts["recipe"]["optimizer"]["lr"] == 3e-3
     assert facts["ds_config"]["train_batch_size"] == 8
+    assert facts["memory"]["optimizer"] > facts["memory"]["weights"]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("memory: ")]
+    assert line.endswith("are free here, for 2 ranks")
     validations = [r for r in read_records(output / "metrics.jsonl") if "validation" in r]
     assert [r["step"] for r in validations] == [4, 8]
     assert not [line for line in done.stderr.splitlines() if "terminate called" in line or "Traceback" in line]

@@ -36,9 +36,8 @@ CASES = {
 }
 SHARED = {
     # ranks that hold other layers, other parts of every layer or other tokens of a row, and ranks with other rows
-    name: (config | ({"pipeline": {"stages": 2}} if "pipeline" in config else {}), overrides)
-    for name, (config, overrides) in CASES.items()
-    if config.keys() & {"pipeline", "tensor_parallel", "sequence_parallel_size"}
+    "pipeline": (FILES["pipeline"] | {"pipeline": {"stages": 2}}, {}),
+    **{name: (FILES[name], {}) for name in ("tensor2_zero0_fp32", "tensor2_zero3", "sequence2_zero2")},
 }
 MISSING_DEVICE = re.compile(r"\bCPU\b|\bGPUs?\b|nvme")
 
