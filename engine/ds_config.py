@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from deepspeed.runtime import config as deepspeed_config
 
-from engine.ds_keys import SECTIONS, key_problems, value_problems
+from engine.ds_keys import KNOWN, SECTIONS, coerce_values, key_problems, value_problems
 from engine.legality import illegal_combinations
 from engine.mesh import Mesh, read_mesh
 from engine.topology import Topology
@@ -35,6 +35,8 @@ class Resolved(NamedTuple):
     """To hand to `deepspeed.initialize`."""
     batch: Batch
     mesh: Mesh
+    notices: list[str]
+    """What a value was resolved to, and which keys have no effect."""
 
 
 def read_ds_config(path: str | Path) -> dict[str, Any]:
@@ -47,11 +49,18 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
         return dict(pairs)
 
     def no_constant(name):
-        raise ValueError(f"{path}: {name} is not a JSON number")
+        raise ValueError(f"{path}: {name} is not a number that JSON and DeepSpeed can hold")
+
+    def finite(digits):
+        return float(digits) if abs(float(digits)) < float("inf") else no_constant(digits)
+
+    def in_64_bits(digits):
+        return int(digits) if len(digits) < 20 and abs(int(digits)) < 2**63 else no_constant(f"{digits[:20]}...")
 
     try:
         text = Path(path).read_text(encoding="utf-8")
-        tree = json.loads(text, object_pairs_hook=unique, parse_constant=no_constant)
+        hooks = {"parse_constant": no_constant, "parse_float": finite, "parse_int": in_64_bits}
+        tree = json.loads(text.removeprefix("\ufeff"), object_pairs_hook=unique, **hooks)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such DeepSpeed config") from None
     except (OSError, UnicodeDecodeError, RecursionError) as error:
@@ -80,8 +89,14 @@ def resolve_ds_config(
     problems = key_problems(config)
     malformed = [key for key in (*SECTIONS, "optimizer") if not isinstance(config.get(key, {}), dict)]
     problems += [f"{key} must be an object with keys, got {config[key]!r}" for key in malformed]
-    for key in malformed:
+    for key in [key for key in config if key not in KNOWN or key in malformed]:
         del config[key]
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        if isinstance(config.get(key), bool):
+            problems.append(f'{key} must be a whole number above 0 or "auto", got {config.pop(key)!r}')
+    problems += coerce_values(config)
+    notices = _resolve_precision(config, topology.device) + without_effect(config)
+    _translate_legacy_offload(config.get("zero_optimization", {}))
     problems += _fill_optimizer(config, recipe)
     mesh, mesh_problems = read_mesh(config, topology.rank, topology.world_size, pipeline_stages)
     batch, batch_problems = _fill_batch(config, recipe, seq_length, mesh.data)
@@ -95,7 +110,26 @@ def resolve_ds_config(
         problems += _deepspeeds_own_verdict(config)
     if problems:
         raise ValueError("\n".join(f"{path}: {problem}" for problem in problems))
-    return Resolved(config, batch, mesh)
+    return Resolved(config, batch, mesh, notices)
+
+
+def _resolve_precision(config: dict[str, Any], device: torch.device) -> list[str]:
+    """`"enabled": "auto"`, as `transformers` users write it: bf16 where the device has it, else fp16 on a GPU."""
+    sections = {name: config[name] for name in ("bf16", "fp16") if name in config}
+    autos = [name for name, section in sections.items() if section.get("enabled") == "auto"]
+    for name in autos:
+        other = sections.get("fp16" if name == "bf16" else "bf16", {}).get("enabled") is True
+        able = device.type == "cpu" or torch.cuda.is_bf16_supported() if name == "bf16" else device.type == "cuda"
+        sections[name]["enabled"] = bool(able and not other)
+    return [f'{name}.enabled "auto" is taken as {str(sections[name]["enabled"]).lower()} here' for name in autos]
+
+
+def _translate_legacy_offload(zero: dict[str, Any]) -> None:
+    """`cpu_offload` and `cpu_offload_param` in the words of today, so that the same rules judge them."""
+    pinned = zero.pop("cpu_offload_use_pin_memory", None)
+    for old, new in (("cpu_offload", "offload_optimizer"), ("cpu_offload_param", "offload_param")):
+        if zero.pop(old, False) is True and zero.get(new) is None:
+            zero[new] = {"device": "cpu"} | ({} if pinned is None else {"pin_memory": pinned})
 
 
 def _agree(config: dict[str, Any], key: str, value: Any, recipe_key: str, label: str = "") -> list[str]:
@@ -131,11 +165,32 @@ def _fill_optimizer(config: dict[str, Any], recipe: Recipe) -> list[str]:
     return problems
 
 
-def without_effect(raw: dict[str, Any]) -> list[str]:
-    """Keys of a valid JSON that choose between implementations of an optimizer, which is not built from the JSON."""
-    block = raw.get("optimizer", {})
-    sections = {"optimizer.legacy_fusion": block, "optimizer.params.torch_adam": block.get("params", {})}
-    return [key for key, section in sections.items() if key.rpartition(".")[2] in section]
+def without_effect(config: dict[str, Any]) -> list[str]:
+    """Sentences about keys of a coerced JSON that change nothing here."""
+    block, zero, found = config.get("optimizer", {}), config.get("zero_optimization", {}), []
+    params = block.get("params", {})
+    choices = {
+        "optimizer.legacy_fusion": block,
+        "optimizer.params.torch_adam": params if isinstance(params, dict) else {},
+    }
+    for key, section in choices.items():
+        if key.rpartition(".")[2] in section:
+            found.append(f"{key} has no effect: the recipe says the optimizer")
+    reasons = {
+        "steps_per_print": "the recipe's logging.log_every_steps says how often a line is printed",
+        "dump_state": "run.json holds the configuration",
+        "timers": "the time of every step is in metrics.jsonl",
+        "dataloader_drop_last": "the rows are read by Longform's own loader",
+        "disable_allgather": "DeepSpeed no longer reads it",
+    }
+    found += [f"{key} has no effect: {reason}" for key, reason in reasons.items() if config.get(key)]
+    comms = config.get("comms_logger", {})
+    if comms.get("enabled") is True and not comms.get("verbose"):
+        found.append("comms_logger has no effect without verbose: its summary is never asked for")
+    for key in ("stage3_gather_16bit_weights_on_model_save", "stage3_gather_fp16_weights_on_model_save"):
+        if zero.get(key) is True:
+            found.append(f"zero_optimization.{key} has no effect: tools.export gathers the weights of any stage")
+    return found
 
 
 def _fill_batch(config: dict[str, Any], recipe: Recipe, seq_length: int, data_ranks: int) -> tuple[Batch, list[str]]:

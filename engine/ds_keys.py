@@ -13,7 +13,16 @@ from deepspeed.runtime import config as deepspeed_config
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.tensor_parallel.config import TPTrainingConfig
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+)
 
 from engine.compression import GradientCompression
 from training.config import did_you_mean
@@ -22,7 +31,7 @@ Dtype = Literal["fp32", "fp16", "bf16"]
 
 
 class PlainSection(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid")
 
 
 class TopLevel(PlainSection):
@@ -40,6 +49,9 @@ class TopLevel(PlainSection):
     disable_python_gc: bool = False
     log_level: str | None = None
     communication_data_type: Dtype | None = None
+    seq_parallel_communication_data_type: Dtype | None = None
+    disable_allgather: bool = False
+    dataloader_drop_last: bool = False
     prescale_gradients: bool = False
     gradient_predivide_factor: PositiveFloat = 1.0
     zero_allow_untested_optimizer: bool = False
@@ -79,6 +91,15 @@ class FlopsProfiler(PlainSection):
     output_file: str | None = None
 
 
+class ThroughputTimer(PlainSection):
+    enabled: bool = True
+    synchronized: bool = True
+
+
+class Timers(PlainSection):
+    throughput: ThroughputTimer = ThroughputTimer()
+
+
 class Pipeline(PlainSection):
     """`stages` and `partition` are DeepSpeed's names, which it does not read itself; here they cut the layer plan."""
 
@@ -111,6 +132,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "checkpoint": Checkpoint,
     "flops_profiler": FlopsProfiler,
     "aio": Aio,
+    "timers": Timers,
     "gradient_compression": GradientCompression,
     "pipeline": Pipeline,
     "tensor_parallel": TensorParallel,
@@ -128,11 +150,16 @@ REFUSED = {
     "managed_gradient_accumulation": "the accumulation boundary is Longform's; remove it",
     "gradient_allreduce_op": "the loss is weighted for averaging by DeepSpeed; remove it",
 }
+MAY_BE_OFF = {"wandb", "tensorboard", "csv_monitor", "comet", "data_efficiency", "autotuning", "hybrid_engine"}
+"""Sections that are taken, and left out, where they say `"enabled": false`."""
 UNSUPPORTED = {"expert_parallel", "compile", "hybrid_engine"}
 NOT_CHOSEN = {
     f"tensor_parallel.{field.alias or name}": "how matrices are cut follows from the model's layers; remove it"
     for name, field in TPTrainingConfig.model_fields.items()
     if name not in TensorParallel.model_fields
+} | {
+    "checkpoint.load_universal": "a checkpoint moves to another layout by itself; remove it",
+    "checkpoint.writer": "Longform writes checkpoints itself, each file proved by its manifest; remove it",
 }
 """Keys of sections that DeepSpeed knows, and that a run has no choice about."""
 
@@ -141,6 +168,8 @@ def key_problems(config: dict[str, Any]) -> list[str]:
     """A sentence for each top-level key that is unknown, removed, or not for a JSON used here."""
     problems = []
     for key in sorted(config):
+        if key in MAY_BE_OFF and isinstance(config[key], dict) and config[key].get("enabled") in (False, "false"):
+            continue
         if key in deepspeed_config._REMOVED_TOP_LEVEL_CONFIG_KEYS:
             problems.append(f"{key} was removed from DeepSpeed 0.19: remove it from the JSON")
         elif key in REFUSED:
@@ -149,6 +178,36 @@ def key_problems(config: dict[str, Any]) -> list[str]:
             problems.append(f"{key} is not supported by train.py: remove it and choose a ZeRO stage (0 to 3)")
         elif key not in KNOWN:
             problems.append(f"unknown key {key!r}{did_you_mean(key, sorted(KNOWN))}")
+    return problems
+
+
+def coerce_values(config: dict[str, Any]) -> list[str]:
+    """Replace every value of a known key by what DeepSpeed's pydantic classes make of it ("2" is 2, "true" is true, 1e5 is
+    100000), so that all later checks, and DeepSpeed, see the same. Removes what cannot be, with a sentence each.
+    """
+    problems = _coerce(TopLevel, config, "")
+    for name, schema in SECTIONS.items():
+        problems += _coerce(schema, config.get(name, {}), f"{name}.")
+    return problems
+
+
+def _coerce(schema: type[BaseModel], values: dict[str, Any], prefix: str) -> list[str]:
+    problems = []
+    names = {key: field for name, field in schema.model_fields.items() for key in (name, field.alias) if key in values}
+    for key, field in names.items():
+        value, inner = values[key], _model_of(schema, key)
+        if isinstance(value, dict) and inner is not None:
+            problems += _coerce(inner, value, f"{prefix}{key}.")
+        elif value != "auto":
+            try:
+                adapter = TypeAdapter(field.rebuild_annotation())
+                values[key] = adapter.dump_python(adapter.validate_python(value), mode="json")
+                if isinstance(values[key], int) and abs(values[key]) >= 2**63:
+                    raise ValueError("more than 64 bits")
+            except (ValueError, TypeError, AssertionError) as error:
+                detail = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+                problems.append(f"{prefix}{key}: {detail.removeprefix('Value error, ')}, got {value!r}")
+                del values[key]
     return problems
 
 
@@ -165,7 +224,8 @@ def value_problems(config: dict[str, Any]) -> list[str]:
             problems.append(f"{name}.{key} was removed from DeepSpeed 0.19: remove it from the JSON")
             del section[key]
         for key in [key for key in section if f"{name}.{key}" in NOT_CHOSEN]:
-            problems.append(f"{name}.{key}: {NOT_CHOSEN[f'{name}.{key}']}")
+            if section[key] is not False:
+                problems.append(f"{name}.{key}: {NOT_CHOSEN[f'{name}.{key}']}")
             del section[key]
         problems += _judge(schema, section, section, f"{name}.")
     return problems

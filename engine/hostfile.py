@@ -84,7 +84,9 @@ def read_forwarded(path: Path) -> Forwarded:
 
 def _lines(path: Path, what: str, problems: list[str]) -> list[tuple[int, str]]:
     try:
-        return [(number, line.strip()) for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)]
+        return [
+            (number, line.strip()) for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1)
+        ]
     except FileNotFoundError:
         problems.append(f"{path}: this {what} does not exist")
     except (OSError, UnicodeDecodeError) as error:

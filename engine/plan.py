@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from engine.ds_config import Batch, read_ds_config, resolve_ds_config, without_effect
+from engine.ds_config import Batch, read_ds_config, resolve_ds_config
 from engine.ds_keys import key_problems
 from engine.initial_weights import initial_weights_problems
 from engine.legality import illegal_combinations
@@ -19,6 +19,9 @@ from training.objective import recipe_masking
 from training.sampler import SampleOrder
 from training.schedule import landmarks, lr_factor
 from training.shards import ShardedDataset, open_split
+
+FEW_ROWS = 4
+"""A validation set with fewer says next to nothing."""
 
 
 class RunPlan(NamedTuple):
@@ -135,7 +138,13 @@ def make_plan(
             f"{recipe_file}: transformers has no LLaMA with model.position_embedding {recipe.model.position_embedding}: this "
             "model can be evaluated and used here, but not exported"
         )
-    warnings += [f"{ds_config_file}: {key} has no effect: the recipe says the optimizer" for key in without_effect(raw)]
+    warnings += [f"{ds_config_file}: {notice}" for notice in resolved.notices]
+    warnings += [
+        f"validation set {name} has {len(other)} {'row' if len(other) == 1 else 'rows'} of {other.manifest.seq_length} tokens: "
+        "its loss is noise; build with more documents or a larger --validation-fraction"
+        for name, other in sets.items()
+        if len(other) < FEW_ROWS
+    ]
     if "gradient_compression" in resolved.config and topology.world_size == 1:
         warnings.append(f"{ds_config_file}: gradient_compression has no effect on one rank")
     return RunPlan(recipe, resolved.config, resolved.mesh, stages, sets, bounds, warnings)

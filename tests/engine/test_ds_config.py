@@ -58,7 +58,7 @@ def test_shipped_configs_resolve(path, device):
         assert len(found) == len(reasons)
         assert all(reason in problem for reason, problem in zip(reasons, found, strict=True))
         return
-    config, batch, mesh = resolve(raw, device=device)
+    config, batch, mesh, _ = resolve(raw, device=device)
     assert batch == (8, 2, 4 // mesh.data)
     assert (config["train_batch_size"], config["gradient_clipping"]) == (8, 0.5)
     assert '"auto"' not in json.dumps(config)
@@ -105,7 +105,7 @@ def test_every_problem_is_reported_at_once():
         ({"zero_optimization": 2}, "zero_optimization must be an object"),
         ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, "mics_shard_size was removed"),
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "keep one"),
-        ({"bf16": {"enabled": "auto"}}, 'bf16.enabled is "auto"'),
+        ({"fp16": {"loss_scale": "auto"}}, 'fp16.loss_scale is "auto"'),
         ({"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}, "use stage 1"),
         ({"bf16": {"enabled": True}, "gradient_accumulation_steps": 1}, "use stage 1"),
         ({"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}, '"grad_accum_dtype": "fp32"'),
@@ -117,10 +117,10 @@ def test_every_problem_is_reported_at_once():
         ({"optimizer": {"type": "AdamW", "params": {"lr": 1.0}}}, "optimizer.params.lr is 1.0 but the recipe's"),
         ({"optimizer": {"type": "AdamW", "params": {"learning_rate": 1.0}}}, "optimizer.params.learning_rate"),
         ({"train_batch_size": 16}, "train_batch_size is 16 but the recipe's global batch"),
-        ({"train_batch_size": "8"}, "whole number"),
+        ({"train_batch_size": "8.5"}, "valid integer"),
         ({"gradient_accumulation_steps": 3}, "cannot be cut"),
-        ({"zero_allow_untested_optimizer": ["auto"]}, 'zero_allow_untested_optimizer.0 is "auto"'),
-        ({"zero_allow_untested_optimizer": "yes"}, "zero_allow_untested_optimizer"),
+        ({"zero_allow_untested_optimizer": ["auto"]}, "zero_allow_untested_optimizer: Input should be a valid boolean"),
+        ({"zero_allow_untested_optimizer": "maybe"}, "zero_allow_untested_optimizer"),
         ({"data_types": {"grad_accum_dtype": "float23"}}, "data_types.grad_accum_dtype"),
         ({"checkpoint": {"tag_validation": "fail"}}, "checkpoint.tag_validation"),
         ({"tensor_parallel": {"tp_overlap_comm": True}}, "tensor_parallel.autotp_size: Field required"),
@@ -148,7 +148,7 @@ def test_every_problem_is_reported_at_once():
             {"pipeline": {"stages": 3}, "zero_optimization": {"stage": 1}},
             "pipeline.stages 3 does not divide the 2 ranks",
         ),
-        ({"pipeline": {"stages": 0}}, "pipeline.stages must be a whole number above 0"),
+        ({"pipeline": {"stages": 0}}, "pipeline.stages: Input should be greater than 0"),
         ({"pipeline": {"stages": 2, "partition": "best"}}, "pipeline.partition"),
         ({"pipeline": {"stage": 2}}, "unknown key 'pipeline.stage'; did you mean 'stages'?"),
         ({"pipeline": {"activation_checkpoint_interval": 1}}, "unknown key 'pipeline.activation_checkpoint_interval'"),
@@ -252,7 +252,7 @@ def test_any_json_resolves_or_is_refused_in_sentences(config):
     """Whatever the file says, the reader ends in a config without "auto" or in a ValueError."""
     before = json.dumps(config)
     try:
-        resolved, batch, mesh = resolve(config)
+        resolved, batch, mesh, _ = resolve(config)
     except ValueError as error:
         refusal = str(error)
     else:

@@ -2,9 +2,12 @@
 
 import base64
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from engine.hostfile import hosts_of_ranks, read_forwarded, read_hostfile, refuse_missing_hostfile
 
@@ -116,3 +119,17 @@ def test_hosts_of_ranks_come_from_the_launcher():
     commands = [["bash"], ["python", "-m", "deepspeed.launcher.launch", f"--world_info={world}", "--node_rank=0"]]
     assert hosts_of_ranks(commands) == ["node1", "node1", "node2"]
     assert hosts_of_ranks([["torchrun", "train.py"]]) == []
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path):
+    (tmp_path / "hosts").write_text("a slots=2\r\nb slots=1\r\n", encoding="utf-8-sig")
+    assert read_hostfile(tmp_path / "hosts") == ({"a": 2, "b": 1}, [])
+
+
+@given(st.binary(max_size=40))
+def test_any_bytes_are_read_or_refused_in_sentences(content):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "file")
+        path.write_bytes(content)
+        for read in (read_hostfile, read_forwarded):
+            assert all(str(path) in problem for problem in read(path).problems)
