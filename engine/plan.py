@@ -13,7 +13,7 @@ from engine.sequence import sequence_problems
 from engine.stages import Stage, plan_stages
 from engine.topology import Topology
 from model.config import ModelConfig
-from training.config import Recipe, load_recipe
+from training.config import Recipe, config_json_notices, load_recipe
 from training.data import TrainingData
 from training.objective import recipe_masking
 from training.sampler import SampleOrder
@@ -127,7 +127,8 @@ def make_plan(
     _collect(problems, landmarks, recipe.schedule, stages[-1].end, recipe.training.global_batch_tokens)
     if problems:
         raise ValueError("\n".join(problems))
-    warnings = [f"{recipe_file}: schedule.{key} has no effect here" for key in recipe.schedule.without_effect()]
+    warnings = config_json_notices(recipe_file, overrides)
+    warnings += [f"{recipe_file}: schedule.{key} has no effect here" for key in recipe.schedule.without_effect()]
     if recipe.model.vocab_size > dataset.manifest.tokenizer.vocab_size:
         unused = recipe.model.vocab_size - dataset.manifest.tokenizer.vocab_size
         warnings.append(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
+from .hf_config import CHUNKED_PREFIX, fields_from_hf, read_hf_config
 from .visibility import Visibility
 
 ROPE_KEYS = {
@@ -22,8 +22,8 @@ ROPE_KEYS = {
     "llama3": ({"factor", "low_freq_factor", "high_freq_factor"}, set()),
     "longrope": ({"short_factor", "long_factor"}, {"factor", "attention_factor"}),
 }
-CUSTOM_MODULE, CHUNKED_PREFIX = "modeling_longform", "chunked_"
-"""The file beside this one that has what transformers lacks, and what its `model_type`s add to those of transformers."""
+CUSTOM_MODULE = "modeling_longform"
+"""The file beside this one that has what transformers lacks."""
 ROPE_EXTENDS_ORIGINAL = {"yarn", "llama3", "longrope"}
 """Scalings that take `original_max_position_embeddings` (default, as in transformers: `max_position_embeddings`)."""
 
@@ -172,23 +172,11 @@ class ModelConfig(BaseModel):
         """Read a Hugging Face config: a folder with `config.json`, that file, or its content.
 
         Accepts `llama`, `mistral` and `qwen3`, in the form of transformers 4 (`rope_theta`, `rope_scaling`) and of
-        transformers 5 (`rope_parameters`). Raises ValueError that names each key this model has no equivalent for.
+        transformers 5 (`rope_parameters`). Raises ValueError that names each key that would change the function.
         """
-        where = "config"
-        if not isinstance(source, dict):
-            path = Path(source)
-            path = path / "config.json" if path.is_dir() else path
-            where = str(path)
-            try:
-                source = json.loads(path.read_text(encoding="utf-8"))
-            except FileNotFoundError:
-                raise ValueError(f"{where}: no such file; give a Hugging Face folder or its config.json") from None
-            except ValueError as error:
-                raise ValueError(f"{where}: not valid JSON ({error})") from None
-            if not isinstance(source, dict):
-                raise ValueError(f"{where}: expected a JSON object")
+        tree, where = read_hf_config(source)
         try:
-            return cls(**_fields_from_hf(source))
+            return cls(**fields_from_hf(tree, set(cls.model_fields)))
         except ValidationError as error:
             problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'model'}: {e['msg']}" for e in error.errors())
             raise ValueError(f"{where}: {problems}") from None
@@ -256,7 +244,7 @@ def _checked_rope_scaling(scaling: dict[str, Any]) -> dict[str, Any] | None:
     scaling = {key: value for key, value in scaling.items() if value is not None}
     kind = scaling.pop("type", None)
     kind = scaling.pop("rope_type", kind)
-    if kind not in ROPE_KEYS:
+    if not isinstance(kind, str) or kind not in ROPE_KEYS:
         raise ValueError(f"rope_type {kind!r} is unknown; one of {', '.join(ROPE_KEYS)}")
     required, optional = ROPE_KEYS[kind]
     if kind in ROPE_EXTENDS_ORIGINAL:
@@ -265,73 +253,8 @@ def _checked_rope_scaling(scaling: dict[str, Any]) -> dict[str, Any] | None:
         raise ValueError(f"rope_type {kind} needs {', '.join(sorted(missing))}")
     if unknown := scaling.keys() - required - optional:
         raise ValueError(f"rope_type {kind} has no {', '.join(sorted(unknown))}")
+    for key, value in scaling.items():
+        numbers = value if isinstance(value, list) and key in ("short_factor", "long_factor") else [value]
+        if any(isinstance(x, bool) != (key == "truncate") or not isinstance(x, int | float) for x in numbers):
+            raise ValueError(f"{key} must be {'true or false' if key == 'truncate' else 'a number'}, got {value!r}")
     return None if kind == "default" else {"rope_type": kind, **scaling}
-
-
-_REQUIRED_VALUES = {
-    # keys of Hugging Face configs that this model supports with one value only
-    "hidden_act": ("silu", "swish"),
-    "attention_dropout": (0, None),
-    "pretraining_tp": (1, None),
-    "rope_interleaved": (False, None),
-    "partial_rotary_factor": (1, None),
-    "is_encoder_decoder": (False,),
-    "quantization_config": (None,),
-}
-# fmt: off
-_WITHOUT_EFFECT = {
-    "architectures", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label",
-    "ignore_keys_at_rope_validation", "label2id", "max_window_layers", "model_type", "name_or_path",
-    "output_attentions", "output_hidden_states", "pad_token_id", "problem_type", "return_dict", "sep_token_id",
-    "torch_dtype", "transformers_version", "use_cache", "use_sliding_window", "auto_map", "transformers.js_config",
-    "is_llama_config", "mask_token_id", "objective",
-}
-# fmt: on
-
-
-def _fields_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    model_type = hf.get("model_type")
-    if isinstance(model_type, str) and hf.get("chunk_size") is not None:
-        model_type = model_type.removeprefix(CHUNKED_PREFIX)
-    if model_type not in ("llama", "mistral", "qwen3"):
-        raise ValueError(f"model_type {model_type!r} is not supported; llama, mistral or qwen3 is")
-    for key, allowed in _REQUIRED_VALUES.items():
-        if key in hf and hf[key] not in allowed:
-            raise ValueError(f"{key} {hf[key]!r} is not supported; {allowed[0]!r} is")
-    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-    if rope.pop("partial_rotary_factor", 1) != 1:
-        raise ValueError("rope_parameters.partial_rotary_factor is not supported")
-    fields = {key: hf[key] for key in ModelConfig.model_fields if hf.get(key) is not None}
-    fields["rope_theta"] = rope.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0
-    fields["rope_scaling"] = {"rope_type": rope.pop("type", "default"), **rope} if rope else None
-    # what transformers assumes where a config is silent
-    defaults = {"rms_norm_eps": 1e-6, "max_position_embeddings": {"llama": 2048, "mistral": 131072, "qwen3": 32768}}
-    defaults = {key: value[model_type] if isinstance(value, dict) else value for key, value in defaults.items()}
-    fields = defaults | fields | {"qk_norm": model_type == "qwen3"}
-    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-        if key not in fields:
-            raise ValueError(f"{key} is missing")
-    if model_type == "mistral" and "sliding_window" not in hf:
-        fields["sliding_window"] = 4096
-    if model_type == "mistral" and "num_key_value_heads" not in hf:
-        fields["num_key_value_heads"] = 8
-    if model_type == "qwen3":
-        fields |= _qwen3_window(hf, fields)
-        fields.setdefault("head_dim", 128)
-    ignored = _WITHOUT_EFFECT | _REQUIRED_VALUES.keys() | {"rope_parameters", "rope_scaling", "layer_types"}
-    unknown = {k for k, v in hf.items() if v not in (None, False) and not k.startswith("_")}
-    if unknown := unknown - ignored - ModelConfig.model_fields.keys():
-        raise ValueError(f"this model has no equivalent for {', '.join(sorted(unknown))}")
-    return fields
-
-
-def _qwen3_window(hf: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
-    """Qwen3 may put the window on some layers only; this model has it on all or none."""
-    if not hf.get("use_sliding_window"):
-        return {"sliding_window": None}
-    layers = fields["num_hidden_layers"]
-    first = hf.get("max_window_layers", 28)
-    kinds = hf.get("layer_types") or ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
-    if len(set(kinds)) > 1:
-        raise ValueError("layer_types mixes full and sliding attention, which is not supported")
-    return {"sliding_window": hf.get("sliding_window", 4096) if kinds[0] == "sliding_attention" else None}

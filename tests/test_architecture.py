@@ -15,7 +15,7 @@ MAY_IMPORT = {
     # package: our modules it may import beside itself
     "model": (),
     "data_prep": ("training.shards", "training.manifest"),
-    "training": ("model.config",),
+    "training": ("model.config", "model.hf_config"),
     "engine": ("model", "training"),
 }
 MAY_NOT_IMPORT = {

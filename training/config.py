@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from model.config import ModelConfig
+from model.hf_config import left_out, read_hf_config
 from training.schedule import ScheduleConfig
 from training.sections import DataConfig, MetricsConfig, ObjectiveConfig, OptimizerConfig, StageConfig
 
@@ -180,6 +181,25 @@ def load_recipe(path: str | Path, overrides: dict[str, str]) -> Recipe:
     Raises ValueError listing every problem, one a line.
     """
     path = Path(path)
+    tree = _read_tree(path, overrides)
+    if (file := _config_json(path, tree)) is not None:
+        section = {key: value for key, value in tree["model"].items() if key != "config_json"}
+        tree["model"] = {**ModelConfig.from_hf(file).model_dump(exclude_unset=True), **section}
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise ValueError("\n".join(_sentence(path, overrides, problem) for problem in error.errors())) from None
+
+
+def config_json_notices(path: str | Path, overrides: dict[str, str]) -> list[str]:
+    """What `model.config_json` of a valid recipe has that the model does not take over."""
+    file = _config_json(Path(path), _read_tree(Path(path), overrides))
+    return (
+        [f"{file}: {said}" for said in left_out(read_hf_config(file)[0], set(ModelConfig.model_fields))] if file else []
+    )
+
+
+def _read_tree(path: Path, overrides: dict[str, str]) -> dict[str, Any]:
     tree = _read_yaml(path)
     for dotted, text in overrides.items():
         section, _, key = dotted.partition(".")
@@ -190,21 +210,17 @@ def load_recipe(path: str | Path, overrides: dict[str, str]) -> Recipe:
         if not isinstance(tree[section], dict):
             raise ValueError(f"{path}: {section} must be a mapping of keys to values")
         tree[section][key] = _yaml_value(text, f"--{dotted}")
-    if isinstance(tree.get("model"), dict) and "config_json" in tree["model"]:
-        tree["model"] = _merge_config_json(path, tree["model"])
-    try:
-        return Recipe.model_validate(tree)
-    except ValidationError as error:
-        raise ValueError("\n".join(_sentence(path, overrides, problem) for problem in error.errors())) from None
+    return tree
 
 
-def _merge_config_json(recipe: Path, section: dict[str, Any]) -> dict[str, Any]:
-    section = dict(section)
-    file = Path(str(section.pop("config_json")))
+def _config_json(recipe: Path, tree: dict[str, Any]) -> Path | None:
+    if not isinstance(tree.get("model"), dict) or "config_json" not in tree["model"]:
+        return None
+    file = Path(str(tree["model"]["config_json"]))
     file = file if file.is_absolute() or file.exists() else recipe.parent / file
     if not file.is_file():
         raise ValueError(f"{recipe}: model.config_json: {file} does not exist")
-    return {**ModelConfig.from_hf(file).model_dump(exclude_unset=True), **section}
+    return file
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from model.config import ModelConfig
+from model.hf_config import left_out
 from model.llama import Llama
 from tests.model.support import SCALINGS, tiny
 
@@ -107,7 +108,6 @@ def test_silent_keys_take_the_values_transformers_assumes():
         ({"model_type": "gpt2"}, "gpt2"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"attention_dropout": 0.1}, "attention_dropout"),
-        ({"pretraining_tp": 2}, "pretraining_tp"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"embedding_multiplier": 12.0}, "embedding_multiplier"),
         ({"rope_scaling": {"type": "su", "factor": 2.0}}, "su"),
@@ -131,6 +131,67 @@ def test_unsupported_configs_are_refused_by_name(change, named, tmp_path):
     assert named in message
     assert str(tmp_path / "config.json") in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"unsloth_fixed": True, "unsloth_version": "2025.1"},
+        {"max_sequence_length": 2048, "tokenizer_class": "LlamaTokenizer", "pretraining_tp": 2},
+        {"do_sample": True, "temperature": 0.9, "top_p": 0.6, "max_length": 4096, "_name_or_path": "x"},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "finetuned": True}},
+        {"a_key_that_nobody_knows": 3},
+    ],
+)
+def test_keys_that_transformers_loads_and_ignores_are_left_out(keys):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 8}
+    tree = LLAMA_1B | sizes | {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
+    tree = tree | {"pad_token_id": None, "rope_scaling": None} | keys
+    config = ModelConfig.from_hf(tree)
+    with torch.device("meta"):
+        theirs = LlamaForCausalLM(LlamaConfig.from_dict(tree))
+    assert sum(p.numel() for p in theirs.parameters()) == config.num_parameters()
+    said = " ".join(left_out(tree, set(ModelConfig.model_fields)))
+    assert all(key in said for key in keys if key != "rope_scaling")
+
+
+VALUES = [
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    2**70,
+    0.5,
+    "",
+    "8",
+    "x",
+    [],
+    [1],
+    {},
+    {"a": 1},
+    {"rope_type": "yarn", "factor": "x"},
+]
+VALUES += [{"type": ["yarn"]}, {"rope_type": "longrope", "short_factor": 3, "long_factor": [1, None]}]
+KEYS = sorted({*LLAMA_1B, *ModelConfig.model_fields, "rope_parameters", "layer_types", "max_window_layers"})
+
+
+@given(
+    st.dictionaries(st.sampled_from(KEYS), st.sampled_from(VALUES), min_size=1, max_size=3),
+    st.sampled_from(["llama", "mistral", "qwen3"]),
+)
+def test_any_value_of_any_key_is_taken_or_refused_in_a_sentence(change, model_type):
+    tree = LLAMA_1B | {"model_type": model_type, "use_sliding_window": True} | change
+    try:
+        config = ModelConfig.from_hf(tree)
+    except ValueError as refusal:
+        text = str(refusal)
+    else:
+        text = str(config.num_parameters())
+    assert text
 
 
 def test_unreadable_files_are_refused_by_name(tmp_path):
