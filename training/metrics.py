@@ -13,7 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from training.records import RecordFile
+from training.records import RecordFile, read_records
 from training.sections import MetricsConfig
 from training.throughput import Rates
 from training.wandb_run import WandbRun
@@ -59,7 +59,8 @@ class MetricsLogger:
             self._sinks.append(Console(total_steps, peak_label))
             self._sinks.append(RecordFile(run_dir / METRICS_FILE, resumed_step))
             if config.wandb and wandb_mode != "disabled":
-                self._sinks.append(WandbRun(run_dir, config, run_id, facts, wandb_mode))
+                earlier = read_records(run_dir / METRICS_FILE)
+                self._sinks.append(WandbRun(run_dir, config, run_id, facts, wandb_mode, earlier))
 
     def due(self, step: int) -> bool:
         """Whether the metrics of this step are to be collected; the same on all ranks."""

@@ -2,14 +2,16 @@
 
 Without a key the run is recorded offline under `RUN/wandb` (`wandb sync` uploads it, `wandb beta leet` shows it in the
 terminal). W&B's own step is the optimizer step. After a resume, steps that W&B has already seen are not sent again: the
-resume is exact, so they would be the same numbers.
+resume is exact, so they would be the same numbers. Steps that it lost in a kill are sent first.
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.records import finite
+from training.wandb_files import mend_files
 
 if TYPE_CHECKING:
     from training.sections import MetricsConfig
@@ -32,6 +34,7 @@ WANDB_KEYS = {
     "eta_seconds": "progress/eta_seconds",
 }
 VALIDATION_KEYS = ("loss", "bits_per_byte")
+CONNECT_SECONDS = 15.0
 
 
 def wandb_values(record: dict[str, Any]) -> dict[str, float]:
@@ -47,41 +50,95 @@ def wandb_values(record: dict[str, Any]) -> dict[str, float]:
 
 
 class WandbRun:
-    """Sends records to one W&B run."""
+    """Sends records to one W&B run; whatever W&B does, training goes on, and a fault of it is said once.
 
-    def __init__(self, run_dir: Path, config: "MetricsConfig", run_id: str, facts: dict[str, Any], mode: str | None):
+    A row of W&B is closed by the row of a later step. What comes later for a closed row, as the event of a resume, goes
+    into the next row; what a closed row already has is not sent again.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: "MetricsConfig",
+        run_id: str,
+        facts: dict[str, Any],
+        mode: str | None,
+        earlier: Sequence[dict[str, Any]] = (),
+    ):
         """`facts` becomes the run's config. `mode` is W&B's own (online, offline ...); None: online if there is a key.
 
-        A server that cannot be reached is no reason not to train: the run is then recorded offline.
+        Of the `earlier` records of the run, those that W&B lacks after a kill are sent first. A server that cannot be
+        reached is no reason not to train: the run is then recorded offline.
         """
-        import wandb
-
-        defaults = wandb.setup().settings  # what the user's environment and W&B settings files say
-        identity = {
-            "id": run_id,
-            "resume": "allow",
-            "entity": config.wandb_entity or defaults.entity,
-            "project": config.wandb_project or defaults.project or "longform",
-            "name": config.wandb_name or defaults.run_name or run_dir.resolve().name,
-            "group": config.wandb_group or defaults.run_group,
-            "tags": [*config.wandb_tags] or defaults.run_tags,
-            "config": finite(facts),
-            "dir": run_dir,
-            "settings": wandb.Settings(quiet=True),
-        }
+        self._run, self._carried = None, {}
         try:
-            if mode is None:
-                mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
-            self._run = wandb.init(**identity, mode=mode)
-        except wandb.Error as error:
-            print(f"warning: W&B is not available ({error}); recording offline under {run_dir}/wandb", file=sys.stderr)
-            self._run = wandb.init(**identity, mode="offline")
+            self._rows = mend_files(run_dir / "wandb", run_id)
+            self._run = _open_run(run_dir, config, run_id, facts, mode)
+            self._closed = self._run.starting_step - 1 if self._run.resumed else max(self._rows, default=-1)
+        except Exception as error:
+            self._give_up(error)
+        for record in earlier:
+            if record["step"] > self._closed_step:
+                self.write(record)
+
+    @property
+    def _closed_step(self) -> int:
+        return self._closed if self._run else -1
 
     def write(self, record: dict[str, Any]) -> None:
-        if record["step"] >= self._run.step:
-            self._run.log(wandb_values(record), step=record["step"])
-        if record.get("event") == "stop":
-            self._run.mark_preempting()  # shown as preempted, not as failed, when it ends with another exit code than 0
+        if self._run is None:
+            return
+        values, step = wandb_values(record), record["step"]
+        try:
+            if step > self._closed:
+                self._run.log(self._carried | values, step=step)
+                self._carried = {}
+            elif step in self._rows:
+                self._carried |= {key: value for key, value in values.items() if key not in self._rows[step]}
+            if record.get("event") == "stop":
+                self._run.mark_preempting()  # shown as preempted, not failed, when it ends with another code than 0
+        except Exception as error:
+            self._give_up(error)
 
     def close(self, exit_code: int) -> None:
-        self._run.finish(exit_code)
+        if self._run is None:
+            return
+        try:
+            if self._carried:
+                self._run.log(self._carried, step=self._closed + 1)
+            self._run.finish(exit_code)
+        except Exception as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        """W&B's client raises errors of every kind where its service has died or a disk is full."""
+        self._run = None
+        text = " ".join(str(error).split()) or type(error).__name__
+        print(
+            f"warning: W&B records nothing from here on ({text}); the next launch sends what it lacks", file=sys.stderr
+        )
+
+
+def _open_run(run_dir: Path, config: "MetricsConfig", run_id: str, facts: dict[str, Any], mode: str | None):
+    import wandb
+
+    defaults = wandb.setup().settings  # what the user's environment and W&B settings files say
+    identity = {
+        "id": run_id,
+        "resume": "allow",
+        "entity": config.wandb_entity or defaults.entity,
+        "project": config.wandb_project or defaults.project or "longform",
+        "name": config.wandb_name or defaults.run_name or run_dir.resolve().name,
+        "group": config.wandb_group or defaults.run_group,
+        "tags": [*config.wandb_tags] or defaults.run_tags,
+        "config": finite(facts),
+        "dir": run_dir,
+        "settings": wandb.Settings(quiet=True, silent=True, init_timeout=CONNECT_SECONDS),
+    }
+    try:
+        if mode is None:
+            mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
+        return wandb.init(**identity, mode=mode)
+    except wandb.Error as error:
+        print(f"warning: W&B is not available ({error}); recording offline under {run_dir}/wandb", file=sys.stderr)
+        return wandb.init(**identity, mode="offline")

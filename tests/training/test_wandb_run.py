@@ -1,12 +1,7 @@
-"""The offline run file that W&B itself writes, read back record by record.
-
-A `.wandb` file is a LevelDB log: 7 bytes of header, then blocks of 32 KiB holding chunks of a checksum (4 bytes), a
-length (2), a type (1: whole, 2: first, 3: middle, 4: last) and data; the data are protobuf messages `Record`.
-"""
+"""The offline run files that W&B itself writes, read back record by record."""
 
 import json
 import os
-import struct
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +14,7 @@ from tests.training.test_metrics import log
 from training.metrics import METRICS_FILE, MetricsLogger
 from training.records import read_records
 from training.sections import MetricsConfig
+from training.wandb_files import messages
 from training.wandb_run import WANDB_KEYS, wandb_values
 
 FACTS = {
@@ -65,18 +61,8 @@ def launch(folder: Path, fields=None, resumed_step=0, last_step=4, mode=None, wo
 def records_of(path: Path) -> Iterator[Any]:
     from wandb.proto import wandb_internal_pb2
 
-    data, position, message = path.read_bytes(), 7, b""
-    while position + 7 <= len(data):
-        left_in_block = 32768 - position % 32768
-        if left_in_block < 7:
-            position += left_in_block
-            continue
-        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
-        message += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):
-            yield wandb_internal_pb2.Record.FromString(message)
-            message = b""
+    for message, _ in messages(path.read_bytes()):
+        yield wandb_internal_pb2.Record.FromString(message)
 
 
 def read_run(path: Path) -> tuple[Any, dict[str, Any], dict[int, dict[str, float]]]:
@@ -105,6 +91,7 @@ def test_offline_run_and_its_resume_are_one_run(tmp_path):
     merged = {}
     for file in files:
         run, config, history = read_run(file)
+        assert not merged.keys() & history.keys(), "wandb sync would upload a step twice"
         assert (run.run_id, run.project, run.run_group, list(run.tags)) == ("kept1234", "books", "sizes", ["long"])
         assert run.display_name == tmp_path.name
         assert config == FACTS
@@ -116,10 +103,30 @@ def test_offline_run_and_its_resume_are_one_run(tmp_path):
     assert sorted(expected) == [1, 2, 3, 4, 5, 6]
     assert expected[6].keys() == {*WANDB_KEYS.values(), *SCORES}
     assert expected[1].keys() - expected[2].keys() == {"train/grad_norm"}
+    expected[4] |= SCORES | {"events/stop": 1}  # of the first launch, which W&B cannot take back
     assert merged == expected
-    assert read_run(files[0])[2][4] == expected[4] | SCORES | {"events/stop": 1}
     endings = [[record.WhichOneof("record_type") for record in records_of(file)] for file in files]
     assert ["preempting" in kinds for kinds in endings] == [True, False]
+
+
+def test_what_a_kill_took_from_wandb_is_sent_at_the_next_launch(tmp_path):
+    """The first file is torn in the row of step 3, as a SIGKILL between two writes leaves it."""
+    launch(tmp_path, {}, 0, 4)
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    cut = next(end for message, end in messages(file.read_bytes()) if b"train/loss" in message and end) + 1
+    data = file.read_bytes()
+    ends = [end for _, end in messages(data)]
+    os.truncate(file, next(end for end in ends if end > cut) + 40)
+    launch(tmp_path, {}, 4, 6)
+    files = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
+    histories = [read_run(path)[2] for path in files]
+    assert not histories[0].keys() & histories[1].keys()
+    merged, expected = histories[0] | histories[1], {}
+    for record in read_records(tmp_path / METRICS_FILE):
+        expected.setdefault(record["step"], {}).update(wandb_values(record))
+    assert merged == expected
+    for path in files:  # wandb sync stops at a torn end, before all later files
+        assert [*messages(path.read_bytes())][-1][1] == path.stat().st_size
 
 
 @pytest.mark.parametrize("trouble", [{"mode": "online"}, {"WANDB_API_KEY": "too short"}])
