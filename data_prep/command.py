@@ -49,6 +49,13 @@ def sentence(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
+class DefaultsInHelp(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Names a default where there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return super()._get_help_string(action) if action.default not in (None, False) else action.help
+
+
 class CommandParser(argparse.ArgumentParser):
     """Says what is wrong with a command line in a sentence a mistake, each flag with the nearest known one.
 

@@ -6,7 +6,6 @@ BOS and EOS mark document boundaries and are added by whoever stores documents, 
 spells a control token, such as `</s>`, is encoded as the characters it consists of.
 """
 
-import argparse
 import hashlib
 import io
 import json
@@ -17,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from data_prep.command import CommandParser, run_command
+from data_prep.command import CommandParser, DefaultsInHelp, run_command
 from data_prep.documents import Problems, read_unit
 from data_prep.progress import Progress, say
 from data_prep.sources import hash64, parse_sources, plan_units
@@ -293,7 +292,7 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
 def main() -> None:
     parser = CommandParser(prog="python -m data_prep.tokenizer", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    options = commands.add_parser("train", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    options = commands.add_parser("train", formatter_class=DefaultsInHelp)
     options.add_argument("--input", nargs="+", required=True, help="documents: files, folders or globs")
     options.add_argument("--vocab-size", type=int, default=32000, help="entries, control and byte tokens included")
     coverage_help = "share of the text's characters that get entries; the rare rest is written as bytes"

@@ -4,13 +4,12 @@ Every key that a run logs (training/wandb_run.py) is in exactly one section. `--
 neither a key nor a network.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from data_prep.command import CommandParser
+from data_prep.command import CommandParser, DefaultsInHelp
 from training.wandb_run import WANDB_KEYS
 
 if TYPE_CHECKING:
@@ -79,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = CommandParser(
         prog="python -m tools.dashboard",
         description=__doc__.partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=DefaultsInHelp,
     )
     parser.add_argument("--entity", required=True, help="W&B user or team")
     parser.add_argument("--project", default="longform", help="W&B project of the runs")

@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 import psutil
-import torch
 
 from data_prep.command import CommandParser, run_command
 from training.metrics import METRICS_FILE
@@ -84,6 +83,8 @@ def main() -> None:
 
 def training_command(output: Path, steps: int) -> list:
     """Two ranks on a CPU (in float32, which every CPU computes fast), or the GPUs in bf16; all rows of a step at once."""
+    import torch  # seconds, which --help does without
+
     gpus = torch.cuda.device_count()
     ranks = 1 << (min(gpus, STEP_ROWS).bit_length() - 1) if gpus else 2
     recipe = ["--recipe", "recipes/tiny.yaml", "--training.max_steps", str(steps)]

@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from data_prep.command import CommandParser, run_command
+from data_prep.command import CommandParser, DefaultsInHelp, run_command
 from data_prep.tokenizer import open_tokenizer
 from tools import evaluation_files
 from tools.evaluation_tables import gain_tables, passkey_tables, position_table, score_table
@@ -58,9 +58,7 @@ def main() -> None:
 
 
 def parsed() -> argparse.Namespace:
-    parser = CommandParser(
-        prog="python -m tools.evaluate", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = CommandParser(prog="python -m tools.evaluate", description=__doc__, formatter_class=DefaultsInHelp)
     parser.add_argument("source", help="folder of a run, or an exported Hugging Face folder")
     parser.add_argument("--data", required=True, help="folder made by data_prep.build with the model's tokenizer")
     parser.add_argument("--split", default="validation", help="which split of it")

@@ -10,7 +10,7 @@ from itertools import chain
 
 import torch
 
-from data_prep.command import CommandParser, run_command
+from data_prep.command import CommandParser, DefaultsInHelp, run_command
 from data_prep.tokenizer import Tokenizer
 from model.generation import generate
 from model.unmasking import unmask
@@ -20,9 +20,7 @@ UNFINISHED = "\ufffd"  # what the first bytes of a character decode to until its
 
 
 def main() -> None:
-    parser = CommandParser(
-        prog="python -m tools.generate", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = CommandParser(prog="python -m tools.generate", description=__doc__, formatter_class=DefaultsInHelp)
     parser.add_argument("source", help="folder of a run, or an exported Hugging Face folder")
     parser.add_argument("--prompt", required=True, help="text to continue; - reads it from standard input")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="stop after this many tokens")

@@ -11,12 +11,14 @@ import time
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from training.records import RecordFile, read_records
 from training.sections import MetricsConfig
-from training.throughput import Rates
 from training.wandb_run import WandbRun
+
+if TYPE_CHECKING:
+    from training.throughput import Rates
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -77,7 +79,7 @@ class MetricsLogger:
         learning_rate: float,
         grad_norm: float | None,
         skipped_steps: int,
-        rates: Rates,
+        rates: "Rates",
         attention_imbalance: float = 0.0,
         memory_bytes: int | None = None,
         wire_bytes: int | None = None,
