@@ -3,8 +3,10 @@
     deepspeed [--hostfile H] train.py --recipe recipes/llama-125m.yaml --deepspeed_config ds_configs/zero2.json \\
         --data DATA --output RUN [--section.key value ...]
 
-The same command continues RUN from its newest good checkpoint, on any number of ranks. Exit codes: 0 finished; 2 bad
-input (one sentence a problem); 75 stopped early with a checkpoint (SIGTERM, SIGUSR1, training.max_hours): run it again.
+The same command continues RUN from its newest good checkpoint, on any number of ranks. Exit codes: 0 finished;
+1 failed (another rank, which is named, or a traceback); 2 bad input or an output folder that refuses (one sentence a
+problem): mend it; 75 stopped early (SIGTERM, SIGUSR1, SIGHUP, end of the launcher, training.max_hours) and saved: run it
+again; 130 the same after Ctrl-C, of which a second one ends at once.
 """
 
 import argparse
@@ -15,6 +17,7 @@ if (ROOT := str(Path(__file__).resolve().parent)) not in sys.path:  # where PYTH
     sys.path.insert(0, ROOT)
 
 from data_prep.command import CommandParser
+from engine.signals import StopSignal
 from training.config import add_recipe_flags
 
 FLAGS_OF_OTHERS = {
@@ -49,7 +52,7 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
     return new_parser(every_flag=False).parse_args(words)
 
 
-def main(arguments: argparse.Namespace) -> int:
+def main(arguments: argparse.Namespace, stop: StopSignal) -> int:
     # What takes seconds to import comes after the arguments have been understood.
     from engine.checkpoint import agree_on_checkpoint, steps
     from engine.loop import new_state, open_outputs, train
@@ -57,7 +60,6 @@ def main(arguments: argparse.Namespace) -> int:
     from engine.plan import make_plan
     from engine.resume import check_resumable, restore
     from engine.run_folder import claim_run, describe, fill_run
-    from engine.signals import StopSignal
     from engine.step import build_engine
     from engine.topology import read_topology, start_process_group
 
@@ -73,9 +75,8 @@ def main(arguments: argparse.Namespace) -> int:
     if topology.is_first:
         print(memory, flush=True)
 
-    start_process_group(topology)
+    start_process_group(topology, plan.recipe.training.collective_timeout_minutes)
     lock = claim_run(run) if topology.is_first else None
-    stop = StopSignal()
 
     # Continue where the newest good checkpoint stopped, or begin.
     found, damaged = agree_on_checkpoint(run)
@@ -90,15 +91,14 @@ def main(arguments: argparse.Namespace) -> int:
             logger.log_event(state.step, "notice", text=notice)
         if found:
             logger.log_event(state.step, "resume", checkpoint=found[0].name, written_by=str(found[1].layout))
-        code = train(engine, plan, state, logger, clock, stop, topology, run, facts)
+        code = train(engine, plan, state, logger, clock, stop, topology, run, facts, lock)
         logger.close(code)
-    del lock
     return code
 
 
 if __name__ == "__main__":
-    given = parse_arguments(sys.argv[1:])
+    given, request = parse_arguments(sys.argv[1:]), StopSignal()
 
     from engine.topology import run_command
 
-    run_command(lambda: main(given))
+    run_command(lambda: main(given, request))

@@ -18,6 +18,7 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from engine.names import named_parameters
+from engine.peers import FAILED_COLLECTIVE
 from training.config import CheckpointConfig
 from training.manifest import publish, write_atomically
 from training.state import TrainState
@@ -98,6 +99,8 @@ def save(engine, run: Path, state: TrainState, facts: dict[str, Any], policy: Ch
     try:
         return _save(engine, run, state, facts, policy)
     except (OSError, RuntimeError) as error:
+        if FAILED_COLLECTIVE.search(str(error)):
+            raise  # another rank is the reason, not the disk
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"{run / 'checkpoints'}: the checkpoint of step {state.step} could not be written ({reason}); earlier ones are "

@@ -10,8 +10,9 @@ import torch
 
 from engine.checkpoint import save
 from engine.plan import RunPlan
+from engine.run_folder import check_claim
 from engine.stages import Stage
-from engine.step import StepResult, any_rank, sum_over_ranks, train_step
+from engine.step import StepResult, agree_to_stop, sum_over_ranks, train_step
 from engine.topology import Topology, wandb_mode
 from engine.validation import validate_all
 from training.data import train_loader
@@ -21,13 +22,20 @@ from training.stages import stage_order
 from training.state import TrainState
 from training.throughput import StepClock, peak_rate
 
-EXIT_RUN_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 
+def train(engine, plan: RunPlan, state: TrainState, logger, clock, stop, topology, run: Path, facts: dict, lock) -> int:
+    """One optimizer step at a time until the recipe's last, a request to stop or the time limit.
 
-def train(engine, plan: RunPlan, state: TrainState, logger, clock, stop, topology, run: Path, facts: dict) -> int:
-    """One optimizer step at a time until the recipe's last, a signal or the time limit."""
+    `lock`: what `claim_run` gave to the first rank.
+    """
     recipe, began = plan.recipe, time.monotonic()
     stage, batches = None, optimizer_steps(plan, state, topology)
+
+    def stopping() -> bool:
+        out_of_time = time.monotonic() - began > (recipe.training.max_hours or float("inf")) * 3600
+        return agree_to_stop(engine, stop, "time limit" if out_of_time else None)
+
+    stop.leave_to_the_loop()
     while state.step < plan.total_steps:
         if stage is not (stage := plan.stage_of(state.step + 1)):
             announce(stage, plan, state, logger, clock)
@@ -41,18 +49,20 @@ def train(engine, plan: RunPlan, state: TrainState, logger, clock, stop, topolog
         give_up_after_skips(state, recipe.training.max_consecutive_skipped_steps)
 
         last = state.step == plan.total_steps
-        out_of_time = time.monotonic() - began > (recipe.training.max_hours or float("inf")) * 3600
-        stopping = any_rank(engine, stop.name is not None or out_of_time) and not last
         with clock.aside():
             if plan.validation_sets and (last or state.step % recipe.validation.every_steps == 0):
-                logger.log_validation(state.step, validate_all(engine, plan))
-            if last or stopping or state.step % recipe.checkpoint.every_steps == 0:
+                if scores := validate_all(engine, plan, stopping):
+                    logger.log_validation(state.step, scores)
+                else:
+                    logger.log_event(state.step, "notice", text="validation was left out: asked to stop")
+            if last or stopping() or state.step % recipe.checkpoint.every_steps == 0:
+                if lock:
+                    check_claim(run, lock)
                 folder = save(engine, run, state, facts, recipe.checkpoint)
                 logger.log_event(state.step, "checkpoint", name=folder.name)
-        if stopping:
-            reason = stop.name or ("time limit" if out_of_time else "signal on another rank")
-            logger.log_event(state.step, "stop", reason=reason, next="run the same command to continue")
-            return EXIT_RUN_AGAIN
+                if not last and stopping():  # asked while saving, perhaps: what is saved need not be saved again
+                    logger.log_event(state.step, "stop", reason=stop.name, next="run the same command to continue")
+                    return stop.exit_code
     return 0
 
 

@@ -10,6 +10,8 @@ from datetime import timedelta
 import psutil
 import torch.distributed as dist
 
+from engine.peers import LostPeer, named
+
 ARRIVAL = timedelta(minutes=5)
 """What may lie between the first and the last rank: slow imports from a shared file system, but no missing host."""
 
@@ -42,35 +44,31 @@ def wait_for_all_ranks(rank: int, world_size: int, address: str, port: int, host
 
     A launcher over several hosts does not end the others when one cannot be reached or stops early; without this they
     would wait for as long as a collective may take. The process group's own store shares the port of the returned one,
-    which must be kept until that exists.
+    which is kept as long as the first rank lives.
 
-    Raises ValueError with who is missing after `ARRIVAL`.
+    Raises LostPeer with who is missing after `ARRIVAL`, ValueError for a port in use.
     """
     deadline = time.monotonic() + ARRIVAL.total_seconds()
-    first, everyone = _named([0], hosts), "longform/everyone"
+    first, everyone = named([0], hosts), "longform/everyone"
     try:
         if rank:
-            _until(lambda: _listens(address, port), deadline)  # the store's own attempts print stack traces
+            _until(lambda: listens(address, port), deadline)  # the store's own attempts print stack traces
         store = dist.TCPStore(address, port, world_size, rank == 0, ARRIVAL, wait_for_workers=False, multi_tenant=True)
         store.set(f"longform/{rank}", "")
         if rank == 0:
-            _until(
-                lambda: not _missing(store, world_size), deadline, lambda: _named(_missing(store, world_size), hosts)
-            )
+            _until(lambda: not _missing(store, world_size), deadline, lambda: named(_missing(store, world_size), hosts))
             store.set(everyone, "")
         _until(lambda: store.check([everyone]), deadline)
     except TimeoutError:
-        absent = _named(_missing(store, world_size), hosts) if rank == 0 else first
-        raise ValueError(
+        absent = named(_missing(store, world_size), hosts) if rank == 0 else first
+        raise LostPeer(
             f"{absent} did not arrive within {ARRIVAL.total_seconds():g} s: see its messages, or check the hosts with "
             "`python -m tools.doctor --hostfile` and your hostfile"
         ) from None
     except dist.DistError as error:
         if "EADDRINUSE" in str(error):
             raise ValueError(f"port {port} of {first} is in use: give the launcher another --master_port") from None
-        raise ValueError(
-            f"{first} ended while {_named([rank], hosts)} waited for the others: see its messages"
-        ) from None
+        raise LostPeer(f"{first} ended while {named([rank], hosts)} waited for the others: see its messages") from None
     return store
 
 
@@ -78,7 +76,7 @@ def _missing(store: dist.TCPStore, world_size: int) -> list[int]:
     return [rank for rank in range(world_size) if not store.check([f"longform/{rank}"])]
 
 
-def _listens(address: str, port: int) -> bool:
+def listens(address: str, port: int) -> bool:
     try:
         socket.create_connection((address, port), timeout=5).close()
     except OSError:
@@ -98,16 +96,3 @@ def _until(condition: Callable[[], bool], deadline: float, whom: Callable[[], st
             silent_until = now + SILENCE.total_seconds()
         time.sleep(pause)
         pause = min(1.0, 1.3 * pause)
-
-
-def _named(ranks: Sequence[int], hosts: Sequence[str]) -> str:
-    """`node2 (ranks 8, 9)`; hosts beyond the fourth are counted."""
-    places = {}
-    for rank in ranks:
-        places.setdefault(hosts[rank] if rank < len(hosts) else None, []).append(rank)
-    texts = []
-    for host, of_host in list(places.items())[:4]:
-        shown = ", ".join(map(str, of_host[:8])) + (" ..." if len(of_host) > 8 else "")
-        words = f"rank{'s' if len(of_host) > 1 else ''} {shown}"
-        texts.append(f"{host} ({words})" if host else words)
-    return ", ".join(texts) + (f" and {len(places) - 4} more hosts" if len(places) > 4 else "")

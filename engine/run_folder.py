@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,6 +27,19 @@ def claim_run(run: Path) -> IO:
             f"another training process is writing to {run}: wait for it or choose another --output"
         ) from None
     return lock
+
+
+def check_claim(run: Path, lock: IO) -> None:
+    """Raise ValueError when the folder is no longer the one that `lock` of `claim_run` stands in."""
+    try:
+        ours = os.path.samestat((run / ".lock").stat(), os.fstat(lock.fileno()))
+    except OSError:
+        ours = False
+    if not ours:
+        raise ValueError(
+            f"{run} was removed, moved or replaced while training wrote to it, or its .lock was: nothing more can be kept "
+            "there; put it back and run the same command again"
+        )
 
 
 def describe(plan: RunPlan) -> dict[str, Any]:

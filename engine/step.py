@@ -24,6 +24,7 @@ from engine.mesh import Mesh
 from engine.optimizer import build_optimizer, drop_sums
 from engine.plan import RunPlan
 from engine.sequence import share_rows
+from engine.signals import StopSignal
 from engine.tensor import cut_vocabulary, for_autotp, sum_gradients_once
 from model.llama import Block, Llama
 from training.balance import imbalance
@@ -156,9 +157,15 @@ def follow_the_cut(engine: deepspeed.DeepSpeedEngine, micro_batches: list[dict])
         pipeline.expect(engine, shape)
 
 
-def any_rank(engine: deepspeed.DeepSpeedEngine, flag: bool) -> bool:
-    """Whether the flag is set anywhere, so that all ranks act on a signal that reached only one."""
-    return sum_over_ranks(engine, [float(flag)])[0] > 0
+def agree_to_stop(engine: deepspeed.DeepSpeedEngine, stop: StopSignal, reason: str | None = None) -> bool:
+    """Whether any rank was asked to stop, or has a `reason` of its own; then all are, with the same exit code."""
+    stop.name = stop.name or reason
+    asked, interrupted = sum_over_ranks(engine, [float(stop.name is not None), float(stop.name == "SIGINT")])
+    if interrupted:
+        stop.name = "SIGINT"
+    elif asked:
+        stop.name = stop.name or "signal on another rank"
+    return asked > 0
 
 
 def forward(engine, batch: dict, z_loss_weight: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,7 +2,6 @@
 
 import datetime
 import os
-import re
 import signal
 import sys
 import time
@@ -14,12 +13,15 @@ from dataclasses import dataclass
 import torch
 
 from engine.hostfile import hosts_of_ranks, launcher_commands, refuse_missing_hostfile
-from engine.rendezvous import interface_towards, wait_for_all_ranks
+from engine.peers import FAILED_COLLECTIVE, LostPeer, RollCall
+from engine.rendezvous import interface_towards, listens, wait_for_all_ranks
+from engine.signals import EXIT_INTERRUPTED
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-LOST_PEER = re.compile(r"Read error \S+ Connection reset by peer|Connection closed by peer \S+[^\s.]")
 OTHERS_FIRST_SECONDS = 10.0
-COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+PRESENT: list[RollCall] = []
+"""The roll call of this launch, once the ranks have met: for the last words of this process."""
+
 
 # DeepSpeed looks for an accelerator once, while it is imported, and warns where it finds none.
 if not torch.cuda.is_available():
@@ -89,10 +91,10 @@ def wandb_mode() -> str | None:
     return os.environ.get("WANDB_MODE")
 
 
-def start_process_group(topology: Topology) -> None:
+def start_process_group(topology: Topology, collective_timeout_minutes: float = 30.0) -> None:
     """Join the other ranks. Must come before anything that communicates, zero.Init included.
 
-    Raises ValueError when a rank does not come.
+    Raises LostPeer when a rank does not come.
     """
     if topology.world_size == 1:
         defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
@@ -110,27 +112,37 @@ def start_process_group(topology: Topology) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of names DeepSpeed uses
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # an inference collective, compiled at every start
     backend = "gloo" if topology.device.type == "cpu" else "nccl"
-    store = None
+    timeout = datetime.timedelta(minutes=collective_timeout_minutes)
+    for constant in ("default_pg_timeout", "default_pg_nccl_timeout"):  # of the groups that DeepSpeed makes
+        setattr(torch.distributed.distributed_c10d, constant, timeout)
     if topology.world_size > 1:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         several_hosts = topology.world_size > int(os.environ["LOCAL_SIZE"])
         if interface := interface_towards(address, port, several_hosts):  # gloo's own choice is often 127.0.0.1
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # torchrun's agents have met, and own the port
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's agents have met, and own the port
+            store = torch.distributed.TCPStore(address, port, is_master=False)
+            store = torch.distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        else:
             meeting = (topology.rank, topology.world_size, address, port)
             store = wait_for_all_ranks(*meeting, hosts_of_ranks(launcher_commands()))
-    deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=COLLECTIVE_TIMEOUT, verbose=False)
-    del store  # the group has one of its own on the same port
+        roll_call = RollCall(store, topology.rank, topology.world_size, port, lambda: listens(address, port))
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
+    if topology.world_size > 1:
+        roll_call.read_places()
+        PRESENT.append(roll_call)
 
 
 def run_command(main: Callable[[], int]) -> None:
     """Run a rank's main function and end the process with its code; a ValueError becomes sentences and code 2.
 
-    After an error the process does not wait for its peers, who may be waiting for it: the launcher ends them.
+    After an error the process does not wait for its peers, who may be waiting for it: the launcher ends them. Where
+    another rank is the reason, the code is 1 and the sentence names that rank.
     """
     try:
         leave(main())
     except (ValueError, OSError) as error:
+        say_farewell(f"ended: {str(error).splitlines()[0]}")
         if os.environ.get("LOCAL_RANK", "0") != "0" and isinstance(error, ValueError):
             # The first rank of this host is about to say the same; the launcher then ends this one.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -140,13 +152,24 @@ def run_command(main: Callable[[], int]) -> None:
         leave(2, wait=False)
     except KeyboardInterrupt:
         print("interrupted: the same command continues from the newest checkpoint", file=sys.stderr)
-        leave(130, wait=False)
+        leave(EXIT_INTERRUPTED, wait=False)
+    except LostPeer as error:
+        print(f"error: {error}", file=sys.stderr)
+        leave(1, wait=False)
     except Exception as error:
-        if lost := LOST_PEER.search(str(error)):
-            print(f"error: another rank ended or cannot be reached ({lost[0]}): see its messages", file=sys.stderr)
+        if lost := FAILED_COLLECTIVE.search(str(error)):
+            sentence = f"another rank ended or cannot be reached ({lost[0]}): see its messages"
+            print(f"error: {PRESENT[0].explain(str(error)) if PRESENT else sentence}", file=sys.stderr)
         else:
             traceback.print_exc()
+            say_farewell(f"ended: {traceback.format_exception_only(error)[-1].strip()}")
         leave(1, wait=False)
+
+
+def say_farewell(text: str) -> None:
+    """Let the other ranks read why this one ends."""
+    for roll_call in PRESENT:
+        roll_call.say(text)
 
 
 def leave(code: int, wait: bool = True) -> None:

@@ -1,5 +1,6 @@
 """Loss on named sets with a live engine: the same figures for every number of ranks."""
 
+from collections.abc import Callable
 from itertools import islice
 
 import torch
@@ -15,7 +16,9 @@ from training.shards import ShardedDataset
 BATCHES_AT_ONCE = 32
 
 
-def validate_all(engine, plan: RunPlan) -> dict[str, dict[str, float]]:
+def validate_all(
+    engine, plan: RunPlan, stopping: Callable[[], bool] = lambda: False
+) -> dict[str, dict[str, float]] | None:
     """`validate` on every set of the plan, by name, with as many tokens in a forward pass as the first stage trains on."""
     limit = plan.recipe.validation.max_samples
     tokens = plan.batch.micro_batch_samples * plan.dataset.manifest.seq_length
@@ -24,7 +27,9 @@ def validate_all(engine, plan: RunPlan) -> dict[str, dict[str, float]]:
         # the same masks in every run, whatever its seed
         masking = recipe_masking(plan.recipe, dataset.manifest, "validation", seed=0)
         rows = max(1, tokens // dataset.manifest.seq_length)
-        results[name] = validate(engine, dataset, rows, limit, masking)
+        if (scores_of_set := validate(engine, dataset, rows, limit, masking, stopping)) is None:
+            return None
+        results[name] = scores_of_set
     return results
 
 
@@ -34,13 +39,20 @@ def validate(
     micro_batch_samples: int,
     max_samples: int | None = None,
     masking: Masking | None = None,
-) -> dict[str, float]:
-    """The scores of a set, or of `max_samples` rows of it. Collective over all ranks."""
+    stopping: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
+    """The scores of a set, or of `max_samples` rows of it. Collective over all ranks.
+
+    None when `stopping`, which is asked between batches and must answer the same on all ranks, says that time is short.
+    """
     mesh = engine.mesh
     batches = validation_batches(dataset, micro_batch_samples, mesh.data, mesh.data_rank, max_samples, masking)
     loss_sum, targets = 0.0, 0
     engine.eval()
     while some := list(islice(batches, BATCHES_AT_ONCE)):
+        if stopping():
+            engine.train()
+            return None
         targets += survey(engine, some)[0]
         if isinstance(engine, pipeline.PipelineEngine):
             loss_sum += float(pipeline.evaluate(engine, some)[1])

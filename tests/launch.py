@@ -75,12 +75,13 @@ def run_ranks(
     timeout: float = 120,
     process_group: bool = False,
     env: Mapping[str, str | None] | None = None,
+    until_all_end: bool = False,
 ) -> list[Any]:
     """Calls `target(*args)` once on each of `world_size` processes and returns what they returned, by rank.
 
     `target` is "module:function", or a function at the top level of an importable module. With `process_group` a gloo
     group exists before the call; otherwise the target makes its own from RANK, WORLD_SIZE and MASTER_*, as `train.py`
-    does. Arguments and results are pickled.
+    does. Arguments and results are pickled. `until_all_end`: do not end the others once one has failed.
 
     Raises RankError with the traceback of the rank that failed first, or with the stacks of all ranks after `timeout`
     seconds. No process is left behind in either case.
@@ -106,7 +107,7 @@ def run_ranks(
             with (job / f"output-{rank}").open("wb") as output:
                 processes.append(_start(command, variables, stdout=output, stderr=subprocess.STDOUT))
         deadline = time.monotonic() + timeout
-        while None in (codes := [process.poll() for process in processes]) and not any(codes):
+        while None in (codes := [process.poll() for process in processes]) and (until_all_end or not any(codes)):
             if time.monotonic() > deadline:
                 _dump_stacks(mark)
                 raise RankError(f"{name}: no end after {timeout:g} s\n{_outputs(job, range(world_size))}")
@@ -154,6 +155,10 @@ class RunningCommand:
     def kill_all(self, number: int = signal.SIGKILL) -> None:
         """Sends a signal to the command and to every process it started, as a node failure or a scheduler does."""
         _signal_marked(self._mark, number)
+
+    def alive(self) -> int:
+        """How many processes there are of the command and all that it started."""
+        return _signal_marked(self._mark, 0)
 
     def wait_for(self, condition: Callable[[], Any], timeout: float = 120) -> Any:
         """Waits until `condition()` is true and returns its value; the command ending first is an error."""

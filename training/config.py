@@ -47,6 +47,8 @@ class TrainingConfig(Section):
     """torch.compile each block, attention excepted: a minute or more at the start, then less memory traffic on GPUs."""
     max_consecutive_skipped_steps: int = Field(default=10, ge=1)
     """Give up after this many steps in a row whose loss or gradient was not finite."""
+    collective_timeout_minutes: float = Field(default=30.0, gt=0)
+    """End when a rank has waited this long for another: longer than any rank may compute or read while the others wait."""
 
     @model_validator(mode="after")
     def _has_one_length(self):

@@ -5,6 +5,7 @@ written by one system call, so a kill at any moment costs at most the last line;
 line together with the records of steps that will be done again.
 """
 
+import errno
 import json
 import math
 import os
@@ -20,10 +21,28 @@ class RecordFile:
 
     def __init__(self, path: Path, resumed_step: int):
         drop_records_after(path, resumed_step)
-        self._file = path.open("ab", buffering=0)
+        self._path, self._file = path, path.open("ab", buffering=0)
 
     def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(finite(record), allow_nan=False).encode() + b"\n")
+        """Raises ValueError when the file cannot take it whole, or is no longer at its path."""
+        line = json.dumps(finite(record), allow_nan=False).encode() + b"\n"
+        try:
+            if not os.path.samestat(self._path.stat(), os.fstat(self._file.fileno())):
+                raise FileNotFoundError
+            size = self._file.tell()
+            if self._file.write(line) != len(line):
+                self._file.truncate(size)  # half a line would damage the file for those after it
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except FileNotFoundError:
+            raise ValueError(
+                f"{self._path} was removed, moved or replaced while training wrote to it: put its folder back and run the "
+                "same command again"
+            ) from None
+        except OSError as error:
+            raise ValueError(
+                f"{self._path} cannot be written ({error.strerror}): make room or mend the file system and run the same "
+                "command again"
+            ) from None
 
     def close(self, exit_code: int) -> None:
         os.fsync(self._file.fileno())

@@ -1,0 +1,141 @@
+"""Why a collective failed: every rank leaves its last words in the store, and the others read them.
+
+A rank that fails says so and why; one that is killed says nothing. Whoever notices it in a collective registers too, looks
+at the processes of its own host, and names who ended with what, or who is missing.
+"""
+
+import contextlib
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Callable, Sequence
+
+import psutil
+import torch.distributed as dist
+
+FAILED_COLLECTIVE = re.compile(
+    r"Read error \S+ Connection reset by peer|Connection closed by peer \S+[^\s.]|Connection reset by peer"
+    r"|[Cc]onnection closed|Broken pipe|[Tt]imed out waiting|No route to host|Connection refused|Connection timed out"
+    r"|wait timeout after|NCCL .*remote process exited"
+)
+"""What gloo and NCCL say when another rank does not take part; in the middle of longer texts."""
+
+READ_SECONDS = 10.0
+FAREWELL_SECONDS = 3.0
+SIGNALS_FIRST_SECONDS = 1.5
+"""Where a signal ended the others, this process has it too, or is about to: then that is the reason."""
+
+WORDS = "longform/words"
+
+
+class LostPeer(RuntimeError):
+    """Another rank ended, hangs or cannot be reached; the sentence says which."""
+
+
+class RollCall:
+    """The ranks of this launch and their last words, in a store that the first rank (or torchrun) keeps."""
+
+    def __init__(self, store: dist.Store, rank: int, world_size: int, port: int, reachable: Callable[[], bool]):
+        """`port`: the store's; `reachable`: whether its keeper still listens. To be made before the process group."""
+        self._store, self._rank, self._world_size, self._reachable = store, rank, world_size, reachable
+        self._port = port
+        self._places: list[tuple[str, int]] = []
+        store.set(f"longform/place/{rank}", f"{socket.gethostname()} {os.getpid()}")
+        if rank == 0:
+            store.set(WORDS, "")
+
+    def read_places(self) -> None:
+        """Learn host and process of every rank, once all are there."""
+        for text in self._store.multi_get([f"longform/place/{rank}" for rank in range(self._world_size)]):
+            host, pid = text.decode().split()
+            self._places.append((host, int(pid)))
+
+    def _named(self, ranks: list[int]) -> str:
+        return named(ranks, [host for host, _ in self._places])
+
+    def say(self, text: str) -> None:
+        """Leave this rank's last words; the first rank then waits a moment, while its store can still be read."""
+        with contextlib.suppress(RuntimeError, psutil.Error):
+            self._write(self._rank, text)
+            if self._rank == 0:
+                _break_connections(self._port)
+                time.sleep(FAREWELL_SECONDS)
+
+    def explain(self, error: str) -> str:
+        """The sentence for a collective that failed with this error."""
+        kind = "timed out" if re.search("imed out waiting|wait timeout", error) else "failed"
+        try:
+            return f"a collective {kind}: {self._find_cause()}"
+        except RuntimeError:
+            return f"a collective {kind}: {self._named([0])} ended or cannot be reached: see its messages"
+
+    def _find_cause(self) -> str:
+        time.sleep(SIGNALS_FIRST_SECONDS)
+        self._check_store()
+        self._write(self._rank, None)
+        deadline = time.monotonic() + READ_SECONDS
+        while True:
+            self._check_store()
+            words = self._read()
+            if causes := [(rank, text) for rank, text in words if text]:
+                rank, text = causes[0]
+                if self._rank == 0:
+                    time.sleep(1.0)  # for the others, who read the same store
+                return f"{self._named([rank])} {text}"
+            silent = sorted(set(range(self._world_size)) - {rank for rank, _ in words})
+            for rank in silent:
+                if state := self._state_here(rank):
+                    self._write(rank, state)
+            if time.monotonic() > deadline:
+                if not silent:
+                    return "no rank said why: see the messages of all"
+                has = "has" if len(silent) == 1 else "have"
+                return f"{self._named(silent)} {has} not arrived there and said nothing: killed, stopped or hanging"
+            time.sleep(0.5)
+
+    def _state_here(self, rank: int) -> str | None:
+        """What is wrong with the process of a rank on this very host, if that can be seen."""
+        host, pid = self._places[rank]
+        if host != socket.gethostname():
+            return None
+        try:
+            status = psutil.Process(pid).status()
+        except psutil.Error:
+            status = psutil.STATUS_ZOMBIE
+        if status == psutil.STATUS_ZOMBIE:
+            return "was killed, for memory perhaps: it said nothing and its process is gone"
+        return "is stopped (SIGSTOP): its process does not run" if status == psutil.STATUS_STOPPED else None
+
+    def _write(self, rank: int, text: str | None) -> None:
+        self._store.append(WORDS, json.dumps([rank, text]) + "\n")
+
+    def _read(self) -> list[tuple[int, str | None]]:
+        return [tuple(json.loads(line)) for line in self._store.get(WORDS).decode().splitlines()]
+
+    def _check_store(self) -> None:
+        if self._rank and not self._reachable():
+            raise RuntimeError("the store is gone")
+
+
+def _break_connections(store_port: int) -> None:
+    """So that the others, who wait in a collective, notice while the store still stands."""
+    for connection in psutil.Process().net_connections("tcp"):
+        ports = {connection.laddr.port, *([connection.raddr.port] if connection.raddr else [])}
+        if connection.status == psutil.CONN_ESTABLISHED and store_port not in ports:
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(connection.fd)) as ours:
+                ours.shutdown(socket.SHUT_RDWR)
+
+
+def named(ranks: Sequence[int], hosts: Sequence[str]) -> str:
+    """`node2 (ranks 8, 9)`; hosts beyond the fourth are counted."""
+    places = {}
+    for rank in ranks:
+        places.setdefault(hosts[rank] if rank < len(hosts) else None, []).append(rank)
+    texts = []
+    for host, of_host in list(places.items())[:4]:
+        shown = ", ".join(map(str, of_host[:8])) + (" ..." if len(of_host) > 8 else "")
+        words = f"rank{'s' if len(of_host) > 1 else ''} {shown}"
+        texts.append(f"{host} ({words})" if host else words)
+    return ", ".join(texts) + (f" and {len(places) - 4} more hosts" if len(places) > 4 else "")
