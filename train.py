@@ -17,8 +17,8 @@ if (ROOT := str(Path(__file__).resolve().parent)) not in sys.path:  # where PYTH
     sys.path.insert(0, ROOT)
 
 from data_prep.command import CommandParser
-from engine.signals import StopSignal
 from training.config import add_recipe_flags
+from training.signals import StopSignal
 
 FLAGS_OF_OTHERS = {
     "--deepspeed": "leave it out, and name the JSON with --deepspeed_config FILE",

@@ -24,11 +24,11 @@ from engine.mesh import Mesh
 from engine.optimizer import build_optimizer, drop_sums
 from engine.plan import RunPlan
 from engine.sequence import share_rows
-from engine.signals import StopSignal
 from engine.tensor import cut_vocabulary, for_autotp, sum_gradients_once
 from model.llama import Block, Llama
 from training.balance import imbalance
 from training.optimizer import Lion
+from training.signals import StopSignal
 
 ANNOUNCED_SECONDS = 2.0
 

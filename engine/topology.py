@@ -15,7 +15,7 @@ import torch
 from engine.hostfile import hosts_of_ranks, launcher_commands, refuse_missing_hostfile
 from engine.peers import FAILED_COLLECTIVE, LostPeer, RollCall
 from engine.rendezvous import interface_towards, listens, wait_for_all_ranks
-from engine.signals import EXIT_INTERRUPTED
+from training.signals import EXIT_INTERRUPTED
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 OTHERS_FIRST_SECONDS = 10.0

@@ -10,7 +10,7 @@ from tests.launch import ROOT, start_cli
 
 RANK = """
 import sys, time
-from engine.signals import StopSignal
+from training.signals import StopSignal
 stop = StopSignal()
 if "loop" in sys.argv:
     stop.leave_to_the_loop()

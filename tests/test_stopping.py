@@ -1,0 +1,126 @@
+"""Stopped, or left by its launcher, a run saves once, ends everywhere, and goes on by the same command."""
+
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from engine.checkpoint import steps
+from tests.cluster.network import missing_device
+from tests.engine.programs import prepare
+from tests.launch import ROOT, free_port, run_cli, start_cli
+from tests.test_readme import README
+from training.records import read_records
+
+LONG = ["--training.max_steps", "100000", "--schedule.decay_steps", "null", "--checkpoint.every_steps", "100000"]
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory) -> tuple[Path, list[str]]:
+    """The folder of a run, and the flags that start or continue it."""
+    folder = tmp_path_factory.mktemp("stopping")
+    recipe, data = prepare(folder)
+    flags = ["--recipe", recipe, "--deepspeed_config", "ds_configs/zero2_fp32.json", "--data", data]
+    return folder / "run", ["train.py", *flags, "--output", str(folder / "run"), *LONG]
+
+
+def launch(*command: str):
+    return start_cli(command)
+
+
+def records(run: Path) -> list[dict]:
+    return read_records(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
+
+
+def named(run: Path, event: str) -> list[dict]:
+    return [record for record in records(run) if record.get("event") == event]
+
+
+def wait_until_all_have_ended(running) -> None:
+    deadline = time.monotonic() + 120
+    while running.alive():
+        assert time.monotonic() < deadline, "an orphan"
+        time.sleep(0.1)
+
+
+def test_each_launcher_may_be_signalled_alone(setting):
+    """`deepspeed`, which dies of it, and `torchrun`, which knows no SIGUSR1; then all processes, twice the same Ctrl-C."""
+    run, flags = setting
+    never = ["--validation.every_steps", "null"]
+    with launch("deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), *flags, *never) as running:
+        running.wait_for(lambda: len(records(run)) >= 3, 300)
+        running.send_signal(signal.SIGTERM)
+        assert running.finish().returncode == -signal.SIGTERM  # the launcher's own: no handler
+        wait_until_all_have_ended(running)
+        assert "exits with return code = 75" in running.stderr + running.stdout
+    assert [stop["reason"] for stop in named(run, "stop")] == ["end of the launcher"]
+    assert [folder.name for folder in steps(run)] == [f"step-{named(run, 'stop')[0]['step']:08d}"]
+
+    often = ["--validation.every_steps", "1"]  # so that most of the time is spent in it
+    with launch("torchrun", "--nproc_per_node", "2", "--master_port", str(free_port()), *flags, *often) as running:
+        running.wait_for(lambda: len([r for r in records(run) if "validation" in r]) >= 2, 300)
+        running.send_signal(signal.SIGUSR1)
+        assert running.finish().returncode == -signal.SIGUSR1
+        wait_until_all_have_ended(running)
+    assert [stop["reason"] for stop in named(run, "stop")] == ["end of the launcher"] * 2
+    assert len(steps(run)) == 2
+
+    with launch("torchrun", "--nproc_per_node", "2", "--master_port", str(free_port()), *flags, *never) as running:
+        running.wait_for(lambda: len(named(run, "resume")) == 2 and "loss" in records(run)[-1], 300)
+        running.kill_all(signal.SIGINT)
+        done = running.finish()
+        wait_until_all_have_ended(running)
+    assert (done.returncode, "exitcode: 130" in done.stderr or "Signals.SIGINT" in done.stderr) == (1, True)
+    assert [stop["reason"] for stop in named(run, "stop")][2:] == ["SIGINT"]
+    assert len(steps(run)) == 3
+
+
+def test_the_readme_script_is_the_first_process_of_a_container(setting, tmp_path):
+    if os.geteuid() != 0 or missing_device():
+        pytest.skip("process namespaces need root")
+    run, flags = tmp_path / "run", [word.replace("stopping0/run", "run") for word in setting[1]]
+    (script,) = [block for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) if "setsid deepspeed" in block]
+    arguments = " ".join([*flags, "--output", str(run), "--validation.every_steps", "null"])
+    ours = f"deepspeed --num_gpus 2 --master_port {free_port()} {arguments}) &"
+    script, changed = re.subn(r"deepspeed --num_gpus.*?\) &", ours, script, flags=re.DOTALL)
+    assert changed == 1
+    (tmp_path / "service").write_text(script)
+    with launch("unshare", "--pid", "--fork", "--mount-proc", "bash", str(tmp_path / "service")) as running:
+        running.wait_for(lambda: len(records(run)) >= 2, 300)
+        (first,) = psutil.Process(running.process.pid).children()
+        first.send_signal(signal.SIGTERM)
+        assert running.finish().returncode == 75
+        wait_until_all_have_ended(running)
+    assert [stop["reason"] for stop in named(run, "stop")] == ["SIGUSR1"]
+    assert len(steps(run)) == 1
+
+
+def test_a_folder_that_is_taken_away_ends_the_run(setting, tmp_path):
+    flags = [*setting[1], "--output", str(tmp_path / "run"), "--validation.every_steps", "null"]
+    with launch(sys.executable, *flags) as running:
+        running.wait_for(lambda: len(records(tmp_path / "run")) >= 2, 300)
+        (tmp_path / "run").rename(tmp_path / "elsewhere")
+        done = running.finish()
+    assert done.returncode == 2
+    assert (
+        f"error: {tmp_path}/run/metrics.jsonl was removed, moved or replaced while training wrote to it" in done.stderr
+    )
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+    (tmp_path / "elsewhere").rename(tmp_path / "run")
+    for name in (".lock", "checkpoints"):
+        shutil.rmtree(tmp_path / "run" / name, ignore_errors=True)
+    with launch(sys.executable, *flags, "--checkpoint.every_steps", "50") as running:
+        running.wait_for(lambda: (tmp_path / "run/.lock").exists() and len(records(tmp_path / "run")) >= 2, 300)
+        (tmp_path / "run/.lock").unlink()
+        done = running.finish()
+    assert done.returncode == 2
+    assert "was removed, moved or replaced while training wrote to it, or its .lock was" in done.stderr
+    assert run_cli(["test", "-e", tmp_path / "run/checkpoints/step-00000050"], cwd=ROOT).returncode == 1
