@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from engine import rendezvous
+from engine.peers import LostPeer
 from tests.launch import RankError, free_port, run_ranks
 
 HOSTS = ["node1", "node2", "node2", "node3"]
@@ -37,7 +38,7 @@ def run_absence(folder: str, present: int, arrival_seconds: float) -> str:
     Path(folder, str(rank)).touch()
     while len(list(Path(folder).iterdir())) < present:  # imports take their time on a busy machine
         time.sleep(0.02)
-    with pytest.raises(ValueError) as raised:
+    with pytest.raises(LostPeer) as raised:
         rendezvous.wait_for_all_ranks(rank, 4, "127.0.0.1", port, HOSTS)
     return str(raised.value)
 
@@ -49,7 +50,7 @@ def run_first_rank_ends() -> str:
         while not store.check(["longform/1"]):
             time.sleep(0.05)
         os._exit(0)
-    with pytest.raises(ValueError) as raised:
+    with pytest.raises(LostPeer) as raised:
         rendezvous.wait_for_all_ranks(rank, 3, "127.0.0.1", port, HOSTS)
     raise KeyError(str(raised.value))
 
