@@ -33,7 +33,7 @@ def train(engine, plan: RunPlan, state: TrainState, logger, clock, stop, topolog
 
     def stopping() -> bool:
         out_of_time = time.monotonic() - began > (recipe.training.max_hours or float("inf")) * 3600
-        return agree_to_stop(engine, stop, "time limit" if out_of_time else None)
+        return agree_to_stop(engine, stop, out_of_time)
 
     stop.leave_to_the_loop()
     while state.step < plan.total_steps:

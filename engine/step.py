@@ -28,7 +28,7 @@ from engine.tensor import cut_vocabulary, for_autotp, sum_gradients_once
 from model.llama import Block, Llama
 from training.balance import imbalance
 from training.optimizer import Lion
-from training.signals import StopSignal
+from training.signals import REASONS, StopSignal
 
 ANNOUNCED_SECONDS = 2.0
 
@@ -157,15 +157,13 @@ def follow_the_cut(engine: deepspeed.DeepSpeedEngine, micro_batches: list[dict])
         pipeline.expect(engine, shape)
 
 
-def agree_to_stop(engine: deepspeed.DeepSpeedEngine, stop: StopSignal, reason: str | None = None) -> bool:
-    """Whether any rank was asked to stop, or has a `reason` of its own; then all are, with the same exit code."""
-    stop.name = stop.name or reason
-    asked, interrupted = sum_over_ranks(engine, [float(stop.name is not None), float(stop.name == "SIGINT")])
-    if interrupted:
-        stop.name = "SIGINT"
-    elif asked:
-        stop.name = stop.name or "signal on another rank"
-    return asked > 0
+def agree_to_stop(engine: deepspeed.DeepSpeedEngine, stop: StopSignal, out_of_time: bool) -> bool:
+    """Whether any rank was asked to stop or is out of time; then all have the same reason, and so the same exit code."""
+    own = stop.name or ("time limit" if out_of_time else None)
+    counts = sum_over_ranks(engine, [float(own == reason) for reason in REASONS])
+    agreed = [reason for reason, count in zip(REASONS, counts, strict=True) if count]
+    stop.name = agreed[0] if agreed else stop.name
+    return bool(agreed)
 
 
 def forward(engine, batch: dict, z_loss_weight: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import signal
 import sys
 import time
@@ -14,7 +13,7 @@ import pytest
 from engine.checkpoint import steps
 from tests.cluster.network import missing_device
 from tests.engine.programs import prepare
-from tests.launch import ROOT, free_port, run_cli, start_cli
+from tests.launch import free_port, start_cli
 from tests.test_readme import README
 from training.records import read_records
 
@@ -84,7 +83,7 @@ def test_each_launcher_may_be_signalled_alone(setting):
 def test_the_readme_script_is_the_first_process_of_a_container(setting, tmp_path):
     if os.geteuid() != 0 or missing_device():
         pytest.skip("process namespaces need root")
-    run, flags = tmp_path / "run", [word.replace("stopping0/run", "run") for word in setting[1]]
+    run, flags = tmp_path / "run", setting[1]
     (script,) = [block for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) if "setsid deepspeed" in block]
     arguments = " ".join([*flags, "--output", str(run), "--validation.every_steps", "null"])
     ours = f"deepspeed --num_gpus 2 --master_port {free_port()} {arguments}) &"
@@ -114,13 +113,10 @@ def test_a_folder_that_is_taken_away_ends_the_run(setting, tmp_path):
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
 
-    (tmp_path / "elsewhere").rename(tmp_path / "run")
-    for name in (".lock", "checkpoints"):
-        shutil.rmtree(tmp_path / "run" / name, ignore_errors=True)
-    with launch(sys.executable, *flags, "--checkpoint.every_steps", "50") as running:
-        running.wait_for(lambda: (tmp_path / "run/.lock").exists() and len(records(tmp_path / "run")) >= 2, 300)
-        (tmp_path / "run/.lock").unlink()
+    run = tmp_path / "second"
+    with launch(sys.executable, *flags, "--output", str(run), "--checkpoint.every_steps", "20") as running:
+        running.wait_for(lambda: len(records(run)) >= 2, 300)
+        (run / ".lock").unlink()
         done = running.finish()
     assert done.returncode == 2
-    assert "was removed, moved or replaced while training wrote to it, or its .lock was" in done.stderr
-    assert run_cli(["test", "-e", tmp_path / "run/checkpoints/step-00000050"], cwd=ROOT).returncode == 1
+    assert f"error: {run} was removed, moved or replaced while training wrote to it, or its .lock was" in done.stderr

@@ -20,6 +20,9 @@ EXIT_INTERRUPTED = 130  # as a shell says of SIGINT
 SAME_INTERRUPT_SECONDS = 2.0
 """A launcher may pass on a Ctrl-C that the process has had itself; a later one is another."""
 
+REASONS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP", "end of the launcher", "time limit")
+"""Where ranks have several, the first of these counts."""
+
 LOOK_SECONDS = 0.5
 LAUNCHERS = ("deepspeed", "deepspeed.pt", "ds", "torchrun")
 LAUNCHER_MODULES = ("deepspeed.launcher.runner", "deepspeed.launcher.launch")
