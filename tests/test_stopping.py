@@ -73,9 +73,8 @@ def test_each_launcher_may_be_signalled_alone(setting):
     with launch("torchrun", "--nproc_per_node", "2", "--master_port", str(free_port()), *flags, *never) as running:
         running.wait_for(lambda: len(named(run, "resume")) == 2 and "loss" in records(run)[-1], 300)
         running.kill_all(signal.SIGINT)
-        done = running.finish()
+        assert running.finish().returncode == 1  # torchrun's own, whatever its ranks do
         wait_until_all_have_ended(running)
-    assert (done.returncode, "exitcode: 130" in done.stderr or "Signals.SIGINT" in done.stderr) == (1, True)
     assert [stop["reason"] for stop in named(run, "stop")][2:] == ["SIGINT"]
     assert len(steps(run)) == 3
 
