@@ -2,6 +2,7 @@
 
 import json
 import signal
+import sys
 import tempfile
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.launch import start_cli
+from tests.launch import run_cli, start_cli
 from training.records import RecordFile, drop_records_after, finite, read_records
 
 RECORDS = st.lists(st.fixed_dictionaries({"step": st.integers(0, 20), "text": st.text(max_size=8)}), max_size=12)
@@ -85,3 +86,30 @@ def test_numbers_that_json_lacks_become_null(tmp_path):
     line = (tmp_path / "metrics.jsonl").read_text()
     assert json.loads(line, parse_constant=pytest.fail) == {"step": 1, "loss": None, "sets": {"a": [None, 1.5]}}
     assert finite(record) == json.loads(line)
+
+
+def test_a_file_that_cannot_grow_keeps_whole_records_and_is_named(tmp_path):
+    script = (
+        "import sys; from pathlib import Path; from training.records import RecordFile\n"
+        "file = RecordFile(Path(sys.argv[1]), 0)\n"
+        "for step in range(1, 1000): file.write({'step': step, 'loss': 1.0})"
+    )
+    path = tmp_path / "metrics.jsonl"
+    limited = ["bash", "-c", 'ulimit -f 1; exec "$@"', "bash", sys.executable, "-c", script, path]
+    done = run_cli(limited)
+    assert "metrics.jsonl cannot be written (" in done.stderr
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, len(lines) + 1))
+    assert lines[-1].endswith(b"\n")
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_file_that_is_taken_away_is_noticed_at_the_next_record(tmp_path, replaced):
+    path = tmp_path / "metrics.jsonl"
+    file = RecordFile(path, 0)
+    file.write({"step": 1})
+    path.unlink()
+    if replaced:
+        path.touch()
+    with pytest.raises(ValueError, match=r"metrics\.jsonl was removed, moved or replaced"):
+        file.write({"step": 2})
