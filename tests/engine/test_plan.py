@@ -131,3 +131,10 @@ def test_initial_weights_must_fit(setting, tmp_path):
 def test_recipe_of_a_plan_is_what_was_written(setting):
     written = yaml.safe_load(Path(setting[1]).read_text())
     assert plan(setting).recipe.model_dump(exclude_unset=True, mode="json") == written
+
+
+def test_a_validation_set_of_one_row_is_a_notice(setting, monkeypatch):
+    rows = len(plan(setting, {"validation.every_steps": "1"}).validation_sets["validation"])
+    monkeypatch.setattr("engine.plan.FEW_ROWS", rows + 1)
+    said = [warning for warning in plan(setting, {"validation.every_steps": "1"}).warnings if "is noise" in warning]
+    assert f"validation set validation has {rows} row" in said[0]
