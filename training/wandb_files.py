@@ -38,7 +38,8 @@ def read_file(path: Path) -> tuple[dict[int, set[str]], int, bool]:
     from wandb.proto.wandb_internal_pb2 import Record
 
     rows, end, has_run = {}, 0, False
-    for message, end in messages(path.read_bytes()):  # noqa: B007
+    for message, position in messages(path.read_bytes()):
+        end = position
         record = Record.FromString(message)
         kind = record.WhichOneof("record_type")
         has_run |= kind == "run"

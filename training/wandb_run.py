@@ -5,8 +5,11 @@ terminal). W&B's own step is the optimizer step. After a resume, steps that W&B 
 resume is exact, so they would be the same numbers. Steps that it lost in a kill are sent first.
 """
 
+import logging
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +37,7 @@ WANDB_KEYS = {
     "eta_seconds": "progress/eta_seconds",
 }
 VALIDATION_KEYS = ("loss", "bits_per_byte")
-CONNECT_SECONDS = 15.0
+CONNECT_SECONDS = 10.0
 
 
 def wandb_values(record: dict[str, Any]) -> dict[str, float]:
@@ -73,7 +76,10 @@ class WandbRun:
         self._run, self._carried = None, {}
         try:
             self._rows = mend_files(run_dir / "wandb", run_id)
-            self._run = _open_run(run_dir, config, run_id, facts, mode)
+            with _without_stderr():
+                self._run, notice = _open_run(run_dir, config, run_id, facts, mode)
+            if notice:
+                print(f"warning: {notice}", file=sys.stderr)
             self._closed = self._run.starting_step - 1 if self._run.resumed else max(self._rows, default=-1)
         except Exception as error:
             self._give_up(error)
@@ -120,7 +126,10 @@ class WandbRun:
 
 
 def _open_run(run_dir: Path, config: "MetricsConfig", run_id: str, facts: dict[str, Any], mode: str | None):
+    """The run, and what to tell the user of it, if anything."""
     import wandb
+
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # or it says eight times that the service has died
 
     defaults = wandb.setup().settings  # what the user's environment and W&B settings files say
     identity = {
@@ -138,7 +147,27 @@ def _open_run(run_dir: Path, config: "MetricsConfig", run_id: str, facts: dict[s
     try:
         if mode is None:
             mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
-        return wandb.init(**identity, mode=mode)
+        return wandb.init(**identity, mode=mode), None
     except wandb.Error as error:
-        print(f"warning: W&B is not available ({error}); recording offline under {run_dir}/wandb", file=sys.stderr)
-        return wandb.init(**identity, mode="offline")
+        wandb.teardown()  # the run that did not start still has the name
+        notice = f"W&B is not available ({_one_line(error)}); recording offline under {run_dir}/wandb"
+        return wandb.init(**identity, mode="offline"), notice
+
+
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    """W&B's service inherits standard error for good, and logs there where it cannot write to HOME."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
