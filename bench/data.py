@@ -72,7 +72,8 @@ def _readable(paths):
 
 
 def prepare(folder: Path, megabytes: int) -> dict:
-    from data_prep.tokenizer import MODEL_FILE, train
+    from data_prep.tokenizer_files import MODEL_FILE
+    from data_prep.tokenizer_training import train
 
     found = list(documents(megabytes * 1_000_000))
     size = sum(len(text.encode()) for _, text in found)

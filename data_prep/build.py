@@ -131,6 +131,8 @@ def main() -> None:
     started = time.monotonic()
     options = options_from(arguments)
     tokenizer = open_tokenizer(arguments.tokenizer)
+    for notice in tokenizer.notices:
+        say(notice)
     plan = Plan(parse_sources(arguments.input, arguments.source), options, tokenizer)
     manifest = build(plan, tokenizer, arguments.output, arguments.workers, arguments.on_error, arguments.encoder)
     print_summary(manifest, arguments.output, time.monotonic() - started)

@@ -7,27 +7,31 @@ spells a control token, such as `</s>`, is encoded as the characters it consists
 """
 
 import hashlib
-import io
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 
-from data_prep.command import CommandParser, DefaultsInHelp, run_command
-from data_prep.documents import Problems, read_unit
-from data_prep.progress import Progress, say
-from data_prep.sources import hash64, parse_sources, plan_units
+from data_prep.command import run_command
+from data_prep.tokenizer_files import (
+    CONFIG_FILE,
+    JSON_FILE,
+    MAP_FILE,
+    MODEL_FILE,
+    check_companions,
+    copy_companions,
+    read_config,
+)
+from data_prep.tokenizer_training import main
 from training.manifest import TokenizerInfo, token_dtype, write_atomically
 
-MODEL_FILE, JSON_FILE = "tokenizer.model", "tokenizer.json"
-COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json")
 LONG_TEXT_CHARACTERS = 1 << 12
 """From here on SentencePiece encodes faster in pieces, with the same ids."""
 ENCODE_PIECE_CHARACTERS = 1 << 11
-SENTENCE_BYTES = 4096
+MOST_ENTRIES = 1 << 24
 USUAL_NAMES = {  # of control tokens in a tokenizer.json that has no tokenizer_config.json beside it
     "bos": ("<s>", "<bos>", "<|begin_of_text|>", "<|begin▁of▁sentence|>", "<｜begin▁of▁sentence｜>"),
     "eos": ("</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<|im_end|>"),
@@ -49,6 +53,8 @@ class Tokenizer(ABC):
     unk_id: int | None
     control_strings: tuple[str, ...]
     """Spellings of control tokens; in text they are ordinary characters."""
+    notices: list[str]
+    """Sentences about what the files say and what cannot be followed."""
     fallback_ids: np.ndarray
     """Ids of single bytes of characters outside the vocabulary (line ends and tabs, which models often lack, excepted)."""
 
@@ -90,42 +96,75 @@ class Tokenizer(ABC):
         """Copy the tokenizer's files into a folder under their usual names; returns the main one."""
         folder.mkdir(parents=True, exist_ok=True)
         target = folder / (MODEL_FILE if self.type == "sentencepiece" else JSON_FILE)
-        for name in COMPANIONS:
-            if (companion := self.path.with_name(name)).is_file():
-                write_atomically(folder / name, companion.read_bytes())
+        copy_companions(self.path.parent, folder)
+        if self.type == "sentencepiece" and (table := self.path.with_name(JSON_FILE)).is_file():
+            write_atomically(folder / JSON_FILE, table.read_bytes())
         write_atomically(target, self.path.read_bytes())
         return target
 
     def _check_ids(self) -> None:
         if self.eos_id is None:
             raise ValueError(
-                f"{self.path} names no end-of-document token: "
-                'put {"eos_token": "..."} into a tokenizer_config.json beside it'
+                f'{self.path} names no end-of-document token: put {{"eos_token": "..."}} into a {CONFIG_FILE} beside it'
             )
         if self.pad_id is None:
             self.pad_id = self.eos_id
+
+    def _declared(self) -> dict[str, str]:
+        """Spellings of bos, eos, pad and mask tokens by the files beside this one. Raises ValueError for faults in them."""
+        config = check_companions(self.path.parent)
+        return {kind: token for kind in USUAL_NAMES if (token := config.content(kind)) is not None}
+
+    def _place(self, kind: str) -> str:
+        """The file that declares such a token."""
+        config = self.path.with_name(CONFIG_FILE)
+        return str(config if read_config(config)[0].content(kind) is not None else config.with_name(MAP_FILE))
 
 
 class SentencePieceTokenizer(Tokenizer):
     type = "sentencepiece"
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self.notices = path, []
+        self._model = model = sentencepiece.SentencePieceProcessor()
         try:
-            self._model = model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
-        except RuntimeError:
+            model.LoadFromSerializedProto(_content(path))
+        except (RuntimeError, UnicodeDecodeError):
             raise ValueError(f"{path} is not a SentencePiece model") from None
         self.vocab_size = model.vocab_size()
         ids = range(self.vocab_size)
-        control = {model.id_to_piece(i): i for i in ids if model.is_control(i)}
+        try:
+            pieces = [model.id_to_piece(i) for i in ids]
+            single_bytes = {i: int(pieces[i][3:5], 16) for i in ids if model.is_byte(i)}
+        except ValueError as error:  # UnicodeDecodeError is one
+            raise ValueError(f"{path} is damaged: an entry is not text ({error})") from None
+        control = {pieces[i]: i for i in ids if model.is_control(i)}
         self.bos_id, self.eos_id, self.pad_id, self.unk_id = (
             i if i >= 0 else None for i in (model.bos_id(), model.eos_id(), model.pad_id(), model.unk_id())
         )
         self.mask_id = next((control[name] for name in USUAL_NAMES["mask"] if name in control), None)
-        self.control_strings = (*control, *(model.id_to_piece(i) for i in ids if model.is_unknown(i)))
-        fallback = [i for i in ids if model.is_byte(i) and model.id_to_piece(i) not in ("<0x09>", "<0x0A>", "<0x0D>")]
-        self.fallback_ids = np.array(fallback, dtype=np.int64)
+        self.control_strings = (*control, *(pieces[i] for i in ids if model.is_unknown(i)))
+        self.fallback_ids = np.array([i for i, byte in single_bytes.items() if byte not in b"\t\n\r"], dtype=np.int64)
+        self._read_names(control)
         self._check_ids()
+
+    def _read_names(self, control: dict[str, int]) -> None:
+        """An end-of-document token that only the files beside the model name; what else they name is the model's to say."""
+        declared = self._declared()
+        if self.eos_id is None and (eos := declared.get("eos")) is not None:
+            if eos not in control:
+                known = self._model.id_to_piece(self._model.piece_to_id(eos)) == eos
+                reason = "an entry that text can yield" if known else "not in its vocabulary"
+                remedy = f"name one of {', '.join(control)}" if control else "use a model that has control tokens"
+                raise ValueError(
+                    f"{self._place('eos')}: eos_token {eos!r} is no control token of {self.path} but {reason}: {remedy}"
+                )
+            self.eos_id = control[eos]
+        for kind, token in declared.items():
+            known = getattr(self, f"{kind}_id")
+            if (None if known is None else self._model.id_to_piece(known)) != token:
+                own = "none" if known is None else repr(self._model.id_to_piece(known))
+                self.notices.append(f"{self._place(kind)} names {token!r} as {kind}_token, {self.path.name} {own}")
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         short = [text for text in texts if len(text) < LONG_TEXT_CHARACTERS]
@@ -145,15 +184,20 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, path: Path):
         import tokenizers
 
-        self.path = path
+        self.path, self.notices = path, []
+        content = _content(path)
         try:
-            self._model = model = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exceptions
+            self._model = model = tokenizers.Tokenizer.from_buffer(content)
+        except BaseException as error:  # the library raises bare Exceptions, and panics
+            if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+                raise
             raise ValueError(f"{path} is not a Hugging Face tokenizer: {error}") from None
         model.no_truncation()
         model.no_padding()
         vocabulary = model.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocabulary.values()) + 1
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        if not 0 < self.vocab_size <= MOST_ENTRIES:
+            raise ValueError(f"{path} has {self.vocab_size:,} entries; 1 to {MOST_ENTRIES:,} can be used")
         named = self._named_tokens(vocabulary)
         self.bos_id, self.eos_id, self.pad_id, self.mask_id = (named.get(kind) for kind in USUAL_NAMES)
         self.unk_id = vocabulary.get(getattr(model.model, "unk_token", None))
@@ -168,7 +212,10 @@ class HuggingFaceTokenizer(Tokenizer):
         self._check_ids()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encoded = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
+        try:
+            encoded = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception as error:  # the library raises bare Exceptions
+            raise ValueError(f"{self.path} cannot encode every text: {error}") from None
         return [np.array(one.ids, dtype=np.int32) for one in encoded]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -182,14 +229,17 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _named_tokens(self, vocabulary: dict[str, int]) -> dict[str, int]:
         """Ids of bos, eos, pad and mask: by the files beside the tokenizer, else by their usual names."""
-        declared: dict[str, str] = {}
-        for file in (self.path.with_name(name) for name in reversed(COMPANIONS)):
-            content = json.loads(file.read_bytes()) if file.is_file() else {}
-            for kind in USUAL_NAMES:
-                token = content.get(f"{kind}_token")
-                token = token.get("content") if isinstance(token, dict) else token
-                if token is not None:
-                    declared[kind] = token
+        declared = self._declared()
+        missing = {kind: token for kind, token in declared.items() if token not in vocabulary}
+        if "eos" in missing:
+            raise ValueError(
+                f"{self._place('eos')}: eos_token {missing['eos']!r} is not in the vocabulary of {self.path}: name a token "
+                "that is, or add it to both"
+            )
+        self.notices += [
+            f"{self._place(kind)}: {kind}_token {token!r} is not in the vocabulary of {self.path.name} and left out"
+            for kind, token in missing.items()
+        ]
         if "eos" not in declared:
             added = {token.content for token in self._model.get_added_tokens_decoder().values()}
             for kind, names in USUAL_NAMES.items():
@@ -206,131 +256,50 @@ class HuggingFaceTokenizer(Tokenizer):
 def open_tokenizer(path: str | Path) -> Tokenizer:
     """Open a SentencePiece `.model`, a `tokenizer.json`, or a folder with one.
 
-    Of a folder with both, the SentencePiece model is taken unless tokenizer.json has additional entries.
+    Of a folder with both, the SentencePiece model is taken unless tokenizer.json has additional entries, or the model
+    cannot be read: a tokenizer.model of tiktoken's form, say. Raises ValueError in one sentence.
     """
     path = Path(path)
-    if path.is_dir():
-        model, table = path / MODEL_FILE, path / JSON_FILE
-        if not model.is_file() and not table.is_file():
-            others = sorted(path.glob("*.model"))
-            if len(others) != 1:
-                raise ValueError(f"{path} holds neither {MODEL_FILE} nor {JSON_FILE}")
-            model = others[0]
-        found = [kind(file) for kind, file in _kinds(model, table) if file.is_file()]
-        return max(found, key=lambda tokenizer: tokenizer.vocab_size)
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"there is no tokenizer at {path}")
+    if not path.is_dir():
+        return _open_file(path)
+    opened, problems = [], []
+    for file in _main_files(path):
+        try:
+            opened.append(_open_file(file))
+        except ValueError as error:
+            problems.append(str(error))
+    if not opened:
+        raise ValueError("; ".join(dict.fromkeys(problems)))
+    taken = max(opened, key=lambda tokenizer: tokenizer.vocab_size)
+    taken.notices += [f"{problem}; {taken.path.name} is taken" for problem in problems]
+    return taken
+
+
+def _main_files(folder: Path) -> list[Path]:
+    """A folder's SentencePiece model and tokenizer.json, those that are there."""
+    found = [file for file in (folder / MODEL_FILE, folder / JSON_FILE) if file.exists()]
+    if not found:
+        found = [file for file in sorted(folder.glob("*.model")) if file.is_file()]
+        if len(found) != 1:
+            raise ValueError(f"{folder} holds neither {MODEL_FILE} nor {JSON_FILE}")
+    return found
+
+
+def _open_file(path: Path) -> Tokenizer:
     return HuggingFaceTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
 
 
-def _kinds(model: Path, table: Path) -> tuple:
-    return (SentencePieceTokenizer, model), (HuggingFaceTokenizer, table)
-
-
-CHARACTER_COVERAGE = 0.99995
-
-
-def train(
-    texts: Iterable[str], vocab_size: int, threads: int = 1, character_coverage: float = CHARACTER_COVERAGE
-) -> bytes:
-    """Train a SentencePiece BPE model in LLaMA's manner and return its serialized form.
-
-    Byte fallback, digits one by one, no normalisation, white space kept; ids: unk 0, bos 1, eos 2, pad 3, mask 4. Characters
-    beyond the most frequent ones, which make up `character_coverage` of the text, are left to the bytes.
-    """
-    model = io.BytesIO()
+def _content(path: Path) -> bytes:
+    """Of a tokenizer's file; ValueError when there is none."""
     try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sentences(texts),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            byte_fallback=True,
-            split_digits=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            character_coverage=character_coverage,
-            max_sentence_length=SENTENCE_BYTES,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=3,
-            control_symbols=["<mask>"],
-            num_threads=threads,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        raise ValueError(_training_problem(str(error), vocab_size)) from None
-    return model.getvalue()
-
-
-def _training_problem(message: str, vocab_size: int) -> str:
-    if "Vocabulary size too high" in message or "Vocabulary size is smaller" in message:
-        return f"--vocab-size {vocab_size} does not fit this text: " + message.split("] ")[-1].strip().replace(
-            "decrease character_coverage with --character_coverage option", "decrease --character-coverage"
-        )
-    if "sentences_.empty()" in message or "!sentences_" in message:
-        return "the input holds no text to train a tokenizer on"
-    return f"the tokenizer could not be trained: {message}"
-
-
-def _sentences(texts: Iterable[str]) -> Iterator[str]:
-    """Lines, long ones cut (at spaces where there are some): the trainer ignores whatever exceeds SENTENCE_BYTES."""
-    for text in texts:
-        for line in text.split("\n"):
-            while len(line) * 4 > SENTENCE_BYTES and len(line.encode()) > SENTENCE_BYTES:
-                limit = SENTENCE_BYTES // 4
-                cut = line.rfind(" ", 1, limit)
-                cut = cut if cut > 0 else limit
-                yield line[:cut]
-                line = line[cut:]
-            if line and not line.isspace():
-                yield line
-
-
-def main() -> None:
-    parser = CommandParser(prog="python -m data_prep.tokenizer", description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    options = commands.add_parser("train", formatter_class=DefaultsInHelp)
-    options.add_argument("--input", nargs="+", required=True, help="documents: files, folders or globs")
-    options.add_argument("--vocab-size", type=int, default=32000, help="entries, control and byte tokens included")
-    coverage_help = "share of the text's characters that get entries; the rare rest is written as bytes"
-    options.add_argument("--character-coverage", type=float, default=CHARACTER_COVERAGE, help=coverage_help)
-    options.add_argument("--output", type=Path, required=True, help="folder for tokenizer.model")
-    options.add_argument("--text-field", default="text", help="field or column that holds the text")
-    options.add_argument("--on-error", choices=("fail", "skip"), default="fail", help="what to do with bad records")
-    options.add_argument("--sample-megabytes", type=int, default=100, help="train on about this much text at most")
-    options.add_argument("--workers", type=int, default=1, help="threads of the trainer")
-    arguments = parser.parse_args()
-    if not 0 < arguments.character_coverage <= 1:
-        raise ValueError(
-            f"--character-coverage {arguments.character_coverage}: a share of the text, above 0 and up to 1"
-        )
-
-    inputs = parse_sources(arguments.input, [])
-    units, files = plan_units(inputs)
-    share = min(1.0, arguments.sample_megabytes * 1e6 / max(1, sum(file.size for file in files)))
-    problems = Problems(arguments.on_error)
-    sampled = 0
-
-    def texts() -> Iterator[str]:
-        nonlocal sampled
-        with Progress("reading", sum(unit.size for unit in units)) as progress:
-            for unit in units:
-                for document in read_unit(unit, files, arguments.text_field, None, problems):
-                    if hash64(document.key) < share * 2**64:
-                        sampled += len(document.text)
-                        yield document.text
-                progress.advance(unit.size)
-
-    say(f"training a tokenizer of {arguments.vocab_size:,} entries on {100 * share:.0f} % of {len(files):,} files")
-    model = train(texts(), arguments.vocab_size, arguments.workers, arguments.character_coverage)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    write_atomically(arguments.output / MODEL_FILE, model)
-    if problems.count:
-        say(f"skipped {problems.count:,} bad records, the first: {problems.examples[0]}")
-    say(f"wrote {arguments.output / MODEL_FILE} ({arguments.vocab_size:,} entries, {sampled:,} characters read)")
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    if not content:
+        raise ValueError(f"{path} is empty")
+    return content
 
 
 if __name__ == "__main__":

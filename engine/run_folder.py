@@ -58,6 +58,8 @@ def fill_run(run: Path, facts: dict[str, Any]) -> None:
     tokenizer = Path(facts["data"]["path"]) / facts["data"]["tokenizer"]["file"]
     if not tokenizer.is_file():
         raise ValueError(f"{tokenizer} is missing: the tokenizer belongs to the data set, restore it")
-    (run / "tokenizer").mkdir(exist_ok=True)
-    for file in tokenizer.parent.iterdir():
-        write_atomically(run / "tokenizer" / file.name, file.read_bytes())
+    for file in tokenizer.parent.rglob("*"):
+        if file.is_file():
+            place = run / "tokenizer" / file.relative_to(tokenizer.parent)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(place, file.read_bytes())

@@ -24,10 +24,10 @@ from tokenizers import AddedToken, decoders, models, normalizers
 from transformers import AutoTokenizer
 
 from data_prep.encode import awkward_texts
-from data_prep.tokenizer import JSON_FILE, MODEL_FILE, USUAL_NAMES, Tokenizer, open_tokenizer
+from data_prep.tokenizer import USUAL_NAMES, Tokenizer, open_tokenizer
+from data_prep.tokenizer_files import CONFIG_FILE, JSON_FILE, MODEL_FILE
 from training.manifest import TokenizerInfo, write_atomically
 
-CONFIG_FILE = "tokenizer_config.json"
 SPACE = "▁"
 Pair = tuple[str, str]
 Piece = ModelProto.SentencePiece

@@ -1,6 +1,8 @@
 import pytest
 
-from data_prep.tokenizer import MODEL_FILE, SentencePieceTokenizer, train
+from data_prep.tokenizer import SentencePieceTokenizer
+from data_prep.tokenizer_files import MODEL_FILE
+from data_prep.tokenizer_training import train
 from tests.data_prep.support import PROSE, UNIT_BYTES, build_here, write_prose
 
 

@@ -6,7 +6,9 @@ import sentencepiece
 import tokenizers
 from hypothesis import HealthCheck, given, settings
 
-from data_prep.tokenizer import COMPANIONS, open_tokenizer, train
+from data_prep.tokenizer import open_tokenizer
+from data_prep.tokenizer_files import CONFIG_FILE
+from data_prep.tokenizer_training import train
 from tests.data_prep.support import DEEPSEEK, MISTRAL, PROSE, awkward, run
 
 fixture_safe = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -104,7 +106,7 @@ def test_saved_copy_is_the_same_tokenizer(tmp_path, tokenizer, source):
     copy = open_tokenizer(tmp_path / "copy")
     assert copy.info("x") == original.info("x")
     assert file == copy.path
-    assert source == "trained" or (tmp_path / "copy" / COMPANIONS[0]).is_file()
+    assert source == "trained" or (tmp_path / "copy" / CONFIG_FILE).is_file()
 
 
 def test_what_cannot_be_opened_is_named(tmp_path):

@@ -18,7 +18,8 @@ from data_prep.plan import BuildOptions, Plan
 from data_prep.repack import repack
 from data_prep.sources import parse_sources
 from data_prep.store import TokenStore
-from data_prep.tokenizer import open_tokenizer, train
+from data_prep.tokenizer import open_tokenizer
+from data_prep.tokenizer_training import train
 from training.manifest import PackingPolicy
 from training.shards import open_split
 

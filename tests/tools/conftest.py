@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from data_prep.tokenizer import train
+from data_prep.tokenizer_training import train
 from tests.data_prep.support import PROSE
 from tests.launch import run_ranks
 from tests.tools import support

@@ -13,7 +13,8 @@ import tokenizers
 import torch
 from transformers import AutoModelForCausalLM
 
-from data_prep.tokenizer import open_tokenizer, train
+from data_prep.tokenizer import open_tokenizer
+from data_prep.tokenizer_training import train
 from model.config import ModelConfig
 from model.hf import save_hf
 from model.llama import Llama

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, NormalizerSpec, TrainerSpec
 from transformers import AutoTokenizer
 
-from data_prep.tokenizer import Tokenizer, open_tokenizer, train
+from data_prep.tokenizer import Tokenizer, open_tokenizer
+from data_prep.tokenizer_training import train
 from model.config import ModelConfig
 from tests.data_prep.support import DEEPSEEK, MISTRAL, PROSE
 from tools.hf_tokenizer import _from_sentencepiece, write_hf_tokenizer
