@@ -38,6 +38,9 @@ def new_parser(every_flag: bool) -> CommandParser:
         "--pipeline_stages", type=int, help="stages of a pipeline JSON (none: all ranks, or what it says)"
     )
     parser.add_argument("--allow_data_change", action="store_true", help="continue a run on another data set")
+    parser.add_argument(
+        "--resume_step", type=int, help="go back to this checkpoint; the later ones go to RUN/set_aside"
+    )
     parser.add_argument("--allow_overcommit", action="store_true", help="start although memory cannot suffice")
     parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # given by the launcher
     parser.add_argument("--help-all", action="store_true", help="explain every recipe key and exit")
@@ -54,7 +57,8 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
 
 def main(arguments: argparse.Namespace, stop: StopSignal) -> int:
     # What takes seconds to import comes after the arguments have been understood.
-    from engine.checkpoint import agree_on_checkpoint, steps
+    from engine.checkpoint import agree_on_checkpoint
+    from engine.checkpoint_manifest import steps
     from engine.loop import new_state, open_outputs, train
     from engine.memory import check_memory, largest_need
     from engine.plan import make_plan
@@ -70,7 +74,7 @@ def main(arguments: argparse.Namespace, stop: StopSignal) -> int:
     files = (arguments.recipe, overrides, arguments.deepspeed_config, arguments.data)
     run = Path(arguments.output)
     plan = make_plan(*files, topology, arguments.pipeline_stages, fresh=not steps(run))
-    notices = plan.warnings + check_resumable(run, plan, arguments.allow_data_change)
+    notices = plan.warnings + check_resumable(run, plan, arguments.allow_data_change, arguments.resume_step)
     memory = check_memory(plan, topology, arguments.allow_overcommit)
     if topology.is_first:
         print(memory, flush=True)
@@ -79,9 +83,11 @@ def main(arguments: argparse.Namespace, stop: StopSignal) -> int:
     lock = claim_run(run) if topology.is_first else None
 
     # Continue where the newest good checkpoint stopped, or begin.
-    found, damaged = agree_on_checkpoint(run)
+    found, damaged = agree_on_checkpoint(run, arguments.resume_step)
     engine = build_engine(plan, fresh=not found)
     state = restore(engine, *found) if found else new_state(plan)
+    if arguments.resume_step is not None:
+        state.wandb_id = new_state(plan).wandb_id  # W&B takes no step back
     facts = describe(plan)
     if topology.is_first:
         fill_run(run, facts | {"memory": largest_need(plan)._asdict()})

@@ -7,68 +7,37 @@
 """
 
 import datetime
+import errno
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import xxhash
-from pydantic import BaseModel, ConfigDict, ValidationError
 
+from engine.checkpoint_manifest import (
+    MANIFEST,
+    CheckpointManifest,
+    Layout,
+    digest_of_file,
+    folder_name,
+    read_manifest,
+    seal,
+    step_of,
+    steps,
+    strangers,
+)
 from engine.names import named_parameters
 from engine.peers import FAILED_COLLECTIVE
+from engine.retention import retire, set_aside
 from training.config import CheckpointConfig
 from training.manifest import publish, write_atomically
 from training.state import TrainState
 
-MANIFEST = "manifest.json"
-
-
-class Layout(BaseModel):
-    """What a native load needs to find equal: how the states of this checkpoint are cut over its files."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    zero_stage: int
-    world_size: int
-    wrapper: str
-    """DeepSpeed's optimizer class around the base optimizer."""
-    optimizer: str
-    stage_bounds: tuple[int, ...] = ()
-    """Where the layer plan is cut into pipeline stages; empty without a pipeline."""
-    tensor: int = 1
-    """Ranks over which the matrices of every layer are split."""
-
-    @property
-    def parts(self) -> int:
-        """Ranks that hold different parameters: pipeline stages times tensor-parallel ranks."""
-        return max(len(self.stage_bounds) - 1, 1) * self.tensor
-
-    def __str__(self) -> str:
-        words = [f"ZeRO-{self.zero_stage} on {self.world_size} rank{'s' if self.world_size > 1 else ''}"]
-        words += [f"{len(self.stage_bounds) - 1} pipeline stages"] if self.stage_bounds else []
-        words += [f"tensor parallel {self.tensor}"] if self.tensor > 1 else []
-        return ", ".join(words)
-
-
-class CheckpointManifest(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    format_version: int = 1
-    layout: Layout
-    parameters: list[str] = []
-    """Names in the order of the optimizer's state, where DeepSpeed's files do not say it (stage 0)."""
-    state: TrainState
-    recipe: dict[str, Any]
-    ds_config: dict[str, Any]
-    environment: dict[str, Any]
-    data: dict[str, Any]
-    """Path, fingerprint, sequence length and tokenizer of the training data; under `stages` those of every stage."""
-    files: dict[str, tuple[int, str]]
-    """Name in the folder: size in bytes and xxh3-128 digest."""
-    created: str
+DISK_FAULT = re.compile("enforce fail|iostream|PytorchStreamWriter|write failed|No space left")
+"""Of the RuntimeErrors by which `torch.save` says that the file system refused."""
 
 
 def layout_of(engine) -> Layout:
@@ -101,16 +70,23 @@ def save(engine, run: Path, state: TrainState, facts: dict[str, Any], policy: Ch
     except (OSError, RuntimeError) as error:
         if FAILED_COLLECTIVE.search(str(error)):
             raise  # another rank is the reason, not the disk
+        if not isinstance(error, OSError) and not DISK_FAULT.search(str(error)):
+            raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if isinstance(error, OSError):
+            reason = error.strerror or reason
+        elif shutil.disk_usage(run).free < 1 << 20:
+            reason = os.strerror(errno.ENOSPC)
+        earlier = "the earlier ones are as they were" if steps(run) else "there is no earlier one"
         raise ValueError(
-            f"{run / 'checkpoints'}: the checkpoint of step {state.step} could not be written ({reason}); earlier ones are "
-            "intact: make room or mend the file system and run the same command again"
+            f"{run / 'checkpoints'}: the checkpoint of step {state.step} could not be written ({reason}); {earlier}: "
+            "make room or mend the file system and run the same command again"
         ) from None
 
 
 def _save(engine, run: Path, state: TrainState, facts: dict[str, Any], policy: CheckpointConfig) -> Path:
     root = run / "checkpoints"
-    final = root / f"step-{state.step:08d}"
+    final = root / folder_name(state.step)
     partial = root / f".{final.name}.partial"
     first = dist.get_rank() == 0
     if first:
@@ -125,71 +101,54 @@ def _save(engine, run: Path, state: TrainState, facts: dict[str, Any], policy: C
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         place = {"layout": layout_of(engine), "parameters": _parameter_order(engine)}
         manifest = CheckpointManifest(**place, state=state, files=files, created=now, **facts)
-        write_atomically(partial / MANIFEST, manifest.model_dump_json(indent=1).encode())
+        write_atomically(partial / MANIFEST, seal(manifest))
         shutil.rmtree(final, ignore_errors=True)
         publish(partial, final)
-        _retire(root, policy)
+        retire(run, final, policy)
     dist.barrier()
     return final
 
 
-def steps(run: Path) -> list[Path]:
-    """The `step-*` folders of a run, newest first, good or not."""
-    return sorted((path for path in (run / "checkpoints").glob("step-*") if path.is_dir()), reverse=True)
-
-
-def read_manifest(folder: Path, full: bool = True) -> CheckpointManifest:
-    """Read and check one checkpoint: its manifest, the size of every file and, with `full`, every hash.
-
-    Raises ValueError saying what is damaged.
-    """
-    try:
-        manifest = CheckpointManifest.model_validate_json((folder / MANIFEST).read_bytes())
-    except FileNotFoundError:
-        raise ValueError(f"{folder}: no {MANIFEST}, so this is not a finished checkpoint") from None
-    except (OSError, ValidationError) as error:
-        raise ValueError(f"{folder / MANIFEST}: damaged: {' '.join(str(error).split())[:200]}") from None
-    for name, (size, digest) in manifest.files.items():
-        path = folder / name
-        if not path.is_file():
-            raise ValueError(f"{path}: missing")
-        if path.stat().st_size != size:
-            raise ValueError(f"{path}: {path.stat().st_size} bytes instead of {size}")
-        if full and _digest(path) != digest:
-            raise ValueError(f"{path}: its content has changed since it was written (xxh3-128 differs)")
-    return manifest
-
-
 def newest_good(run: Path, full: bool = True) -> tuple[Path, CheckpointManifest, list[str]] | None:
-    """The newest intact checkpoint, and a sentence for each damaged one passed over; None when there is none at all.
+    """The newest intact checkpoint, and a sentence for each thing passed over; None when there is none at all.
 
     `full`: as in `read_manifest`.
     Raises ValueError when checkpoints exist but every one is damaged: starting afresh would throw a run away.
     """
-    damaged = []
+    damaged = [
+        f"{path} is passed over: only folders with a name like {folder_name(10)} are checkpoints"
+        for path in strangers(run)
+    ]
     for folder in steps(run):
         try:
-            return folder, read_manifest(folder, full), damaged
+            manifest = read_manifest(folder, full)
+            if manifest.format_version == 1:
+                damaged.append(f"{folder}: its manifest is of an older version, without a digest of its own")
+            return folder, manifest, damaged
         except ValueError as error:
             damaged.append(f"damaged checkpoint passed over: {error}")
-    if damaged:
+    if steps(run):
         raise ValueError(
             f"{run}: every checkpoint is damaged; restore one or choose another --output\n" + "\n".join(damaged)
         )
     return None
 
 
-def agree_on_checkpoint(run: Path) -> tuple[tuple[Path, CheckpointManifest] | None, list[str]]:
+def agree_on_checkpoint(
+    run: Path, resume_step: int | None = None
+) -> tuple[tuple[Path, CheckpointManifest] | None, list[str]]:
     """The first rank's `newest_good`, told to all ranks; its ValueError is raised on all of them.
 
-    What an interrupted save left behind is deleted first.
+    What an interrupted save left behind is deleted first; with `resume_step`, later checkpoints are set aside.
     """
     message: list = [None]
     if dist.get_rank() == 0:
         for leftover in (run / "checkpoints").glob(".*.partial"):
             shutil.rmtree(leftover)
         try:
-            message = [newest_good(run)]
+            aside = set_aside(run, resume_step) if resume_step is not None else []
+            found = newest_good(run)
+            message = [found and (*found[:2], [*found[2], *(f"moved out of the way: {folder}" for folder in aside)])]
         except ValueError as error:
             message = [error]
     dist.broadcast_object_list(message, src=0)
@@ -204,9 +163,9 @@ def find(run: Path, step: int | None = None) -> tuple[Path, CheckpointManifest]:
     Raises ValueError when there is none.
     """
     if step is not None:
-        folder = run / "checkpoints" / f"step-{step:08d}"
+        folder = run / "checkpoints" / folder_name(step)
         if not folder.is_dir():
-            known = ", ".join(str(int(path.name.removeprefix("step-"))) for path in reversed(steps(run)))
+            known = ", ".join(str(step_of(path)) for path in reversed(steps(run)))
             raise ValueError(f"{run} has no checkpoint of step {step}; there are: {known or 'none'}")
         return folder, read_manifest(folder)
     if (found := newest_good(run)) is None:
@@ -214,17 +173,6 @@ def find(run: Path, step: int | None = None) -> tuple[Path, CheckpointManifest]:
     for sentence in found[2]:
         print(sentence, file=sys.stderr)
     return found[0], found[1]
-
-
-def _retire(root: Path, policy: CheckpointConfig) -> None:
-    for folder in steps(root.parent)[policy.keep_last :]:
-        step = int(folder.name.removeprefix("step-"))
-        if policy.keep_every_steps and step % policy.keep_every_steps == 0:
-            continue
-        doomed = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(doomed, ignore_errors=True)
-        folder.rename(doomed)
-        shutil.rmtree(doomed)
 
 
 def _sync_and_hash(folder: Path) -> dict[str, tuple[int, str]]:
@@ -235,15 +183,7 @@ def _sync_and_hash(folder: Path) -> dict[str, tuple[int, str]]:
         path = folder / name
         with path.open("rb") as file:
             os.fsync(file.fileno())
-        mine[name] = (path.stat().st_size, _digest(path))
+        mine[name] = (path.stat().st_size, digest_of_file(path))
     shares: list[dict | None] = [None] * dist.get_world_size()
     dist.all_gather_object(shares, mine)
     return {name: entry for share in shares for name, entry in share.items()}
-
-
-def _digest(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()

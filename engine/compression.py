@@ -18,6 +18,7 @@ import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, model_validator
 
 from engine.compressors import OneBit, PowerSGD, all_finite, merged
+from engine.safe_load import load_file
 from engine.wire import WireBytes
 
 FILES = "gradient_compression_rank_{}.pt"
@@ -127,7 +128,7 @@ class CompressedReduction:
         if not files:
             return
         device = next(iter(self._parameters.values())).device
-        states = [torch.load(file, map_location="cpu", mmap=True) for file in files]
+        states = [load_file(file) for file in files]
         same = states[0]["layout"] == self._layout
         state = states[dist.get_rank()] if same else states[0] | {"residuals": merged(states)}
         self.residuals = {name: residual.clone().to(device) for name, residual in state["residuals"].items()}

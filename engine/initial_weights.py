@@ -12,7 +12,8 @@ import deepspeed
 import torch
 from deepspeed import comm as dist
 
-from engine.checkpoint import CheckpointManifest, find, newest_good, read_manifest
+from engine.checkpoint import find, newest_good
+from engine.checkpoint_manifest import CheckpointManifest, read_manifest
 from engine.names import named_parameters
 from engine.native import read_weights
 from model.config import ROPE_EXTENDS_ORIGINAL, ModelConfig

@@ -18,8 +18,9 @@ from typing import NamedTuple
 
 import torch
 
-from engine.checkpoint import CheckpointManifest
+from engine.checkpoint_manifest import CheckpointManifest
 from engine.names import plan_name
+from engine.safe_load import load_file
 from engine.slices import cut_dimensions, join
 from model.config import ModelConfig
 from training.sections import OptimizerConfig
@@ -67,15 +68,15 @@ def _read(
 
 
 def _read_stage_0(folder: Path, manifest: CheckpointManifest, part: int, keys: tuple[str, ...]):
-    content = _load(folder / f"mp_rank_{part:02d}_model_states.pt")
+    content = load_file(folder / f"mp_rank_{part:02d}_model_states.pt")
     for index, name in enumerate(manifest.parameters):
         state = content["optimizer"]["state"].get(index, {}) | {"weight": content["module"][name]}
         yield name, {key: state[key] for key in keys if key in state}, int(state.get("step", 0))
 
 
 def _read_shards(folder: Path, manifest: CheckpointManifest, part: int, keys: tuple[str, ...]):
-    files = _optimizer_files(folder, part)
-    contents = [_load(path)["optimizer_state_dict"] for path in files]
+    files = _optimizer_files(folder, manifest, part)
+    contents = [load_file(path)["optimizer_state_dict"] for path in files]
     ranks = [_vectors(content, keys[1:]) for content in contents]
     for name, cut in _cuts(folder, manifest, part, len(ranks), contents[0].get("param_alignment_paddings")):
         yield name, {key: cut([rank[key] for rank in ranks]) for key in keys}, ranks[0]["step"]
@@ -95,7 +96,7 @@ def _cuts(
     """Every parameter's name, with a function that cuts it out of the vectors of all ranks."""
     stage_3 = manifest.layout.zero_stage == 3
     prefix = "zero_pp_rank_0_" if stage_3 else ""
-    groups = _load(folder / f"{prefix}mp_rank_{part:02d}_model_states.pt")["param_shapes"]
+    groups = load_file(folder / f"{prefix}mp_rank_{part:02d}_model_states.pt")["param_shapes"]
     if stage_3:
         offset = 0
         for name, shape in (item for group in groups for item in group.items()):
@@ -140,10 +141,8 @@ def _cut(pieces: list[torch.Tensor], start: int, count: int) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def _optimizer_files(folder: Path, part: int) -> list[Path]:
-    files = folder.glob(f"*zero_pp_rank_*_mp_rank_{part:02d}_optim_states.pt")
-    return sorted(files, key=lambda path: int(re.search(r"pp_rank_(\d+)_", path.name)[1]))
-
-
-def _load(path: Path) -> dict:
-    return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+def _optimizer_files(folder: Path, manifest: CheckpointManifest, part: int) -> list[Path]:
+    """Those that the manifest names, in the order of their ranks; whatever else lies in the folder is not read."""
+    pattern = re.compile(rf"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_{part:02d}_optim_states\.pt")
+    ranks = {int(found[1]): folder / name for name in manifest.files if (found := pattern.fullmatch(name))}
+    return [ranks[rank] for rank in sorted(ranks)]

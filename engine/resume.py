@@ -4,32 +4,29 @@ The same layout loads DeepSpeed's own files and is exact to the bit. Another num
 offload reads the same files parameter by parameter, without a separate command, and is exact to rounding.
 """
 
+import contextlib
+import pickle
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from engine.checkpoint import MANIFEST, CheckpointManifest, Layout, layout_of, steps
+from engine.checkpoint import layout_of
+from engine.checkpoint_manifest import MANIFEST, CheckpointManifest, Layout, step_of, steps, unseal
 from engine.native import read_states
 from engine.plan import RunPlan
+from engine.safe_load import refusal
 from engine.transplant import transplant
 from training.config import Recipe
 from training.state import TrainState
 
 
-def check_resumable(run: Path, plan: RunPlan, allow_data_change: bool) -> list[str]:
-    """Compare today's recipe and data with those of the run's newest checkpoint, before anything is built.
+def check_resumable(run: Path, plan: RunPlan, allow_data_change: bool, resume_step: int | None = None) -> list[str]:
+    """Compare today's recipe and data with those of the run's newest checkpoint (or that of `resume_step`).
 
     Returns a sentence for each recipe key that changed and may. Raises ValueError naming those that may not.
     """
-    manifests = (folder / MANIFEST for folder in steps(run) if (folder / MANIFEST).is_file())
-    newest = next(manifests, None)
-    if newest is None:
+    manifest = _newest_manifest(run, resume_step)
+    if manifest is None:
         return []
-    try:
-        manifest = CheckpointManifest.model_validate_json(newest.read_bytes())
-        before = Recipe.model_validate(manifest.recipe).model_dump()
-    except ValidationError:
-        return []  # damaged: the search for a good checkpoint will say so
+    before = Recipe.model_validate(manifest.recipe).model_dump()
     changes = {
         f"{section}.{key}": (before[section][key], value)
         for section, keys in plan.recipe.model_dump(exclude={"stages"}).items()
@@ -53,6 +50,17 @@ def check_resumable(run: Path, plan: RunPlan, allow_data_change: bool) -> list[s
         words = [f"{s.name} to step {s.end} on {s.data}" for s in plan.stages if s.end > manifest.state.step]
         notices.append(f"stages changed; after step {manifest.state.step} come: {', '.join(words) or 'none'}")
     return notices
+
+
+def _newest_manifest(run: Path, step: int | None) -> CheckpointManifest | None:
+    """Without a look at other files: the search for a good checkpoint will say what is damaged."""
+    for folder in steps(run):
+        if step in (None, step_of(folder)):
+            with contextlib.suppress(OSError, ValueError):
+                manifest = unseal((folder / MANIFEST).read_bytes())
+                if step_of(folder) == manifest.state.step:
+                    return manifest
+    return None
 
 
 def _stage_problems(former: list[dict], plan: RunPlan, steps: int, allow_data_change: bool) -> list[str]:
@@ -84,9 +92,7 @@ def restore(engine, folder: Path, manifest: CheckpointManifest) -> TrainState:
     groups = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
     here = layout_of(engine)
     if _loads_natively(manifest.layout, here):
-        path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
-        if path is None:
-            raise ValueError(f"{folder}: DeepSpeed could not load this checkpoint")
+        _load_natively(engine, folder, manifest)
     else:
         transplant(engine, read_states(folder, manifest))
         engine.global_steps, engine.global_samples = manifest.state.step, manifest.state.consumed_samples
@@ -95,6 +101,19 @@ def restore(engine, folder: Path, manifest: CheckpointManifest) -> TrainState:
     if engine.gradient_compression:
         engine.gradient_compression.restore(folder)
     return manifest.state
+
+
+def _load_natively(engine, folder: Path, manifest: CheckpointManifest) -> None:
+    """DeepSpeed looks for its files by pattern, so none may lie there that the manifest does not name."""
+    unnamed = sorted(path.name for path in folder.glob("*.pt") if path.name not in manifest.files)
+    if unnamed:
+        raise ValueError(f"{folder} holds {', '.join(unnamed)}, which its manifest does not name: move it elsewhere")
+    try:
+        path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    except pickle.UnpicklingError as error:
+        raise refusal(folder, error) from None
+    if path is None:
+        raise ValueError(f"{folder}: DeepSpeed could not load this checkpoint")
 
 
 def _loads_natively(there: Layout, here: Layout) -> bool:

@@ -15,6 +15,7 @@ import torch
 from engine.hostfile import hosts_of_ranks, launcher_commands, refuse_missing_hostfile
 from engine.peers import FAILED_COLLECTIVE, LostPeer, RollCall
 from engine.rendezvous import interface_towards, listens, wait_for_all_ranks
+from engine.safe_load import force_everywhere
 from training.signals import EXIT_INTERRUPTED
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -109,6 +110,7 @@ def start_process_group(topology: Topology, collective_timeout_minutes: float = 
     from deepspeed.utils import logger
 
     logger.setLevel("WARNING")
+    force_everywhere()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of names DeepSpeed uses
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # an inference collective, compiled at every start
     backend = "gloo" if topology.device.type == "cpu" else "nccl"

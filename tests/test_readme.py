@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.checkpoint import read_manifest, steps
+from engine.checkpoint_manifest import read_manifest, steps
 from tests.engine.programs import prepare
 from tests.launch import ROOT, clean_environment, free_port, run_cli
 

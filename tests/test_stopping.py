@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from engine.checkpoint import steps
+from engine.checkpoint_manifest import steps
 from tests.cluster.network import missing_device
 from tests.engine.programs import prepare
 from tests.launch import free_port, start_cli

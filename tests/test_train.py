@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from engine.checkpoint import read_manifest, steps
+from engine.checkpoint_manifest import digest_of_file, read_manifest, seal, steps
 from tests.engine.programs import prepare
 from tests.launch import free_port, run_cli, start_cli
 from tests.training.corpus import build
@@ -173,6 +174,58 @@ def test_all_checkpoints_damaged_is_an_error_not_a_fresh_start(setting, finished
     assert done.returncode == 2
     assert "every checkpoint is damaged" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+class Payload:
+    """Unpickled, it would write the file `ran`."""
+
+    def __init__(self, file: str):
+        self.file = file
+
+    def __reduce__(self):
+        return open, (self.file, "w")
+
+
+def plant(folder: Path, file: str) -> None:
+    """Put a payload into every file of a checkpoint, with sizes and digests as if it had been written so."""
+    manifest = read_manifest(folder)
+    for name in manifest.files:
+        torch.save(torch.load(folder / name, weights_only=False) | {"payload": Payload(file)}, folder / name)
+        manifest.files[name] = ((folder / name).stat().st_size, digest_of_file(folder / name))
+    (folder / "manifest.json").write_bytes(seal(manifest))
+
+
+@pytest.mark.parametrize("ds_config", ["zero0_fp32", "zero2_fp32", "zero3_fp32"])
+def test_code_in_a_checkpoint_runs_nowhere(setting, tmp_path, ds_config):
+    run, ran = tmp_path / "run", tmp_path / "ran"
+    stopped = run_cli(command(setting, run, "--training.max_hours", "1e-7", ds_config=ds_config), timeout=120)
+    assert stopped.returncode == 75, stopped.stderr
+    plant(steps(run)[0], str(ran))
+    other = {"zero0_fp32": "zero2_fp32"}.get(ds_config, "zero0_fp32")
+    for words in (
+        command(setting, run, ds_config=ds_config),
+        command(setting, run, ds_config=other),
+        command(setting, tmp_path / "new", "--training.initial_weights", str(run)),
+        [sys.executable, "-m", "tools.export", str(run), "--output", str(tmp_path / "hf")],
+    ):
+        done = run_cli(words, timeout=120)
+        assert done.returncode == 2, done.stdout + done.stderr
+        assert "is not opened: it is damaged or holds more than weights" in done.stderr
+        assert "Traceback" not in done.stderr
+    assert not ran.exists()
+
+
+def test_going_back_to_an_earlier_step(setting, finished, tmp_path):
+    run = tmp_path / "copy"
+    shutil.copytree(finished[0], run, ignore=shutil.ignore_patterns("wandb"))
+    missing = run_cli(command(setting, run, "--resume_step", "5"), timeout=120)
+    assert missing.returncode == 2
+    assert "has no checkpoint of step 5; there are: 4, 8" in missing.stderr
+    back = run_cli(command(setting, run, "--resume_step", "4", launcher="deepspeed"), timeout=200)
+    assert back.returncode == 0, back.stdout + back.stderr
+    assert losses(run) == losses(finished[0])
+    assert [folder.name for folder in (run / "set_aside").iterdir()] == ["step-00000008"]
+    assert [read_manifest(folder).state.step for folder in steps(run)] == [8, 4]
 
 
 def test_full_disk_ends_in_a_sentence_and_keeps_what_was_there(setting, tmp_path):

@@ -15,7 +15,8 @@ import torch
 
 from data_prep.command import CommandParser, run_command
 from data_prep.progress import Progress
-from engine.checkpoint import CheckpointManifest, find
+from engine.checkpoint import find
+from engine.checkpoint_manifest import CheckpointManifest
 from engine.native import read_weights
 from model.config import ModelConfig
 from model.hf import save_hf

@@ -8,7 +8,8 @@ import torch
 from pydantic import ValidationError
 
 from data_prep.tokenizer import Tokenizer, open_tokenizer
-from engine.checkpoint import CheckpointManifest, find
+from engine.checkpoint import find
+from engine.checkpoint_manifest import CheckpointManifest
 from engine.native import read_weights
 from model.config import ModelConfig
 from model.hf import load_model

@@ -12,7 +12,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from engine.checkpoint import MANIFEST, find, steps
+from engine.checkpoint import find
+from engine.checkpoint_manifest import MANIFEST, steps
 from engine.initial_weights import open_source
 from engine.loop import new_state, optimizer_steps
 from engine.plan import make_plan

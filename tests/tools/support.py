@@ -18,7 +18,8 @@ from data_prep.command import run_command
 from data_prep.plan import BuildOptions, Plan
 from data_prep.sources import parse_sources
 from data_prep.tokenizer import open_tokenizer
-from engine.checkpoint import MANIFEST, find, read_manifest, steps
+from engine.checkpoint import find
+from engine.checkpoint_manifest import MANIFEST, read_manifest, seal, steps
 from engine.ds_config import read_ds_config
 from engine.loop import open_outputs, train
 from engine.run_folder import describe, fill_run
@@ -212,5 +213,5 @@ def write_large_run(trained: Trained, run: Path) -> LargeRun:
     manifest.files = {
         path.name: (path.stat().st_size, xxhash.xxh3_128(path.read_bytes()).hexdigest()) for path in folder.iterdir()
     }
-    (folder / MANIFEST).write_text(manifest.model_dump_json())
+    (folder / MANIFEST).write_bytes(seal(manifest))
     return LargeRun(run, shards, dict(zip(shapes, [0, *ends], strict=False)))

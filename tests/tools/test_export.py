@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from data_prep.tokenizer import open_tokenizer
-from engine.checkpoint import steps
+from engine.checkpoint_manifest import steps
 from model.config import ModelConfig
 from model.hf import load_hf
 from tests.data_prep.support import PROSE

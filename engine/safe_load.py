@@ -1,0 +1,43 @@
+"""Open `torch.save`'s files without running what they may contain (`weights_only`)."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def load_file(path: Path) -> Any:
+    """The content of a checkpoint's file, its tensors memory-mapped on the CPU.
+
+    Raises ValueError when it holds anything but tensors, containers and the few classes of DeepSpeed that its own files
+    have: an unpickled object could run any code.
+    """
+    allow_deepspeed_classes()
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:
+        raise refusal(path, error) from None
+
+
+def refusal(path: Path, error: Exception) -> ValueError:
+    """What is said of a file that cannot be opened safely."""
+    reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), str(error))
+    return ValueError(
+        f"{path} is not opened: it is damaged or holds more than weights ({' '.join(reason.split())[:200]})"
+    )
+
+
+def force_everywhere() -> None:
+    """Make every `torch.load` of this process, DeepSpeed's own included, refuse what `load_file` refuses."""
+    allow_deepspeed_classes()
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+
+
+def allow_deepspeed_classes() -> None:
+    """The classes in the files that DeepSpeed 0.19 writes; all of them hold numbers only."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    torch.serialization.add_safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address])
