@@ -89,6 +89,9 @@ WITH_LION = {2: ["zero0", "zero1", "zero2-offload", "zero3", "pipeline2", "tenso
 WITH_LEARNED = {2: ["zero0", "zero2", "zero3", "pipeline2", "sequence2-zero1", "tensor2_zero0_fp32"]}
 CHUNKS = {"model.attention": "chunked", "model.chunk_size": "12", "model.vocab_size": "257"}  # an id for masks
 MASKED = {"objective.name": "masked", "objective.mask_ratio": "0.3", "objective.random_ratio": "0.1"} | CHUNKS
+MASKED |= {
+    "optimizer.eps": "1e-6"
+}  # at 1e-8 a gradient that is zero but for rounding, as few targets make, moves a weight
 DIFFUSION = {"objective.name": "block_diffusion"} | CHUNKS
 WITH_MASKED = {2: ["zero0", "zero2-recompute", "pipeline2-accumulate", "sequence2-zero1", "tensor2_zero0_fp32"]}
 WITH_DIFFUSION = {
@@ -195,7 +198,7 @@ def test_all_ranks_report_the_same(runs, ranks, name):
     for other in others:
         np.testing.assert_array_equal(curve(other), curve(first))
         assert other["validation"] == first["validation"]
-    assert first["printed"] == ""
+    assert first["printed"].replace("building the model ...\n", "") == ""  # said only where that takes long
     assert first["validation"]["again"] == first["validation"]["validation"]
 
 

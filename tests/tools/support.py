@@ -22,7 +22,7 @@ from engine.checkpoint import find
 from engine.checkpoint_manifest import MANIFEST, read_manifest, seal, steps
 from engine.ds_config import read_ds_config
 from engine.loop import open_outputs, train
-from engine.run_folder import describe, fill_run
+from engine.run_folder import claim_run, describe, fill_run
 from model.config import ModelConfig
 from model.llama import Llama
 from tests.data_prep.support import build_here
@@ -84,17 +84,20 @@ MASKED = {
 
 
 def train_all(folder: str, recipe: str, data: str) -> dict[str, dict[str, np.ndarray]]:
-    """What a rank does: train each layout with train.py's own loop; the live float32 weights at the end, by layout."""
+    """What a rank does: train each layout with the loop of train.py; the live float32 weights at the end, by layout."""
     weights = {}
     for name, (ds_config, overrides) in (LAYOUTS | MASKED).items():
         run = Run(recipe, data, ds_config, Path(folder) / name, overrides)
         facts = describe(run.plan)
+        lock = None
         if run.topology.is_first:
+            lock = claim_run(run.folder)
             fill_run(run.folder, facts)
         logger, clock = open_outputs(run.engine, run.plan, run.state, facts, run.folder, run.topology)
         with logger:
             stop = type("Never", (), {"name": None})
-            code = train(run.engine, run.plan, run.state, logger, clock, stop, run.topology, run.folder, facts)
+            outputs = logger, clock, stop, run.topology, run.folder, facts, lock
+            code = train(run.engine, run.plan, run.state, *outputs)
             logger.close(code)
         assert code == 0
         weights[name] = run.weights()
