@@ -31,6 +31,7 @@ from tools import export
 from tools.trained import DTYPES
 from training.manifest import PackingPolicy
 from training.shards import ShardedDataset, open_split
+from training.signals import StopSignal
 
 STEPS = 4
 EVERY = 2  # steps between checkpoints and between validations
@@ -85,7 +86,7 @@ MASKED = {
 
 def train_all(folder: str, recipe: str, data: str) -> dict[str, dict[str, np.ndarray]]:
     """What a rank does: train each layout with the loop of train.py; the live float32 weights at the end, by layout."""
-    weights = {}
+    weights, stop = {}, StopSignal()
     for name, (ds_config, overrides) in (LAYOUTS | MASKED).items():
         run = Run(recipe, data, ds_config, Path(folder) / name, overrides)
         facts = describe(run.plan)
@@ -95,7 +96,6 @@ def train_all(folder: str, recipe: str, data: str) -> dict[str, dict[str, np.nda
             fill_run(run.folder, facts)
         logger, clock = open_outputs(run.engine, run.plan, run.state, facts, run.folder, run.topology)
         with logger:
-            stop = type("Never", (), {"name": None})
             outputs = logger, clock, stop, run.topology, run.folder, facts, lock
             code = train(run.engine, run.plan, run.state, *outputs)
             logger.close(code)
