@@ -5,8 +5,8 @@
 
 The same command continues RUN from its newest good checkpoint, on any number of ranks. Exit codes: 0 finished;
 1 failed (another rank, which is named, or a traceback); 2 bad input or an output folder that refuses (one sentence a
-problem): mend it; 75 stopped early (SIGTERM, SIGUSR1, SIGHUP, end of the launcher, training.max_hours) and saved: run it
-again; 130 the same after Ctrl-C, of which a second one ends at once.
+problem): mend it; 75 stopped early and saved (SIGTERM, SIGUSR1, SIGHUP, end of the launcher, training.max_hours): run
+it again; 130 the same after Ctrl-C, of which a second one ends at once.
 """
 
 import argparse
@@ -38,9 +38,7 @@ def new_parser(every_flag: bool) -> CommandParser:
         "--pipeline_stages", type=int, help="stages of a pipeline JSON (none: all ranks, or what it says)"
     )
     parser.add_argument("--allow_data_change", action="store_true", help="continue a run on another data set")
-    parser.add_argument(
-        "--resume_step", type=int, help="go back to this checkpoint; the later ones go to RUN/set_aside"
-    )
+    parser.add_argument("--resume_step", type=int, help="go back to this step; later checkpoints move to RUN/set_aside")
     parser.add_argument("--allow_overcommit", action="store_true", help="start although memory cannot suffice")
     parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # given by the launcher
     parser.add_argument("--help-all", action="store_true", help="explain every recipe key and exit")
