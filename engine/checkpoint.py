@@ -23,9 +23,9 @@ from engine.checkpoint_manifest import (
     Layout,
     digest_of_file,
     folder_name,
+    folder_of,
     read_manifest,
     seal,
-    step_of,
     steps,
     strangers,
 )
@@ -113,7 +113,7 @@ def newest_good(run: Path, full: bool = True) -> tuple[Path, CheckpointManifest,
     """The newest intact checkpoint, and a sentence for each thing passed over; None when there is none at all.
 
     `full`: as in `read_manifest`.
-    Raises ValueError when checkpoints exist but every one is damaged: starting afresh would throw a run away.
+    Raises ValueError when checkpoints exist but every one is damaged or renamed: starting afresh would throw a run away.
     """
     damaged = [
         f"{path} is passed over: only folders with a name like {folder_name(10)} are checkpoints"
@@ -127,9 +127,10 @@ def newest_good(run: Path, full: bool = True) -> tuple[Path, CheckpointManifest,
             return folder, manifest, damaged
         except ValueError as error:
             damaged.append(f"damaged checkpoint passed over: {error}")
-    if steps(run):
+    if damaged:
         raise ValueError(
-            f"{run}: every checkpoint is damaged; restore one or choose another --output\n" + "\n".join(damaged)
+            f"{run}: every checkpoint is damaged or renamed; restore one or choose another --output\n"
+            + "\n".join(damaged)
         )
     return None
 
@@ -163,10 +164,7 @@ def find(run: Path, step: int | None = None) -> tuple[Path, CheckpointManifest]:
     Raises ValueError when there is none.
     """
     if step is not None:
-        folder = run / "checkpoints" / folder_name(step)
-        if not folder.is_dir():
-            known = ", ".join(str(step_of(path)) for path in reversed(steps(run)))
-            raise ValueError(f"{run} has no checkpoint of step {step}; there are: {known or 'none'}")
+        folder = folder_of(run, step)
         return folder, read_manifest(folder)
     if (found := newest_good(run)) is None:
         raise ValueError(f"{run} has no checkpoint: give the --output folder of a training run")

@@ -106,9 +106,17 @@ def steps(run: Path) -> list[Path]:
 
 
 def strangers(run: Path) -> list[Path]:
-    """Other folders among the checkpoints: never read, counted or deleted."""
-    visible = (path for path in (run / "checkpoints").glob("[!.]*") if path.is_dir())
+    """Checkpoints under names that no checkpoint has, `best` or `step-00000010.bak`: never read, counted or deleted."""
+    visible = (path for path in (run / "checkpoints").glob("[!.]*") if (path / MANIFEST).is_file())
     return sorted(path for path in visible if step_of(path) is None)
+
+
+def folder_of(run: Path, step: int) -> Path:
+    """Where a run has the checkpoint of this step. Raises ValueError, saying which there are, when it has none."""
+    known = {step_of(folder): folder for folder in reversed(steps(run))}
+    if step not in known:
+        raise ValueError(f"{run} has no checkpoint of step {step}; there are: {', '.join(map(str, known)) or 'none'}")
+    return known[step]
 
 
 def read_manifest(folder: Path, full: bool = True) -> CheckpointManifest:
@@ -136,10 +144,13 @@ def read_manifest(folder: Path, full: bool = True) -> CheckpointManifest:
         path = folder / name
         if not path.is_file():
             raise ValueError(f"{path}: missing")
-        if path.stat().st_size != size:
-            raise ValueError(f"{path}: {path.stat().st_size} bytes instead of {size}")
-        if full and digest_of_file(path) != digest:
-            raise ValueError(f"{path}: its content has changed since it was written (xxh3-128 differs)")
+        try:
+            if (found := path.stat().st_size) != size:
+                raise ValueError(f"{path}: {found} bytes instead of {size}")
+            if full and digest_of_file(path) != digest:
+                raise ValueError(f"{path}: its content has changed since it was written (xxh3-128 differs)")
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
     return manifest
 
 

@@ -8,6 +8,8 @@ import contextlib
 import pickle
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from engine.checkpoint import layout_of
 from engine.checkpoint_manifest import MANIFEST, CheckpointManifest, Layout, step_of, steps, unseal
 from engine.native import read_states
@@ -26,7 +28,10 @@ def check_resumable(run: Path, plan: RunPlan, allow_data_change: bool, resume_st
     manifest = _newest_manifest(run, resume_step)
     if manifest is None:
         return []
-    before = Recipe.model_validate(manifest.recipe).model_dump()
+    try:
+        before = Recipe.model_validate(manifest.recipe).model_dump()
+    except ValidationError:
+        return [f"{run}: its recipe is of another version, so what changed since cannot be said"]
     changes = {
         f"{section}.{key}": (before[section][key], value)
         for section, keys in plan.recipe.model_dump(exclude={"stages"}).items()
@@ -89,10 +94,14 @@ def restore(engine, folder: Path, manifest: CheckpointManifest) -> TrainState:
 
     Hyperparameters stay those of the recipe: they are put back after the load, which would overwrite them.
     """
+    # DeepSpeed and the compressed reduction look for their files by pattern.
+    unnamed = sorted(path.name for path in folder.glob("*.pt") if path.name not in manifest.files)
+    if unnamed:
+        raise ValueError(f"{folder} holds {', '.join(unnamed)}, which its manifest does not name: move it elsewhere")
     groups = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
     here = layout_of(engine)
     if _loads_natively(manifest.layout, here):
-        _load_natively(engine, folder, manifest)
+        _load_natively(engine, folder)
     else:
         transplant(engine, read_states(folder, manifest))
         engine.global_steps, engine.global_samples = manifest.state.step, manifest.state.consumed_samples
@@ -103,11 +112,7 @@ def restore(engine, folder: Path, manifest: CheckpointManifest) -> TrainState:
     return manifest.state
 
 
-def _load_natively(engine, folder: Path, manifest: CheckpointManifest) -> None:
-    """DeepSpeed looks for its files by pattern, so none may lie there that the manifest does not name."""
-    unnamed = sorted(path.name for path in folder.glob("*.pt") if path.name not in manifest.files)
-    if unnamed:
-        raise ValueError(f"{folder} holds {', '.join(unnamed)}, which its manifest does not name: move it elsewhere")
+def _load_natively(engine, folder: Path) -> None:
     try:
         path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     except pickle.UnpicklingError as error:

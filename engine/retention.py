@@ -5,10 +5,11 @@ foreign folder neither counts nor is deleted. A checkpoint of skipped steps (the
 goes as soon as a newer checkpoint is there.
 """
 
+import contextlib
 import shutil
 from pathlib import Path
 
-from engine.checkpoint_manifest import read_manifest, step_of, steps
+from engine.checkpoint_manifest import folder_of, read_manifest, step_of, steps
 from training.config import CheckpointConfig
 
 _proven: dict[Path, tuple] = {}
@@ -17,31 +18,32 @@ _proven: dict[Path, tuple] = {}
 
 def retire(run: Path, written: Path, policy: CheckpointConfig) -> None:
     """Delete what the policy no longer keeps, now that the checkpoint `written` is complete. It itself always stays."""
-    state = read_manifest(written, full=False).state
     _proven[written] = _identity(written)
-    kept = 0 if state.consecutive_skipped_steps else 1
+    skipping = {}  # newest first: whether it was saved while steps were skipped
     for folder in steps(run):
-        if folder == written:
-            continue
-        try:
-            manifest = read_manifest(folder, full=False)
-            while_skipping = manifest.state.consecutive_skipped_steps > 0
-            if kept < policy.keep_last and not while_skipping:
-                _prove(folder)
-                kept += 1
-                continue
-        except ValueError:
-            continue  # damaged or not what its name says: left for its owner to look at
-        lasting = policy.keep_every_steps and manifest.state.step % policy.keep_every_steps == 0
-        if while_skipping or not lasting:
+        with contextlib.suppress(ValueError):  # damaged or not what its name says: left for its owner to look at
+            skipping[folder] = read_manifest(folder, full=False).state.consecutive_skipped_steps > 0
+    places = policy.keep_last - (not skipping.pop(written))
+    crowded = list(skipping.values()).count(False) > places  # else nothing that counts goes, and nothing need be read
+    for folder, was_skipping in skipping.items():
+        lasting = policy.keep_every_steps and step_of(folder) % policy.keep_every_steps == 0
+        if was_skipping:
+            _delete(folder)
+        elif crowded and places:
+            places -= _is_intact(folder)
+        elif crowded and not lasting:
             _delete(folder)
 
 
-def _prove(folder: Path) -> None:
-    """Raise ValueError unless every byte is as it was written; files that did not change are read once a process."""
+def _is_intact(folder: Path) -> bool:
+    """Whether every byte is as it was written; files that did not change are read once a process."""
     if (identity := _identity(folder)) != _proven.get(folder):
-        read_manifest(folder)
+        try:
+            read_manifest(folder)
+        except ValueError:
+            return False
         _proven[folder] = identity
+    return True
 
 
 def _identity(folder: Path) -> tuple:
@@ -61,12 +63,9 @@ def set_aside(run: Path, step: int) -> list[Path]:
 
     Raises ValueError, and moves nothing, unless there is an intact checkpoint of `step`.
     """
-    known = {step_of(folder): folder for folder in reversed(steps(run))}
-    if step not in known:
-        raise ValueError(f"{run} has no checkpoint of step {step}; there are: {', '.join(map(str, known)) or 'none'}")
-    read_manifest(known[step])
+    read_manifest(folder_of(run, step))
     moved = []
-    for later in [folder for number, folder in known.items() if number > step]:
+    for later in [folder for folder in steps(run) if step_of(folder) > step]:
         target, number = run / "set_aside" / later.name, 1
         while target.exists():
             number += 1

@@ -1,6 +1,7 @@
 """Which folder counts as a checkpoint, which one is taken, and which ones are kept."""
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -270,3 +271,35 @@ def test_code_in_a_file_does_not_run(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="is not opened: it is damaged or holds more than weights"):
         load_file(Path("mp_rank_00_model_states.pt"))
     assert not Path("ran").exists()
+
+
+def test_renamed_checkpoints_alone_are_no_fresh_start(tmp_path):
+    rename(write(tmp_path, 5), "best")
+    with pytest.raises(ValueError, match=r"every checkpoint is damaged or renamed.*\n.*best is passed over"):
+        newest_good(tmp_path)
+    (tmp_path / "other/checkpoints/notes").mkdir(parents=True)
+    assert newest_good(tmp_path / "other") is None
+
+
+def test_a_file_that_cannot_be_read_is_damage(tmp_path, monkeypatch):
+    write(tmp_path, 5)
+    bad = write(tmp_path, 10) / "weights.pt"
+
+    def open_file(path, *args, **kwargs):
+        if path == bad:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return whole(path, *args, **kwargs)
+
+    whole = Path.open
+    monkeypatch.setattr(Path, "open", open_file)
+    folder, _, words = newest_good(tmp_path)
+    assert folder.name == "step-00000005"
+    assert "Input/output error" in words[0]
+
+
+def test_nothing_is_read_again_while_nothing_goes(tmp_path, monkeypatch):
+    for step in (1, 2):
+        write(tmp_path, step)
+    monkeypatch.setattr("engine.checkpoint_manifest.digest_of_file", lambda path: pytest.fail(f"{path} was read"))
+    retire(tmp_path, write(tmp_path, 3), CheckpointConfig(keep_last=3))
+    assert [step_of(folder) for folder in steps(tmp_path)] == [3, 2, 1]
