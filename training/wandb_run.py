@@ -119,10 +119,8 @@ class WandbRun:
     def _give_up(self, error: Exception) -> None:
         """W&B's client raises errors of every kind where its service has died or a disk is full."""
         self._run = None
-        text = " ".join(str(error).split()) or type(error).__name__
-        print(
-            f"warning: W&B records nothing from here on ({text}); the next launch sends what it lacks", file=sys.stderr
-        )
+        text = f"warning: W&B records nothing from here on ({_one_line(error)}); the next launch sends what it lacks"
+        print(text, file=sys.stderr)
 
 
 def _open_run(run_dir: Path, config: "MetricsConfig", run_id: str, facts: dict[str, Any], mode: str | None):
