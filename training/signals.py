@@ -47,7 +47,8 @@ class StopSignal:
         for number in numbers:
             signal.signal(number, lambda *_: None)  # so that the number is written to the pipe, whatever is running
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        threading.Thread(target=self._listen, daemon=True).start()
+        # The launchers are looked up here: one that ends before the thread has its turn would never be missed.
+        threading.Thread(target=self._listen, args=(launchers(),), daemon=True).start()
 
     @property
     def exit_code(self) -> int:
@@ -57,8 +58,7 @@ class StopSignal:
         """From here on somebody reads `name`; until now a request ended the process."""
         self._keeps_going = True
 
-    def _listen(self) -> None:
-        chain = launchers()
+    def _listen(self, chain: list[psutil.Process]) -> None:
         if is_orphan(chain):
             self._request("end of the launcher")
         while True:

@@ -83,7 +83,8 @@ def test_stopped_on_all_hosts_and_continued_on_one(stopped, cluster, shared):
     assert read_manifest(newest).layout.world_size == 2
     last = read_manifest(newest).state.step
     assert last == max(losses(output))
-    command = readme_block("--num_gpus 8 train.py", "--training.max_steps", str(last + 2))
+    of_one_node = "--num_gpus 8 train.py --recipe recipes/llama-1b.yaml --deepspeed_config"
+    command = readme_block(of_one_node, "--training.max_steps", str(last + 2))
     done = cluster.run(command, cwd=shared, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "written_by=ZeRO-3 on 2 ranks" in done.stdout

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine.checkpoint import find
-from engine.checkpoint_manifest import MANIFEST, steps
+from engine.checkpoint_manifest import MANIFEST, seal, steps, unseal
 from engine.initial_weights import open_source
 from engine.loop import new_state, optimizer_steps
 from engine.plan import make_plan
@@ -250,9 +250,9 @@ def test_what_does_not_fit_is_refused_before_the_start(continued, tmp_path):
 def test_a_run_on_another_tokenizer_is_refused(continued, tmp_path):
     shutil.copytree(continued.folder / "zero3", tmp_path / "run")
     for file in tmp_path.glob(f"run/checkpoints/*/{MANIFEST}"):
-        manifest = json.loads(file.read_text())
-        manifest["data"]["tokenizer"]["sha256"] = "f" * 64
-        file.write_text(json.dumps(manifest))
+        manifest = unseal(file.read_bytes())
+        manifest.data["tokenizer"]["sha256"] = "f" * 64
+        file.write_bytes(seal(manifest))
     fitting = longer(continued.folder, "zero3-zero3") | {"training.initial_weights": str(tmp_path / "run")}
     (line,) = continued.refusal(fitting)
     assert f"{tmp_path / 'run'} was trained with another tokenizer than {continued.long_data}" in line

@@ -168,7 +168,7 @@ def runs(setting):
         for variant, (change, names) in VARIANTS.items():
             some |= {name + variant: (some[name][0], some[name][1] | change) for name in names.get(ranks, [])}
         arguments = str(folder / f"world{ranks}"), recipe, data, some, STEPS
-        results[ranks] = run_ranks(histories, ranks, *arguments, timeout=600)
+        results[ranks] = run_ranks(histories, ranks, *arguments, timeout=1100)
     return results
 
 
