@@ -1,6 +1,32 @@
-"""Properties are checked for what they say, not for how long a busy machine takes."""
+"""Properties are checked for what they say, not for how long a busy machine takes; ranks are started once for many tests."""
 
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
 from hypothesis import settings
+
+from tests.launch import Ranks
 
 settings.register_profile("longform", deadline=None, derandomize=True)
 settings.load_profile("longform")
+
+
+@pytest.fixture(scope="session")
+def on_ranks() -> Iterator[Callable[..., list[Any]]]:
+    """`on_ranks(2, function, *arguments)` is `run_ranks` on processes that wait for it: new ones after a failed call."""
+    with contextlib.ExitStack() as context:
+        waiting: dict[int, Ranks] = {}
+
+        def call(world_size: int, target: Callable[..., Any], *args: Any, timeout: float = 400) -> list[Any]:
+            ranks = waiting.get(world_size)
+            if ranks is None or not ranks.alive:
+                ranks = waiting[world_size] = context.enter_context(Ranks(world_size))
+            try:
+                return ranks.call(target, *args, timeout=timeout)
+            finally:
+                if not ranks.alive:
+                    ranks.kill()
+
+        yield call

@@ -12,8 +12,8 @@ from engine.plan import make_plan
 from engine.topology import Topology
 from model.hf import save_hf
 from model.llama import Llama
+from tests.engine.kept import kept
 from tests.engine.programs import BF16, histories, prepare, zero
-from tests.launch import run_ranks
 from training.config import load_recipe
 from training.optimizer import Lion, parameter_groups
 from training.schedule import lr_factor
@@ -154,22 +154,25 @@ def plain_torch(setting, overrides: dict):
 
 @pytest.fixture(scope="module")
 def references(setting):
+    """By variant: the curve and the weights of plain torch."""
     changes = {"": {}} | {variant: change for variant, (change, _) in VARIANTS.items()}
-    return {variant: plain_torch(setting, change) for variant, change in changes.items()}
+    return kept(lambda variant: plain_torch(setting, changes[variant]))
 
 
 @pytest.fixture(scope="module")
-def runs(setting):
-    """By number of ranks: what each rank reports, by name of the layout."""
+def runs(setting, on_ranks):
+    """By number of ranks and name of the layout: what each rank reports."""
     folder, recipe, data = setting
-    results = {}
-    for ranks, layouts in ALL.items():
-        some = {name: (config, LONG_ENOUGH | overrides) for name, (config, overrides) in layouts.items()}
-        for variant, (change, names) in VARIANTS.items():
-            some |= {name + variant: (some[name][0], some[name][1] | change) for name in names.get(ranks, [])}
-        arguments = str(folder / f"world{ranks}"), recipe, data, some, STEPS
-        results[ranks] = run_ranks(histories, ranks, *arguments, timeout=1100)
-    return results
+
+    @kept
+    def run(ranks: int, name: str) -> list[dict]:
+        variant = variant_of(name)
+        config, overrides = ALL[ranks][name.removesuffix(variant)]
+        overrides = LONG_ENOUGH | overrides | (VARIANTS[variant][0] if variant else {})
+        arguments = str(folder / f"world{ranks}"), recipe, data, {name: (config, overrides)}, STEPS
+        return [rank[name] for rank in on_ranks(ranks, histories, *arguments)]
+
+    return run
 
 
 def variant_of(name: str) -> str:
@@ -182,9 +185,9 @@ def curve(result) -> np.ndarray:
 
 @pytest.mark.parametrize(("ranks", "name"), FLOAT32_RUNS)
 def test_float32_layouts_equal_plain_torch(runs, references, ranks, name):
-    expected, weights = references[variant_of(name)]
-    np.testing.assert_allclose(curve(runs[ranks][0][name]), expected, rtol=1e-5)
-    found = {key: value for rank in runs[ranks] for key, value in rank[name]["weights"].items()}
+    expected, weights = references(variant_of(name))
+    np.testing.assert_allclose(curve(runs(ranks, name)[0]), expected, rtol=1e-5)
+    found = {key: value for rank in runs(ranks, name) for key, value in rank["weights"].items()}
     assert found.keys() == weights.keys()
     for key, value in weights.items():
         close = np.isclose(found[key], value, atol=1e-5, rtol=1e-5)
@@ -194,7 +197,7 @@ def test_float32_layouts_equal_plain_torch(runs, references, ranks, name):
 
 @pytest.mark.parametrize(("ranks", "name"), ALL_RUNS)
 def test_all_ranks_report_the_same(runs, ranks, name):
-    first, *others = (rank[name] for rank in runs[ranks])
+    first, *others = runs(ranks, name)
     for other in others:
         np.testing.assert_array_equal(curve(other), curve(first))
         assert other["validation"] == first["validation"]
@@ -204,8 +207,8 @@ def test_all_ranks_report_the_same(runs, ranks, name):
 
 @pytest.mark.parametrize(("ranks", "name"), FLOAT32_RUNS)
 def test_validation_is_the_same_in_every_layout(runs, ranks, name):
-    expected = runs[2][0]["zero0" + variant_of(name)]["validation"]["validation"]
-    found = runs[ranks][0][name]["validation"]["validation"]
+    expected = runs(2, "zero0" + variant_of(name))[0]["validation"]["validation"]
+    found = runs(ranks, name)[0]["validation"]["validation"]
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
     assert found["targets"] == expected["targets"]
     assert found.keys() == expected.keys()
@@ -216,22 +219,22 @@ def test_validation_is_the_same_in_every_layout(runs, ranks, name):
 @pytest.mark.parametrize("name", HALF)
 def test_half_precision_stays_near_float32(runs, references, name):
     """bf16 keeps 8 bits: 1 % on the loss and 5 % on the gradient norm over ten steps."""
-    found, expected = curve(runs[2][0][name]), references[""][0]
+    found, expected = curve(runs(2, name)[0]), references("")[0]
     np.testing.assert_allclose(found[:, 0], expected[:, 0], rtol=0.01)
     np.testing.assert_allclose(found[:, 1], expected[:, 1], rtol=0.05)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_stage_3_really_partitions(runs, ranks):
-    for rank in runs[ranks]:
-        result = rank["zero3"]
-        assert result["held_parameters"] == pytest.approx(result["all_parameters"] / ranks, rel=0.02)
-        assert rank["zero2"]["held_parameters"] == result["all_parameters"]
+    for cut, whole in zip(runs(ranks, "zero3"), runs(ranks, "zero2"), strict=True):
+        assert cut["held_parameters"] == pytest.approx(cut["all_parameters"] / ranks, rel=0.02)
+        assert whole["held_parameters"] == cut["all_parameters"]
 
 
 def test_pipeline_stages_hold_their_layers_only(runs):
-    held = [rank["pipeline4"]["held_parameters"] for rank in runs[4]]
-    assert sum(held) == runs[4][0]["pipeline4"]["all_parameters"]
+    stages = runs(4, "pipeline4")
+    held = [stage["held_parameters"] for stage in stages]
+    assert sum(held) == stages[0]["all_parameters"]
     assert max(held) < 0.5 * sum(held)
 
 
@@ -239,11 +242,11 @@ def test_pipeline_stages_hold_their_layers_only(runs):
     ("ranks", "name", "parts"), [(2, "tensor2_zero0_fp32", 2), (2, "tensor2_zero3", 2), (4, "tensor2-data2-zero3", 4)]
 )
 def test_tensor_parallel_ranks_hold_their_part_only(runs, ranks, name, parts):
-    for rank in runs[ranks]:
-        assert rank[name]["held_parameters"] == pytest.approx(rank[name]["all_parameters"] / parts, rel=0.02)
+    for rank in runs(ranks, name):
+        assert rank["held_parameters"] == pytest.approx(rank["all_parameters"] / parts, rel=0.02)
 
 
-def test_initial_weights_are_loaded_in_every_layout(setting, runs):
+def test_initial_weights_are_loaded_in_every_layout(setting, runs, on_ranks):
     """Other, larger weights from a Hugging Face folder: their own first loss, the same however they are cut."""
     folder, recipe, data = setting
     config = load_recipe(recipe, {}).model
@@ -253,7 +256,7 @@ def test_initial_weights_are_loaded_in_every_layout(setting, runs):
     names = ["zero0", "zero2", "zero3", "pipeline2", "sequence2-zero1"]
     names += ["tensor2_zero0_fp32", "tensor2-zero3-accumulate-recompute"]
     chosen = {name: (ALL[2][name][0], overrides) for name in names}
-    results = run_ranks(histories, 2, str(folder / "initial"), recipe, data, chosen, 2, timeout=200)[0]
+    results = on_ranks(2, histories, str(folder / "initial"), recipe, data, chosen, 2)[0]
     for name in names:
         np.testing.assert_allclose(curve(results[name]), curve(results["zero0"]), rtol=1e-5)
-        assert not np.allclose(curve(results[name])[0, 0], curve(runs[2][0][name])[0, 0], rtol=0.01)
+        assert not np.allclose(curve(results[name])[0, 0], curve(runs(2, name)[0])[0, 0], rtol=0.01)
