@@ -30,3 +30,6 @@ def on_ranks() -> Iterator[Callable[..., list[Any]]]:
                     ranks.kill()
 
         yield call
+        for ranks in waiting.values():
+            if ranks.alive:
+                ranks.dismiss()

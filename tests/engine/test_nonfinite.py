@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.engine.programs import BF16, Poison, Run, prepare, zero
-from tests.launch import ROOT, run_ranks
+from tests.launch import ROOT
 
 POISONS = {
     2: Poison(math.nan, rank=-1, micro_batch=0, in_gradient=False),
@@ -86,31 +86,27 @@ def interrupted(folder: Path, recipe: str, data: str, config: dict, overrides: d
     return result
 
 
-def on_ranks(folder: str, recipe: str, data: str, cases: dict) -> dict[str, dict]:
+def quietly(*arguments) -> dict:
     with contextlib.redirect_stdout(io.StringIO()):
-        return {name: interrupted(Path(folder) / name, recipe, data, *case) for name, case in cases.items()}
+        return interrupted(*arguments)
 
 
-def results(world_size: int, cases: dict):
-    @pytest.fixture(scope="module")
-    def run(tmp_path_factory):
-        folder = tmp_path_factory.mktemp(f"nonfinite-{world_size}")
-        return run_ranks(on_ranks, world_size, str(folder), *prepare(folder), cases, timeout=300)
-
-    return run
-
-
-on_two_ranks, on_four_ranks = results(2, CASES), results(4, SHARED)
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("nonfinite")
+    return folder, *prepare(folder)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_bad_step_is_left_out(on_two_ranks, name):
-    check([rank[name] for rank in on_two_ranks])
+def test_a_bad_step_is_left_out(setting, on_ranks, name):
+    folder, *problem = setting
+    check(on_ranks(2, quietly, folder / name, *problem, *CASES[name]))
 
 
 @pytest.mark.parametrize("name", SHARED)
-def test_a_bad_step_is_left_out_by_ranks_that_share_rows(on_four_ranks, name):
-    check([rank[name] for rank in on_four_ranks])
+def test_a_bad_step_is_left_out_by_ranks_that_share_rows(setting, on_ranks, name):
+    folder, *problem = setting
+    check(on_ranks(4, quietly, folder / f"{name}-on-four", *problem, *SHARED[name]))
 
 
 def check(ranks: list[dict]) -> None:

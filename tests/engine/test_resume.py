@@ -1,10 +1,12 @@
 """A run that stopped and continued is the run that never stopped: in every stage, and from any stage and ranks to any."""
 
+import shutil
+
 import numpy as np
 import pytest
 
+from tests.engine.kept import kept
 from tests.engine.programs import BF16, continued, interrupted, moved, prepare, zero
-from tests.launch import run_ranks
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 READ_AHEAD = {"data.num_workers": "2", "data.prefetch_batches": "8"}
@@ -56,6 +58,7 @@ FROM_FOUR += [("tensor2-data2-zero2", "pipeline"), ("pipeline4", "tensor2-zero2"
 FROM_FOUR += [("sequence2-data2", "tensor2-zero3")]
 MOVES = [*(("to one", *pair) for pair in TO_ONE), *(("to four", *pair) for pair in TO_FOUR)]
 MOVES += [("from four", *pair) for pair in FROM_FOUR]
+RANKS = {"to one": (2, 1), "to four": (2, 4), "from four": (4, 2)}
 
 
 def tolerance(*names: str) -> float:
@@ -71,21 +74,33 @@ def setting(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def runs(setting):
-    """On 2 ranks: 8 steps at once, and 4 + 4 with a checkpoint between; then the checkpoint on 1 rank, then on 2 again."""
-    two = run_ranks(interrupted, 2, *setting, ON_TWO, timeout=500)
-    elsewhere = {"to one": run_ranks(moved, 1, *setting, TO_ONE, CONFIGS, 4, timeout=500)}
-    elsewhere["to four"] = run_ranks(moved, 4, *setting, TO_FOUR, ON_FOUR, 4, timeout=500)
-    one = run_ranks(continued, 1, *setting, CONFIGS, 2, timeout=500)
-    again = run_ranks(continued, 2, *setting, CONFIGS, 2, timeout=500)
-    return two, one, again, elsewhere
+def begun(setting, on_ranks):
+    """By ranks and name: 8 steps at once, and 4 + 4 with a checkpoint between; what each rank reports."""
+    folder, *problem = setting
+    layouts = {2: ON_TWO, 4: ON_FOUR}
+
+    @kept
+    def run(ranks: int, name: str) -> list[dict]:
+        chosen = {name: layouts[ranks][name]}
+        return [rank[name] for rank in on_ranks(ranks, interrupted, f"{folder}/{ranks}", *problem, chosen)]
+
+    return run
 
 
 @pytest.fixture(scope="module")
-def runs_on_four(setting):
-    chosen = {name: ON_FOUR[name] for name, _ in FROM_FOUR}
-    four = run_ranks(interrupted, 4, *setting, chosen, timeout=500)
-    return four, {"from four": run_ranks(moved, 2, *setting, FROM_FOUR, ON_TWO, 4, timeout=500)}
+def further(setting, begun, on_ranks):
+    """By name: the checkpoint of 2 ranks continued on 1, and that one's on 2 again, by 2 steps each."""
+    folder, *problem = setting
+
+    @kept
+    def run(name: str) -> tuple[list[dict], list[dict]]:
+        begun(2, name)
+        shutil.copytree(f"{folder}/2/{name}", f"{folder}/further/{name}")
+        chosen = {name: CONFIGS[name]}
+        one, again = (on_ranks(ranks, continued, f"{folder}/further", *problem, chosen, 2) for ranks in (1, 2))
+        return [rank[name] for rank in one], [rank[name] for rank in again]
+
+    return run
 
 
 def values(history) -> np.ndarray:
@@ -95,57 +110,58 @@ def values(history) -> np.ndarray:
 def rows(ranks, name, key, steps) -> list:
     """The rows of each step over all ranks, as a multiset; the ranks of one pipeline have the same."""
     takers = ranks[:1] if name.startswith("pipeline") else ranks
-    return [sorted(row for rank in takers for row in rank[name][key][i]["rows"]) for i in steps]
+    return [sorted(row for rank in takers for row in rank[key][i]["rows"]) for i in steps]
 
 
 @pytest.mark.parametrize("name", ON_TWO)
-def test_same_layout_is_exact_to_the_bit(runs, name):
-    for rank in runs[0]:
-        result = rank[name]
+def test_same_layout_is_exact_to_the_bit(begun, name):
+    for result in begun(2, name):
         assert [s["step"] for s in result["history"]] == list(range(1, 9))
         np.testing.assert_array_equal(values(result["history"]), values(result["expected"]))
         assert [s["rows"] for s in result["history"]] == [s["rows"] for s in result["expected"]]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_other_ranks_continue_the_same_samples(runs, name):
-    two, one, again, _ = runs
-    expected = rows(two, name, "expected", range(4, 8))
+def test_other_ranks_continue_the_same_samples(begun, further, name):
+    one, again = further(name)
+    expected = rows(begun(2, name), name, "expected", range(4, 8))
     assert rows(one, name, "history", range(2)) == expected[:2]
     assert rows(again, name, "history", range(2)) == expected[2:]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_other_ranks_compute_the_same(runs, name):
-    two, one, again, _ = runs
-    expected = values(two[0][name]["expected"])
-    np.testing.assert_allclose(values(one[0][name]["history"]), expected[4:6], rtol=tolerance(name))
-    np.testing.assert_allclose(values(again[0][name]["history"]), expected[6:8], rtol=tolerance(name))
+def test_other_ranks_compute_the_same(begun, further, name):
+    two, (one, again) = begun(2, name), further(name)
+    expected = values(two[0]["expected"])
+    np.testing.assert_allclose(values(one[0]["history"]), expected[4:6], rtol=tolerance(name))
+    np.testing.assert_allclose(values(again[0]["history"]), expected[6:8], rtol=tolerance(name))
     if tolerance(name) == 1e-5:
-        weights = whole([rank[name] for rank in again])
-        for key, value in whole([rank[name] for rank in two]).items():
+        weights = whole(again)
+        for key, value in whole(two).items():
             np.testing.assert_allclose(weights[key], value, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_groups_keep_their_own_weight_decay(runs, name):
-    for run in runs[1:3]:
-        decays = [decay for decay, _ in run[0][name]["groups"]]
+def test_groups_keep_their_own_weight_decay(further, name):
+    for run in further(name):
+        decays = [decay for decay, _ in run[0]["groups"]]
         assert decays == ([0.1, 0.1, 0.0] if name.endswith("-muon") else [0.1, 0.0])
 
 
 @pytest.mark.parametrize("move", MOVES, ids=" ".join)
-def test_any_layout_continues_in_any_other_on_other_ranks(runs, runs_on_four, move):
+def test_any_layout_continues_in_any_other_on_other_ranks(setting, begun, on_ranks, move):
     """The curve and the weights of the run that never stopped and never moved."""
     where, source, target = move
-    begun, moves = runs_on_four if where == "from four" else (runs[0], runs[3])
-    went = [rank[source, target] for rank in moves[where]]
+    before, after = RANKS[where]
+    start = begun(before, source)
+    arguments = f"{setting[0]}/{before}", *setting[1:], [(source, target)], (ON_FOUR if after == 4 else ON_TWO), 4
+    went = [rank[source, target] for rank in on_ranks(after, moved, *arguments)]
     assert [step["step"] for step in went[0]["history"]] == [5, 6, 7, 8]
-    expected = begun[0][source]["expected"][4:]
+    expected = start[0]["expected"][4:]
     np.testing.assert_allclose(values(went[0]["history"]), values(expected), rtol=tolerance(source, target))
     if tolerance(source, target) == 1e-5:
         weights = whole(went)
-        for key, value in whole([rank[source] for rank in begun]).items():
+        for key, value in whole(start).items():
             np.testing.assert_allclose(weights[key], value, rtol=1e-5, atol=1e-5)
 
 

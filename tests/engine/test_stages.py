@@ -15,8 +15,9 @@ from engine.plan import make_plan
 from engine.resume import check_resumable
 from engine.topology import Topology
 from model.config import ModelConfig
+from tests.engine.kept import kept
 from tests.engine.programs import moved_at, prepare, stopped, zero
-from tests.launch import run_cli, run_ranks, start_cli
+from tests.launch import run_cli, start_cli
 from tests.training.corpus import build
 from tools.export import card
 from training.records import read_records
@@ -61,14 +62,21 @@ def setting(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def runs(setting):
-    """On 2 ranks: 8 steps at once, and in three launches; the checkpoints continued in other layouts, on 2 ranks and on 1."""
-    two = run_ranks(stopped, 2, *setting, ON_TWO, STEPS, STOPS, timeout=500)
-    moved = {2: run_ranks(moved_at, 2, *setting, MOVES_TO_TWO, ON_TWO, STEPS, STOPS, timeout=500)}
-    moved[1] = run_ranks(moved_at, 1, *setting, MOVES_TO_ONE, CONFIGS, STEPS, STOPS, timeout=500)
-    uncut = {"uncut": (zero(0), {"training.micro_batch_samples": "8", "stages": uncut_stages(setting)})}
-    one = run_ranks(stopped, 1, *setting, uncut, STEPS, (), timeout=500)
-    return two, moved, one[0]["uncut"]
+def runs(setting, on_ranks):
+    """By name, on 2 ranks: 8 steps at once, and in three launches; what each rank reports."""
+
+    @kept
+    def run(name: str) -> list[dict]:
+        return [rank[name] for rank in on_ranks(2, stopped, *setting, {name: ON_TWO[name]}, STEPS, STOPS)]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def uncut(setting, on_ranks):
+    """One process that takes every step as a single micro-batch, and so has nothing to accumulate."""
+    layout = {"uncut": (zero(0), {"training.micro_batch_samples": "8", "stages": uncut_stages(setting)})}
+    return on_ranks(1, stopped, *setting, layout, STEPS, ())[0]["uncut"]
 
 
 def uncut_stages(setting) -> str:
@@ -89,8 +97,7 @@ def rows(ranks: list[list[dict]], name: str) -> list:
 
 @pytest.mark.parametrize("name", ON_TWO)
 def test_stopped_at_a_border_and_inside_a_stage_is_exact_to_the_bit(runs, name):
-    for rank in runs[0]:
-        result = rank[name]
+    for result in runs(name):
         assert [step["step"] for step in result["history"]] == list(range(1, STEPS + 1))
         np.testing.assert_array_equal(values(result["history"]), values(result["whole"]))
         assert [step["rows"] for step in result["history"]] == [step["rows"] for step in result["whole"]]
@@ -100,37 +107,35 @@ def test_stopped_at_a_border_and_inside_a_stage_is_exact_to_the_bit(runs, name):
 
 
 @pytest.mark.parametrize("name", EQUAL)
-def test_every_layout_computes_the_same_through_all_stages(runs, name):
-    """As one process that takes every step as a single micro-batch, and so has nothing to accumulate."""
-    two, _, uncut = runs
-    np.testing.assert_allclose(values(two[0][name]["whole"]), values(uncut["whole"]), rtol=1e-5)
-    assert rows([rank[name]["whole"] for rank in two], name) == rows([uncut["whole"]], "")
+def test_every_layout_computes_the_same_through_all_stages(runs, uncut, name):
+    two = runs(name)
+    np.testing.assert_allclose(values(two[0]["whole"]), values(uncut["whole"]), rtol=1e-5)
+    assert rows([rank["whole"] for rank in two], name) == rows([uncut["whole"]], "")
     for rank in two:
-        for key, value in rank[name]["weights"].items():
+        for key, value in rank["weights"].items():
             np.testing.assert_allclose(value, uncut["weights"][key], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", EQUAL)
-def test_validation_sets_of_all_stages_in_every_layout(runs, name):
-    two, _, uncut = runs
+def test_validation_sets_of_all_stages_in_every_layout(runs, uncut, name):
     assert list(uncut["validation"]) == ["validation", "validation_long", "again"]
     for key, scores in uncut["validation"].items():
-        assert two[0][name]["validation"][key] == pytest.approx(scores, rel=1e-5)
+        assert runs(name)[0]["validation"][key] == pytest.approx(scores, rel=1e-5)
     assert uncut["validation"]["validation"] != uncut["validation"]["validation_long"]
 
 
 @pytest.mark.parametrize("stop", STOPS)
 @pytest.mark.parametrize("move", [*((2, *m) for m in MOVES_TO_TWO), *((1, *m) for m in MOVES_TO_ONE)], ids=str)
-def test_another_layout_continues_the_same_stages(runs, move, stop):
+def test_another_layout_continues_the_same_stages(setting, runs, on_ranks, move, stop):
     ranks, source, target = move
-    two, moved, _ = runs
-    went = [rank[source, target, stop] for rank in moved[ranks]]
-    whole = [rank[source]["whole"][stop:] for rank in two]
+    whole = [rank["whole"][stop:] for rank in runs(source)]
+    moved = on_ranks(ranks, moved_at, *setting, [(source, target)], ON_TWO, STEPS, (stop,))
+    went = [rank[source, target, stop] for rank in moved]
     np.testing.assert_allclose(values(went[0]), values(whole[0]), rtol=1e-5)
     assert rows(went, target) == rows(whole, source)
 
 
-def test_the_command_says_where_a_stage_begins_and_survives_a_kill(setting, runs, tmp_path):
+def test_the_command_says_where_a_stage_begins_and_survives_a_kill(setting, uncut, tmp_path):
     """train.py itself, killed inside the second stage and continued."""
     folder, recipe, data = setting
     files = ["--recipe", recipe, "--deepspeed_config", "ds_configs/zero2_fp32.json", "--data", data]
@@ -143,7 +148,7 @@ def test_the_command_says_where_a_stage_begins_and_survives_a_kill(setting, runs
     records = read_records(tmp_path / "metrics.jsonl")
     steps = {record["step"]: record for record in records if "loss" in record}
     losses = [steps[number]["loss"] for number in range(1, STEPS + 1)]
-    np.testing.assert_allclose(losses, values(runs[2]["whole"])[:, 0], rtol=1e-5)
+    np.testing.assert_allclose(losses, values(uncut["whole"])[:, 0], rtol=1e-5)
     assert steps[STEPS]["samples"] == 3 * 8 + 5 * 4
     assert steps[STEPS]["tokens"] == STEPS * 512
     begun = [(r["step"], r["name"], r["seq_length"], r["data"]) for r in records if r.get("event") == "stage"]
@@ -253,6 +258,7 @@ def test_layouts_must_suit_the_rows_of_every_stage(setting, tmp_path):
 @pytest.fixture
 def run(setting, runs, tmp_path):
     """A run stopped inside the second stage: all that is read of it is its manifest."""
+    runs("zero3")
     (tmp_path / "checkpoints/step-00000004").mkdir(parents=True)
     manifest = Path(setting[0]) / "stopped-4/zero3/checkpoints/step-00000004/manifest.json"
     (tmp_path / "checkpoints/step-00000004/manifest.json").write_text(manifest.read_text())
