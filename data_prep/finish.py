@@ -7,6 +7,7 @@ manifest  last; without it the folder is not a data set
 """
 
 import datetime
+import hashlib
 import importlib.metadata
 import shutil
 from collections import Counter
@@ -19,6 +20,7 @@ from data_prep.cut import Breaks, count_cuts, structure_windows
 from data_prep.pack import Packing, pack, write_split
 from data_prep.plan import TOKENS_FOLDER, PackingPlan
 from data_prep.progress import Progress, say
+from data_prep.sentencepiece_json import needs_own_code
 from data_prep.store import LEFT_OUT, SPLITS, Columns, Ledger, TokenStore, read_columns, write_index
 from data_prep.summary import statistics
 from data_prep.token_bytes import token_bytes
@@ -34,26 +36,48 @@ class Tokenized(NamedTuple):
     unit_sources: list[int]
     inputs: dict[str, str]
     created_by: dict[str, str]
+    own_code: str | None
+    """Why an export of the tokenizer has to come with code that runs it, if it has to."""
     repacked_from: str | None = None
+
+
+def foresee_export(tokenizer: Tokenizer) -> str | None:
+    """Say, before any work, that an export of the tokenizer has to come with code; returns the reason if it has to."""
+    if reason := needs_own_code(tokenizer):
+        say(
+            f"{tokenizer.path} has no exact equivalent in transformers ({reason}): a model trained on these data is exported "
+            "with code for its tokenizer, which transformers runs with trust_remote_code=True"
+        )
+    return reason
 
 
 def finish(plan: PackingPlan, tokenizer: Tokenizer, tokenizer_file: Path, output: Path, made: Tokenized) -> Manifest:
     """Index the output folder's token store, pack it and write the manifest."""
     columns, split, duplicates = _index(plan, made, output / TOKENS_FOLDER)
     packings, cuts = _choose_rows(plan, tokenizer, output)
+    numbers = statistics(made.ledgers, columns, split, duplicates, packings, cuts)
+    if made.own_code:
+        numbers["tokenizer_needs_own_code"] = made.own_code
     manifest = Manifest(
         created_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         created_by=made.created_by | {"pyarrow": importlib.metadata.version("pyarrow")},
         repacked_from=made.repacked_from,
         inputs=made.inputs,
         tokenizer=tokenizer.info(tokenizer_file.relative_to(output).as_posix()),
+        tokenizer_files=_hashes(tokenizer_file, output),
         dtype=str(tokenizer.dtype),
         packing=plan.options.packing,
         seed=plan.options.seed,
         splits=_write_rows(plan, tokenizer, output, packings),
-        statistics=statistics(made.ledgers, columns, split, duplicates, packings, cuts),
+        statistics=numbers,
     )
     return write_manifest(output, manifest)
+
+
+def _hashes(tokenizer_file: Path, output: Path) -> dict[str, str]:
+    """Of the files beside the tokenizer's own."""
+    beside = (file for file in sorted(tokenizer_file.parent.rglob("*")) if file.is_file() and file != tokenizer_file)
+    return {file.relative_to(output).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in beside}
 
 
 def _index(plan: PackingPlan, made: Tokenized, tokens: Path) -> tuple[Columns, np.ndarray, np.ndarray]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from data_prep.command import CommandParser, run_command
-from data_prep.finish import Tokenized, finish
+from data_prep.finish import Tokenized, finish, foresee_export
 from data_prep.plan import (
     PLAN_FILE,
     PLAN_VERSION,
@@ -55,6 +55,7 @@ def repack(data: Path, policy: PackingPolicy, output: Path) -> Manifest:
         tokens.mkdir(exist_ok=True)
         remove_leftovers(tokens)
         tokenizer = open_tokenizer(data / origin.tokenizer.file)
+        own_code = foresee_export(tokenizer)
         tokenizer_file = tokenizer.save(output / TOKENIZER_FOLDER)
         store = TokenStore.open(data / TOKENS_FOLDER)
         _check_index(store, origin, [source.name for source in plan.sources])
@@ -63,6 +64,7 @@ def repack(data: Path, policy: PackingPolicy, output: Path) -> Manifest:
             unit_sources=[source for _, source in store.units],
             inputs=origin.inputs,
             created_by=origin.created_by,
+            own_code=own_code,
             repacked_from=origin.fingerprint,
         )
         return finish(plan, tokenizer, tokenizer_file, output, made)

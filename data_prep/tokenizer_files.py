@@ -139,3 +139,25 @@ def check_companions(folder: Path) -> TokenizerConfig:
                 raise ValueError(f"{file} cannot be read as text: {error}") from None
     given = config.model_dump(exclude_none=True)
     return TokenizerConfig.model_validate(by_map.model_dump(exclude_none=True) | given)
+
+
+def leave_out_unknown(config: dict[str, Any], vocabulary: dict[str, int]) -> list[str]:
+    """Take out of a `tokenizer_config.json` what it says of tokens that are no entries; returns their spellings."""
+    left_out: list[str] = []
+
+    def known(token: Any) -> bool:
+        spelling = token["content"] if isinstance(token, dict) else token
+        if spelling not in vocabulary:
+            left_out.append(spelling)
+        return spelling in vocabulary
+
+    for key, value in list(config.items()):
+        if key.endswith("_token") and isinstance(value, str | dict) and not known(value):
+            del config[key]
+        elif key in ("additional_special_tokens", "extra_special_tokens") and isinstance(value, list):
+            config[key] = [token for token in value if known(token)]
+        elif key == "extra_special_tokens" and isinstance(value, dict):
+            config[key] = {name: token for name, token in value.items() if known(token)}
+        elif key == "added_tokens_decoder" and value:
+            config[key] = {i: t for i, t in value.items() if known(t) and vocabulary[t["content"]] == int(i)}
+    return left_out

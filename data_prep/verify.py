@@ -2,9 +2,9 @@
 
     python -m data_prep.verify DATA [--full]
 
-Without --full: the manifest's fingerprint, the tokenizer's hash, and of every file its existence, size, place, schema and
-row count (milliseconds a shard). With --full also the SHA-256 of every byte. Every problem is printed; the exit code is 0
-only if there is none.
+Without --full: the manifest's fingerprint, the hashes of the tokenizer's files, and of every shard its existence, size,
+place, schema and row count (milliseconds a shard). With --full also the SHA-256 of every byte. Every problem is printed;
+the exit code is 0 only if there is none.
 """
 
 import hashlib
@@ -28,6 +28,8 @@ def problems(directory: Path, full: bool = False) -> Iterator[tuple[int, str | N
     """
     manifest = read_manifest(directory)
     yield 0, tokenizer_problem(directory, manifest)
+    for file, sha256 in manifest.tokenizer_files.items():
+        yield 0, _companion_problem(directory / file, sha256)
     for split in manifest.splits:
         dataset = ShardedDataset(directory, split, manifest)
         yield 0, _index_problem(dataset)
@@ -43,6 +45,14 @@ def tokenizer_problem(directory: Path, manifest: Manifest) -> str | None:
         return f"{path} is missing: the tokenizer belongs to the data set, restore it"
     if hashlib.sha256(path.read_bytes()).hexdigest() != manifest.tokenizer.sha256:
         return f"{path} is not the tokenizer that made this data set: restore it"
+    return None
+
+
+def _companion_problem(path: Path, sha256: str) -> str | None:
+    if not path.is_file():
+        return f"{path} is missing: it belongs to the tokenizer, restore it"
+    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+        return f"{path} has changed since the data set was made: it belongs to the tokenizer, restore it"
     return None
 
 

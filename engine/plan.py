@@ -134,6 +134,11 @@ def make_plan(
         warnings.append(
             f"{recipe_file}: model.vocab_size has {unused} entries more than the tokenizer; they stay untrained"
         )
+    if reason := dataset.manifest.statistics.get("tokenizer_needs_own_code"):
+        warnings.append(
+            f"{data}: the tokenizer has no exact equivalent in transformers ({reason}): an export of the model comes with "
+            "code for it, which transformers runs with trust_remote_code=True"
+        )
     if recipe.model.position_embedding != "rope":
         warnings.append(
             f"{recipe_file}: transformers has no LLaMA with model.position_embedding {recipe.model.position_embedding}: this "

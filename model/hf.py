@@ -116,7 +116,7 @@ def save_hf(
     complete or not at all, `config.json` last: a folder without it holds no model. Raises ValueError when the folder
     already holds a model, or when `tensors` is not exactly the model's weights.
     """
-    hf_config = config.to_hf(token_ids)
+    hf_config = config.to_hf(_without_stand_in(token_ids or {}))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if present := [*folder.glob("model*.safetensors*"), *folder.glob("config.json")]:
@@ -156,6 +156,12 @@ def save_hf(
         (folder / code.name).write_bytes(code.read_bytes())
     write_json(folder / "config.json", {**hf_config, **written})
     _sync_folder(folder)
+
+
+def _without_stand_in(token_ids: dict[str, int | None]) -> dict[str, int | None]:
+    """No padding where EOS stands in for it: transformers would take no gradient for its embedding."""
+    same = token_ids.get("pad_token_id") == token_ids.get("eos_token_id")
+    return {key: value for key, value in token_ids.items() if not (same and key == "pad_token_id")}
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

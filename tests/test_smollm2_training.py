@@ -126,5 +126,6 @@ def test_three_steps_are_those_of_transformers_and_torch(continued):
 def test_the_export_keeps_the_tokenizer_and_its_ids(continued):
     theirs, text = load()[1], "The capital of France is <|im_end|> 42 ☃"
     exported = AutoTokenizer.from_pretrained(continued.export)
-    plain = theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    assert exported(text)["input_ids"] == [theirs.bos_token_id, *plain]
+    for split in (False, True):
+        expected = theirs(text, split_special_tokens=split)["input_ids"]
+        assert exported(text, split_special_tokens=split)["input_ids"] == expected

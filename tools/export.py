@@ -11,21 +11,24 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from string import Template
 
+import numpy as np
 import torch
 
 from data_prep.command import CommandParser, run_command
-from data_prep.progress import Progress
+from data_prep.progress import Progress, say
+from data_prep.tokenizer import open_tokenizer
 from engine.checkpoint import find
 from engine.checkpoint_manifest import CheckpointManifest
 from engine.native import read_weights
 from model.config import ModelConfig
 from model.hf import save_hf
-from tools.hf_tokenizer import write_hf_tokenizer
+from tools.hf_tokenizer import Written, write_hf_tokenizer
 from tools.trained import DTYPES, objective_of
 from training.manifest import TokenizerInfo, publish, write_atomically
 from training.metrics import METRICS_FILE
 from training.objective import mask_token_id
 from training.records import read_records
+from training.shards import open_split
 
 CARD = Template("""---
 library_name: transformers
@@ -65,7 +68,7 @@ $validation
 NEXT_TOKEN = Template("""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("$folder")
+tokenizer = AutoTokenizer.from_pretrained("$folder"$trust)
 model = AutoModelForCausalLM.from_pretrained("$folder")
 ```
 """)
@@ -75,7 +78,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("$folder", trust_remote_code=True)
 model = AutoModelForMaskedLM.from_pretrained("$folder", trust_remote_code=True)
 text = f"To be, or {tokenizer.mask_token} to be"
-inputs = tokenizer(text, split_special_tokens=False, return_tensors="pt")
+inputs = tokenizer(text, return_tensors="pt")
 logits = model(**inputs).logits  # at each token those of the token itself, not of the next one
 ```
 
@@ -84,6 +87,10 @@ It was trained to predict $share, replaced by the mask token (id $mask_id), from
 write a text: `python -m tools.generate $folder --prompt "..."`, a command of the repository that trained it.
 """)
 BEGINNING = "Every document of the training began with the BOS token, which the tokenizer adds by itself."
+NOT_ADDED = "Every document of the training began with the BOS token, which the tokenizer leaves to you (`tokenizer.bos_token`)."
+TRUST = ", trust_remote_code=True"
+SAMPLE_ROWS = 8
+"""Of the training data, by which the tokenizer is checked."""
 
 
 def main() -> None:
@@ -110,7 +117,7 @@ def export(
     run: Path, checkpoint: Path, manifest: CheckpointManifest, output: Path, dtype: torch.dtype, max_shard_bytes: int
 ) -> None:
     """Write the Hugging Face folder beside `output` and rename it when it is complete."""
-    config = ModelConfig.model_validate(manifest.recipe["model"])
+    config, context = exported_config(manifest)
     info = TokenizerInfo.model_validate(manifest.data["tokenizer"])
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -124,12 +131,47 @@ def export(
         with Progress("writing weights", config.num_parameters() * dtype.itemsize) as progress:
             weights = counted(read_weights(checkpoint, manifest), dtype.itemsize, progress)
             save_hf(config, weights, partial, dtype, max_shard_bytes, ids, objective)
-        write_hf_tokenizer(info, run / info.file, partial, config.max_position_embeddings, mask_id=mask_id)
-        write_atomically(partial / "README.md", card(run, checkpoint, manifest, config, output).encode())
+        texts = training_texts(manifest, run / info.file)
+        written = write_hf_tokenizer(info, run / info.file, partial, context, texts, mask_id, config.vocab_size)
+        if written.notice:
+            say(written.notice)
+        write_atomically(partial / "README.md", card(run, checkpoint, manifest, config, output, written).encode())
         publish(partial, output)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def exported_config(manifest: CheckpointManifest) -> tuple[ModelConfig, int]:
+    """The model's config, which promises no longer texts than were trained on, and the tokens of the longest of these.
+
+    Where the positions were made for more than this run's rows, by a scaling or by the weights that it began with, the
+    recipe's length stays, and the difference is said.
+    """
+    config = ModelConfig.model_validate(manifest.recipe["model"])
+    stages = manifest.data.get("stages", [manifest.data])
+    reached = [stage for stage in stages if stage.get("first_step", 1) <= manifest.state.step] or stages[:1]
+    rows, promised = max(stage["seq_length"] for stage in reached), config.max_position_embeddings
+    if rows == promised or config.position_embedding != "rope":
+        return config, promised
+    if config.rope_scaling is not None or manifest.recipe["training"].get("initial_weights"):
+        say(f"max_position_embeddings is the recipe's {promised:,}; the rows of this training held {rows:,} tokens")
+        return config, promised
+    say(f"max_position_embeddings is {rows:,}, the tokens of a row in training, not the recipe's {promised:,}")
+    return config.model_copy(update={"max_position_embeddings": rows}), rows
+
+
+def training_texts(manifest: CheckpointManifest, tokenizer: Path) -> list[str]:
+    """The text of some rows of the training data, if they are still where they were."""
+    try:
+        dataset, opened = open_split(Path(manifest.data["path"]), "train"), open_tokenizer(tokenizer)
+        return [
+            opened.decode(np.asarray(dataset.row(source, row).ids))
+            for source, part in dataset.manifest.splits["train"].items()
+            for row in range(min(part.rows, SAMPLE_ROWS))
+        ]
+    except (ValueError, OSError):
+        return []
 
 
 def counted(weights: Iterable[tuple[str, torch.Tensor]], item_bytes: int, progress: Progress) -> Iterator:
@@ -138,7 +180,9 @@ def counted(weights: Iterable[tuple[str, torch.Tensor]], item_bytes: int, progre
         progress.advance(tensor.numel() * item_bytes)
 
 
-def card(run: Path, checkpoint: Path, manifest: CheckpointManifest, config: ModelConfig, output: Path) -> str:
+def card(
+    run: Path, checkpoint: Path, manifest: CheckpointManifest, config: ModelConfig, output: Path, tokenizer: Written
+) -> str:
     """The model card: what the model is, what it saw, how well it predicts, and what made it."""
     data, recipe, state = manifest.data, manifest.recipe, manifest.state
     trained = [stage for stage in data.get("stages", [data]) if stage.get("first_step", 1) <= state.step]
@@ -151,12 +195,14 @@ def card(run: Path, checkpoint: Path, manifest: CheckpointManifest, config: Mode
     return CARD.substitute(
         name=output.name,
         task="text-generation" if config.is_causal else "fill-mask",
-        usage=_usage(manifest, config, output.name),
+        usage=_usage(manifest, config, output.name, tokenizer),
         architecture=config.to_hf()["architectures"][0],
         parameters=f"{config.num_parameters():,}",
         steps=f"{state.step:,}",
         tokens=f"{state.consumed_tokens:,}",
-        beginning=BEGINNING if data["tokenizer"]["bos_id"] is not None else "Documents have no BOS token.",
+        beginning=(BEGINNING if tokenizer.adds_bos else NOT_ADDED)
+        if data["tokenizer"]["bos_id"] is not None
+        else "Documents have no BOS token.",
         seq_length=", then ".join(f"{part['seq_length']:,}" for part in sets),
         fingerprint="`, then `".join(part["fingerprint"] for part in sets),
         sources="\n".join(rows),
@@ -174,9 +220,9 @@ def card(run: Path, checkpoint: Path, manifest: CheckpointManifest, config: Mode
     )
 
 
-def _usage(manifest: CheckpointManifest, config: ModelConfig, folder: str) -> str:
+def _usage(manifest: CheckpointManifest, config: ModelConfig, folder: str, tokenizer: Written) -> str:
     if config.is_causal:
-        return NEXT_TOKEN.substitute(folder=folder)
+        return NEXT_TOKEN.substitute(folder=folder, trust=TRUST if tokenizer.own_code else "")
     objective = objective_of(manifest)
     low, high = objective.ratios
     share = f"a share of the tokens drawn from [{low:g}, {high:g}]" if objective.drawn else f"{high:.0%} of the tokens"

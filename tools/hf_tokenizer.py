@@ -1,36 +1,75 @@
-"""A data set's tokenizer as the files that `transformers.AutoTokenizer` loads, with exactly the ids of training.
+"""A data set's tokenizer as the files that `transformers.AutoTokenizer` loads: the one that was given, with its exact ids.
 
-In text, the spelling of a control token stays text; a document begins with BOS and EOS is left to the caller.
-
-A SentencePiece model is rewritten for the `tokenizers` library. Both join neighbouring symbols pair by pair:
-SentencePiece whichever neighbours spell the entry of the best score, `tokenizers` by the rank of the pair. What
-precedes an entry's last join does not depend on what surrounds the entry, so each entry is only ever made from one
-pair, the one found by encoding the entry alone; these pairs, ranked by score, give the same ids for every text.
-Entries of equal score, of which SentencePiece joins the leftmost first, need a rank that amounts to the same
-(`_order_ties`). What has no exact equivalent is refused.
+Special and added tokens, chat templates, padding and flags are those of the files that it came with. Several forms are
+tried, the given files first; each is loaded and compared with the tokenizer of training before anything is written. Text
+that spells a control token is text in training, and here with `split_special_tokens=True`; by default `transformers` takes
+it for the token, as chat templates need it.
 """
 
 import json
 import tempfile
-from collections import defaultdict
-from collections.abc import Sequence
-from graphlib import CycleError, TopologicalSorter
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import sentencepiece
 import tokenizers
-from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
-from tokenizers import AddedToken, decoders, models, normalizers
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from data_prep.encode import awkward_texts
+from data_prep.sentencepiece_json import OTHER_IDS, from_sentencepiece
 from data_prep.tokenizer import USUAL_NAMES, Tokenizer, open_tokenizer
-from data_prep.tokenizer_files import CONFIG_FILE, JSON_FILE, MODEL_FILE
+from data_prep.tokenizer_files import (
+    ADDED_FILE,
+    CONFIG_FILE,
+    JSON_FILE,
+    MAP_FILE,
+    MODEL_FILE,
+    AddedToken,
+    TokenizerConfig,
+    companions,
+    leave_out_unknown,
+    read_config,
+)
+from tools import tokenization_longform
 from training.manifest import TokenizerInfo, write_atomically
 
-SPACE = "▁"
-Pair = tuple[str, str]
-Piece = ModelProto.SentencePiece
+CODE = Path(tokenization_longform.__file__)
+OF_THE_PLACE = {"auto_map", "name_or_path", "vocab_file", "tokenizer_file", "processor_class"}
+"""Keys of a tokenizer_config.json that speak of the folder that it was in."""
+FAST = "PreTrainedTokenizerFast"
+"""The class, in transformers 4 and 5, that does what tokenizer.json says and nothing else."""
+OF_OTHER_CLASSES = {"tokenizer_class", "add_prefix_space", "legacy"}
+INPUTS = {"model_input_names": ["input_ids", "attention_mask"]}
+"""What the model takes: no token types."""
+DEFAULTS = {"padding_side": "left", "clean_up_tokenization_spaces": False}
+"""Of a tokenizer that came without tokenizer_config.json."""
+
+
+class Form(NamedTuple):
+    """One way to write the tokenizer down."""
+
+    files: dict[str, bytes]
+    config: dict[str, Any]
+    notice: str | None = None
+
+    def load(self, folder: Path) -> PreTrainedTokenizerBase:
+        own = "auto_map" in self.config
+        return (tokenization_longform.LongformTokenizer if own else AutoTokenizer).from_pretrained(folder)
+
+    def write(self, folder: Path) -> None:
+        config = json.dumps(self.config, ensure_ascii=False, indent=2).encode() + b"\n"
+        for name, data in (self.files | {CONFIG_FILE: config}).items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / name, data)
+
+
+class Written(NamedTuple):
+    notice: str | None
+    adds_bos: bool
+    """In front of every text, by itself."""
+    own_code: bool
+    """Whether AutoTokenizer needs trust_remote_code."""
 
 
 def write_hf_tokenizer(
@@ -40,211 +79,221 @@ def write_hf_tokenizer(
     model_max_length: int,
     sample: Sequence[str] = (),
     mask_id: int | None = None,
-) -> None:
-    """Write `tokenizer.json`, `tokenizer_config.json` and, of a SentencePiece model, `tokenizer.model` into `output`.
+    vocab_size: int | None = None,
+) -> Written:
+    """Write the tokenizer's files into `output`, which may hold the model's `config.json`.
 
-    `info` is the data set's description of its tokenizer, `source` the tokenizer's file, `mask_id` what the model was
-    trained with as mask token: where the tokenizer has none, `tokenizer_config.json` adds one. The result is loaded and
-    compared with the tokenizer of training on awkward strings and on `sample` before anything is written. Raises
-    `ValueError` if `source` is another tokenizer or one that `transformers` cannot reproduce.
+    `info` is the data set's description of its tokenizer, `source` the tokenizer's file, with what belongs to it beside.
+    `model_max_length`: tokens of a text that the model reads at most. `mask_id`: what the model was
+    trained with as mask token; where the tokenizer has none, `tokenizer_config.json` adds one. `vocab_size`: rows of the
+    model's embedding, no id is larger. Every form is compared with the tokenizer of training on awkward strings and on
+    `sample`. Raises `ValueError` if `source` is another tokenizer, or if no form gives its ids.
     """
     trained = open_tokenizer(source)
     if trained.info(info.file) != info:
         raise ValueError(f"{trained.path} is not the tokenizer that the data was built with: restore that one")
-    is_sentencepiece = info.type == "sentencepiece"
-    backend = _from_sentencepiece(trained.path) if is_sentencepiece else _from_json(trained.path, info)
-    table = json.loads(backend.to_str())
-    table["post_processor"] = _beginning_with(info.bos_id, backend)
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": model_max_length,
-        "model_input_names": ["input_ids", "attention_mask"],
-        "padding_side": "left",
-        "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,
-        "add_bos_token": info.bos_id is not None,
-        "add_eos_token": False,
-    }
-    added = backend.get_added_tokens_decoder()
-    named = {kind: getattr(info, f"{kind}_id") for kind in USUAL_NAMES} | {"unk": trained.unk_id}
-    named["unk"] = named["unk"] if named["unk"] in added else None
-    config |= {f"{kind}_token": backend.id_to_token(i) for kind, i in named.items() if i is not None}
-    if mask_id is not None and info.mask_id is None:
-        config |= _added_mask(mask_id, backend)
-    files = {
-        JSON_FILE: json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode(),
-        CONFIG_FILE: json.dumps(config, ensure_ascii=False, indent=2).encode() + b"\n",
-    }
-    if is_sentencepiece:
-        files[MODEL_FILE] = trained.path.read_bytes()
-    with tempfile.TemporaryDirectory() as folder:
-        for name, data in files.items():
-            (Path(folder) / name).write_bytes(data)
-        _check(AutoTokenizer.from_pretrained(folder), trained, [*awkward_texts(trained), *sample], mask_id)
-    output.mkdir(parents=True, exist_ok=True)
-    for name, data in files.items():
-        write_atomically(output / name, data)
+    entries = max(vocab_size or trained.vocab_size, trained.vocab_size, 0 if mask_id is None else mask_id + 1)
+    expected = Expected(trained, trained.mask_id if mask_id is None else mask_id, entries)
+    texts = [*awkward_texts(trained), *sample, *trained.control_strings]
+    made = _given_forms if trained.type == "huggingface" else _sentencepiece_forms
+    problems = []
+    for form in made(trained, model_max_length):
+        if mask_id is not None and info.mask_id is None:
+            _add_mask(form.config, mask_id, _vocabulary(trained))
+        with tempfile.TemporaryDirectory() as folder:
+            form.write(Path(folder))
+            _tell_model_type(output, Path(folder))
+            try:
+                loaded = form.load(Path(folder))
+                problem = _difference(loaded, expected, texts)
+            except Exception as error:  # whatever transformers makes of files that others wrote
+                problem = f"transformers cannot use its files: {' '.join(str(error).split())[:200]}"
+        if problem is None:
+            form.write(output)
+            begins = loaded("a")["input_ids"][:1]
+            return Written(form.notice, begins == [trained.bos_id], "auto_map" in form.config)
+        problems.append(problem)
+    raise ValueError(f"{trained.path} cannot be exported: {'; '.join(dict.fromkeys(problems))}")
 
 
-def _beginning_with(bos_id: int | None, backend: tokenizers.Tokenizer) -> dict:
-    """The post-processor that puts BOS in front of every text."""
-    bos = None if bos_id is None else backend.id_to_token(bos_id)
+def _given_forms(trained: Tokenizer, model_max_length: int) -> Iterator[Form]:
+    """A tokenizer.json with all that came with it; then without what its vocabulary lacks, and read by FAST."""
+    folder, beside = trained.path.parent, _companions(trained)
+    table = _any_length((folder / JSON_FILE if trained.type == "sentencepiece" else trained.path).read_bytes())
+    _, given = read_config(folder / CONFIG_FILE)
+    length = {"model_max_length": model_max_length}
+    if given or beside:
+        config = {key: value for key, value in given.items() if key not in OF_THE_PLACE}
+        yield Form(beside | {JSON_FILE: table}, {"tokenizer_class": FAST} | INPUTS | config | length)
+    vocabulary = _table_vocabulary(table)
+    config = _said_of_the_tokenizer(folder)
+    left_out = leave_out_unknown(config, vocabulary)
+    padding = json.loads(table).get("padding")
+    if padding and vocabulary.get(padding["pad_token"]) != padding["pad_id"]:
+        left_out.append(padding["pad_token"])
+        table = _with(table, padding=None)
+    config = (config if given or beside else DEFAULTS) | _names(trained, vocabulary, config)
+    config = INPUTS | config | length | {"tokenizer_class": FAST}
+    notice = f"left out, being no entries of the tokenizer: {', '.join(dict.fromkeys(left_out))}" if left_out else None
+    yield Form(_templates(beside) | {JSON_FILE: table}, config, notice)
+
+
+def _sentencepiece_forms(trained: Tokenizer, model_max_length: int) -> Iterator[Form]:
+    """The given tokenizer.json, if there is one; the model rewritten as one; the model with code that runs it."""
+    model = trained.path.read_bytes()
+    if trained.path.with_name(JSON_FILE).is_file():
+        for form in _given_forms(trained, model_max_length):
+            yield form._replace(files=form.files | {MODEL_FILE: model})
+    vocabulary = _vocabulary(trained)
+    kept, templates = _said_of_the_tokenizer(trained.path.parent), _templates(_companions(trained))
+    leave_out_unknown(kept, vocabulary)
+    surrounding = {"add_bos_token": trained.bos_id is not None, "add_eos_token": False}
+    config = INPUTS | DEFAULTS | surrounding | kept | {"model_max_length": model_max_length}
+    config |= _names(trained, vocabulary, config)
+    try:
+        backend = from_sentencepiece(trained.path)
+    except ValueError as error:
+        reason = str(error)
+    else:
+        reason = OTHER_IDS
+        table = _with(backend.to_str(), post_processor=_surrounding(trained, config, vocabulary))
+        yield Form(templates | {JSON_FILE: table, MODEL_FILE: model}, config | {"tokenizer_class": FAST})
+    name = tokenization_longform.LongformTokenizer.__name__
+    special = {str(vocabulary[token]): _special(token) for token in trained.control_strings}
+    own = {
+        "tokenizer_class": name,
+        "auto_map": {"AutoTokenizer": [f"{CODE.stem}.{name}", None]},
+        "added_tokens_decoder": special | (config.get("added_tokens_decoder") or {}),
+    }
+    code = {tokenization_longform.MODEL_FILE: model, CODE.name: CODE.read_bytes()}
+    notice = f"{trained.path} has no exact equivalent in transformers ({reason}): {CODE.name} is put beside it, "
+    yield Form(templates | code, config | own, notice + "AutoTokenizer needs trust_remote_code=True")
+
+
+def _companions(trained: Tokenizer) -> dict[str, bytes]:
+    """What came with the tokenizer, CONFIG_FILE left out."""
+    folder = trained.path.parent
+    files = {str(file.relative_to(folder)): file.read_bytes() for file in companions(folder)}
+    return {name: content for name, content in files.items() if name != CONFIG_FILE}
+
+
+def _templates(beside: dict[str, bytes]) -> dict[str, bytes]:
+    return {name: content for name, content in beside.items() if name not in (MAP_FILE, ADDED_FILE)}
+
+
+def _said_of_the_tokenizer(folder: Path) -> dict[str, Any]:
+    """What tokenizer_config.json and special_tokens_map.json say that any class of transformers understands."""
+    given = read_config(folder / MAP_FILE)[1] | read_config(folder / CONFIG_FILE)[1]
+    keys = TokenizerConfig.model_fields.keys() - OF_OTHER_CLASSES
+    return {key: _token(key, value) for key, value in given.items() if key in keys and value is not None}
+
+
+def _token(key: str, value: Any) -> Any:
+    """A named token as transformers 5 wants it: spelled, or an object that says what it is."""
+    if not key.endswith("_token") or not isinstance(value, dict):
+        return value
+    return {"__type": "AddedToken"} | {flag: value[flag] for flag in AddedToken.model_fields if flag in value}
+
+
+def _names(trained: Tokenizer, vocabulary: dict[str, int], config: dict[str, Any]) -> dict[str, str]:
+    """The named tokens of training that `config` lacks or names otherwise; of padding and unknown text what it says.
+
+    Padding that only stands in for EOS is none: whoever masks padding would mask the end of every text. A SentencePiece
+    model then pads with <unk>, which all have.
+    """
+    spelled = {i: token for token, i in vocabulary.items()}
+    ids = {kind: getattr(trained, f"{kind}_id") for kind in ("bos", "eos", "mask", "unk", "pad")}
+    if ids["pad"] == ids["eos"]:
+        ids["pad"] = ids["unk"] if trained.type == "sentencepiece" else None
+    named = {f"{kind}_token": spelled[i] for kind, i in ids.items() if i is not None and i in spelled}
+    kept = {"unk_token", "pad_token"} & config.keys()
+    kept |= {key for key, token in named.items() if _content(config.get(key)) == token}
+    return {key: token for key, token in named.items() if key not in kept}
+
+
+def _content(token: Any) -> Any:
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _any_length(table: bytes) -> bytes:
+    """A tokenizer.json that cuts no text: how much a model reads is the model's to say."""
+    return table if json.loads(table).get("truncation") is None else _with(table, truncation=None)
+
+
+def _with(table: bytes | str, **changes: Any) -> bytes:
+    return json.dumps(json.loads(table) | changes, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _vocabulary(trained: Tokenizer) -> dict[str, int]:
+    if trained.type == "huggingface":
+        return _table_vocabulary(trained.path.read_bytes())
+    model = sentencepiece.SentencePieceProcessor(model_proto=trained.path.read_bytes())
+    return {model.id_to_piece(i): i for i in range(trained.vocab_size)}
+
+
+def _table_vocabulary(table: bytes) -> dict[str, int]:
+    return tokenizers.Tokenizer.from_buffer(table).get_vocab(with_added_tokens=True)
+
+
+def _surrounding(trained: Tokenizer, config: dict[str, Any], vocabulary: dict[str, int]) -> dict:
+    """The post-processor that puts BOS in front of every text, and EOS behind it, as the config says."""
+    pieces = {i: token for token, i in vocabulary.items()}
+    begin = trained.bos_id if config["add_bos_token"] else None
+    end = trained.eos_id if config["add_eos_token"] else None
 
     def sequence(name: str, type_id: int) -> list[dict]:
-        begin = [] if bos is None else [{"SpecialToken": {"id": bos, "type_id": type_id}}]
-        return [*begin, {"Sequence": {"id": name, "type_id": type_id}}]
+        around = [[] if i is None else [{"SpecialToken": {"id": pieces[i], "type_id": type_id}}] for i in (begin, end)]
+        return [*around[0], {"Sequence": {"id": name, "type_id": type_id}}, *around[1]]
 
     return {
         "type": "TemplateProcessing",
         "single": sequence("A", 0),
         "pair": sequence("A", 0) + sequence("B", 1),
-        "special_tokens": {} if bos is None else {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
+        "special_tokens": {
+            pieces[i]: {"id": pieces[i], "ids": [i], "tokens": [pieces[i]]} for i in {begin, end} - {None}
+        },
     }
 
 
-def _added_mask(mask_id: int, backend: tokenizers.Tokenizer) -> dict:
-    """The part of tokenizer_config.json that adds a mask token; tokenizer.json stays what training used."""
-    content = next(name for name in USUAL_NAMES["mask"] if backend.token_to_id(name) is None)
-    token = {"content": content, "special": True, "normalized": False, "lstrip": False, "rstrip": False}
-    return {"mask_token": content, "added_tokens_decoder": {str(mask_id): token | {"single_word": False}}}
+def _special(content: str) -> dict[str, Any]:
+    flags = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
+    return {"content": content, "special": True} | flags
 
 
-def _check(loaded, trained: Tokenizer, texts: Sequence[str], mask_id: int | None) -> None:
-    """Raise `ValueError` unless the loaded tokenizer gives the ids of training for every text, and the same text back."""
-    ids = {kind: getattr(trained, f"{kind}_id") for kind in USUAL_NAMES}
-    ids["mask"] = ids["mask"] if mask_id is None else mask_id
-    for kind, expected in ids.items():
-        if getattr(loaded, f"{kind}_token_id") != expected:
-            raise ValueError(f"{trained.path} cannot be exported: transformers gives another {kind} id")
-    if max(loaded.get_vocab().values()) + 1 != max(trained.vocab_size, (ids["mask"] or 0) + 1):
-        raise ValueError(f"{trained.path} cannot be exported: transformers adds entries to its vocabulary")
-    begin = [] if trained.bos_id is None else [trained.bos_id]
-    texts = [*texts, *trained.control_strings]
-    plain = loaded(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    whole = loaded(texts, verbose=False)["input_ids"]
-    for text, exact, ids, document in zip(texts, trained.encode_batch(texts), plain, whole, strict=True):
-        if ids != exact.tolist() or document != begin + ids:
-            raise ValueError(f"{trained.path} cannot be exported: transformers gives other ids for {text[:60]!r}")
-        lossless = trained.unk_id not in ids
-        if lossless and loaded.decode(document, skip_special_tokens=True) != trained.decode(exact):
-            raise ValueError(f"{trained.path} cannot be exported: transformers decodes {text[:60]!r} differently")
+def _add_mask(config: dict[str, Any], mask_id: int, vocabulary: dict[str, int]) -> None:
+    """Let tokenizer_config.json add a mask token; the tokenizer's own file stays what training used."""
+    content = next(name for name in (*USUAL_NAMES["mask"], f"<|mask_{mask_id}|>") if name not in vocabulary)
+    config["mask_token"] = content
+    config["added_tokens_decoder"] = (config.get("added_tokens_decoder") or {}) | {str(mask_id): _special(content)}
 
 
-def _from_json(path: Path, info: TokenizerInfo) -> tokenizers.Tokenizer:
-    """A tokenizer.json as training used it: nothing cut or padded, the tokens known by name special."""
-    backend = tokenizers.Tokenizer.from_file(str(path))
-    backend.no_truncation()
-    backend.no_padding()
-    added = backend.get_added_tokens_decoder()
-    named = {i for kind in USUAL_NAMES if (i := getattr(info, f"{kind}_id")) is not None}
-    plain = [added[i].content for i in sorted(named & added.keys()) if not added[i].special]
-    backend.add_special_tokens([AddedToken(content, special=True, normalized=False) for content in plain])
-    return backend
+def _tell_model_type(output: Path, folder: Path) -> None:
+    """AutoTokenizer looks at the model's config.json, too."""
+    if (config := output / "config.json").is_file():
+        content = json.loads(config.read_bytes())
+        if "auto_map" not in content:
+            (folder / "config.json").write_text(json.dumps({"model_type": content["model_type"]}))
 
 
-def _from_sentencepiece(path: Path) -> tokenizers.Tokenizer:
-    """A SentencePiece BPE model for the `tokenizers` library; `ValueError` if no exact equivalent exists."""
-    proto = ModelProto.FromString(path.read_bytes())
-    if reason := _no_equivalent(proto):
-        raise ValueError(f"{path} cannot be exported with its exact ids: {reason}")
-    try:
-        merges = _merges({piece.piece: piece.score for piece in proto.pieces if piece.type == Piece.NORMAL})
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be exported with its exact ids: {error}") from None
-    of_type = defaultdict(list)
-    for piece in proto.pieces:
-        of_type[piece.type].append(piece.piece)
-    backend = tokenizers.Tokenizer(
-        models.BPE(
-            vocab={piece.piece: i for i, piece in enumerate(proto.pieces)},
-            merges=merges,
-            unk_token=of_type[Piece.UNKNOWN][0],
-            fuse_unk=True,
-            byte_fallback=proto.trainer_spec.byte_fallback,
-        )
-    )
-    prefix = proto.normalizer_spec.add_dummy_prefix
-    spaces = normalizers.Replace(" ", SPACE)
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), spaces]) if prefix else spaces
-    without_prefix = [decoders.Strip(" ", 1, 0)] if prefix else []
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *without_prefix]
-    )
-    control = of_type[Piece.UNKNOWN] + of_type[Piece.CONTROL]
-    backend.add_special_tokens([AddedToken(content, special=True, normalized=False) for content in control])
-    symbols = of_type[Piece.USER_DEFINED]
-    backend.add_tokens([AddedToken(content, special=False, normalized=True) for content in symbols])
-    return backend
+class Expected(NamedTuple):
+    trained: Tokenizer
+    mask_id: int | None
+    entries: int
+    """Ids that the model has."""
 
 
-def _no_equivalent(proto: ModelProto) -> str | None:
-    """Why `tokenizers` cannot do what the model does, or None."""
-    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
-    types = {piece.type for piece in proto.pieces}
-    normal = {piece.piece for piece in proto.pieces if piece.type == Piece.NORMAL}
-    reasons = {
-        "it is not a BPE model": trainer.model_type != TrainerSpec.BPE,
-        f"it normalizes text ({normalizer.name})": normalizer.precompiled_charsmap
-        or proto.denormalizer_spec.precompiled_charsmap,
-        "it removes extra white space": normalizer.remove_extra_whitespaces,
-        "it marks spaces in its own way": not normalizer.escape_whitespaces or trainer.treat_whitespace_as_suffix,
-        "it has unused entries": Piece.UNUSED in types,
-        "it has user-defined symbols and puts a space before the text": Piece.USER_DEFINED in types
-        and normalizer.add_dummy_prefix,
-        "an entry contains a character that is not itself an entry": any(not normal.issuperset(p) for p in normal),
-    }
-    return next((reason for reason, holds in reasons.items() if holds), None)
-
-
-def _merges(scores: dict[str, float]) -> list[Pair]:
-    """Pairs in the order in which `tokenizers` must prefer them to join what SentencePiece joins."""
-    last = {entry: pair for entry in scores if (pair := _last_pair(entry, scores)) is not None}
-    groups = defaultdict(dict)
-    for entry, pair in last.items():
-        groups[scores[entry]][entry] = pair
-    for entry, pair in last.items():
-        for part in pair:
-            if part in last and scores[part] < scores[entry] and len(groups[scores[part]]) > 1:
-                raise ValueError(f"{part!r} has the score of other entries, and {entry!r}, made from it, a better one")
-    ordered = [_order_ties(groups[score]) for score in sorted(groups, reverse=True)]
-    return [pair for group in ordered for pair in group.values()]
-
-
-def _last_pair(entry: str, scores: dict[str, float]) -> Pair | None:
-    """The two entries that SentencePiece joins into this one; None if it never does."""
-    parts = list(entry)
-    while len(parts) > 2:
-        found = [scores.get(left + right) for left, right in pairwise(parts)]
-        best = max((score for score in found if score is not None), default=None)
-        if best is None:
-            return None
-        place = found.index(best)
-        parts[place : place + 2] = [parts[place] + parts[place + 1]]
-    return (parts[0], parts[1]) if len(parts) == 2 else None
-
-
-def _order_ties(group: dict[str, Pair]) -> dict[str, Pair]:
-    """Entries of one score in an order of ranks that has the effect of joining the leftmost pair first.
-
-    Where a symbol can go with its left or its right neighbour, the left one has to win: that join, and all joins by
-    which the left neighbour comes about, rank before the join with the right one. Joins by which the symbol itself
-    comes about are exempt: the same join happens at the left first.
-    """
-
-    def derivation(entry: str) -> set[str]:
-        return {entry}.union(*map(derivation, group[entry])) if entry in group else set()
-
-    starting = defaultdict(list)
-    for entry, (left, _) in group.items():
-        starting[left].append(entry)
-    order = TopologicalSorter(dict.fromkeys(group, ()))
-    for entry, (left, right) in group.items():
-        if starting[right]:
-            before = derivation(left) - derivation(right) | {entry}
-            for later in starting[right]:
-                order.add(later, *(before - {later}))
-    try:
-        return {entry: group[entry] for entry in order.static_order()}
-    except CycleError as error:
-        first, second = error.args[1][:2]
-        raise ValueError(f"{first!r} and {second!r} have the same score and compete") from None
+def _difference(loaded: PreTrainedTokenizerBase, expected: Expected, texts: Sequence[str]) -> str | None:
+    trained = expected.trained
+    for kind, wanted in (("bos", trained.bos_id), ("eos", trained.eos_id), ("mask", expected.mask_id)):
+        if getattr(loaded, f"{kind}_token_id") != wanted:
+            return f"transformers gives another {kind} id"
+    if max(loaded.get_vocab().values()) >= expected.entries:
+        return "transformers adds entries to its vocabulary"
+    found = loaded(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    for text, exact, ids in zip(texts, trained.encode_batch(texts), found, strict=True):
+        if ids != exact.tolist():
+            return f"transformers gives other ids for {text[:60]!r}"
+        text_back = loaded.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        if trained.unk_id not in ids and text_back != trained.decode(exact):
+            return f"transformers decodes {text[:60]!r} differently"
+    return None

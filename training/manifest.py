@@ -144,6 +144,8 @@ class Manifest(Record):
     inputs: dict[SourceName, Sha256]
     """Per source, the hash of its input files (contents, not places)."""
     tokenizer: TokenizerInfo
+    tokenizer_files: dict[str, Sha256] = {}
+    """Hashes of the files beside the tokenizer's own that belong to it, such as its chat template."""
     dtype: Literal["uint16", "uint32"]
     packing: PackingPolicy
     seed: Count

@@ -102,7 +102,7 @@ def test_transformers_fills_in_what_the_engine_did(trained, rows, tmp_path, comm
         assert int((found["inputs"]["input_ids"] == found["tokenizer"].mask_token_id).sum()) == 1
         assert found["logits"].shape == (*found["inputs"]["input_ids"].shape, 600)
         fill = pipeline("fill-mask", str(tmp_path / name), trust_remote_code=True, device="cpu")
-        best = fill(found["text"], tokenizer_kwargs={"split_special_tokens": False}, top_k=1)
+        best = fill(found["text"], top_k=1)
         hidden = found["inputs"]["input_ids"][0] == found["tokenizer"].mask_token_id
         assert best[0]["token"] == int(logits(trained.live(name), found["inputs"]["input_ids"])[0, hidden].argmax())
 
@@ -131,15 +131,19 @@ def trained_for(name: str) -> ObjectiveConfig:
 
 
 def test_tokenizer_and_generation_settings_are_those_of_training(trained, tmp_path, command):
-    assert command(trained.folder / "zero2", "--output", tmp_path / "hf").code == 0
+    done = command(trained.folder / "zero2", "--output", tmp_path / "hf")
+    assert done.code == 0
     ours = open_tokenizer(trained.data / "tokenizer")
     loaded = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert loaded.encode("</s>", add_special_tokens=False) == [ours.eos_id]
     for text in (TEXT, PROSE[50]):
         assert loaded(text)["input_ids"] == [ours.bos_id, *ours.encode_batch([text])[0].tolist()]
     settings = GenerationConfig.from_pretrained(tmp_path / "hf")
     for kind in ("bos", "eos", "pad"):
         assert getattr(settings, f"{kind}_token_id") == getattr(ours, f"{kind}_id") is not None
-    assert loaded.model_max_length == support.RECIPE["model"]["max_position_embeddings"]
+    rows = open_split(trained.data, "train").manifest.seq_length
+    assert loaded.model_max_length == AutoConfig.from_pretrained(tmp_path / "hf").max_position_embeddings == rows
+    assert f"max_position_embeddings is {rows}, the tokens of a row in training, not the recipe's 128\n" in done.err
 
 
 def test_model_card_says_where_the_model_comes_from(trained, tmp_path, command):
@@ -282,8 +286,9 @@ def test_a_full_disk_ends_in_a_sentence_and_leaves_nothing(large, tmp_path):
     limited = ["bash", "-c", 'ulimit -f 20000; exec "$@"', "bash", *in_small_files(large.folder, tmp_path / "hf")]
     done = run_cli(limited)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: the file size limit is reached: make room and run the same command again")
-    assert done.stderr.count("\n") == 1
+    notice, error = done.stderr.splitlines()
+    assert notice.startswith("max_position_embeddings is 96, ")
+    assert error.startswith("error: the file size limit is reached: make room and run the same command again")
     assert files(tmp_path) == []
 
 

