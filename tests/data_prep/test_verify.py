@@ -39,6 +39,7 @@ def pristine(tmp_path_factory) -> Path:
         for name, text in texts.items():
             (root / folder / f"{name}.txt").write_text(text)
     (root / "tokenizer.model").write_bytes(train(TEXTS.values(), 600))
+    (root / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     tokenizer = open_tokenizer(root / "tokenizer.model")
     sources = parse_sources([], [f"{name}={root / name}:1" for name in ("manual", "poems")])
     options = BuildOptions(packing=PackingPolicy(seq_length=128, overlap=8), validation_fraction=0.1, deduplicate=True)
@@ -85,6 +86,7 @@ def flip_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
+TEMPLATE = "tokenizer/chat_template.jinja"
 SHARD, UNIT, TOKENIZER = "train/shard-manual-00000.arrow", "tokens/unit-00000.arrow", "tokenizer/tokenizer.model"
 QUICK_DAMAGE = [
     (remove, "manifest.json", "not a prepared data set"),
@@ -93,6 +95,8 @@ QUICK_DAMAGE = [
     (shorten, SHARD, "shard-manual-00000.arrow is 1 bytes shorter"),
     (remove, TOKENIZER, "tokenizer.model is missing"),
     (flip_bit, TOKENIZER, "tokenizer.model is not the tokenizer that made this data set"),
+    (remove, TEMPLATE, "chat_template.jinja is missing: it belongs to the tokenizer"),
+    (flip_bit, TEMPLATE, "chat_template.jinja has changed since the data set was made"),
     (remove, "train/state.json", "state.json cannot be read"),
     (shorten, "train/state.json", "state.json cannot be read"),
     (remove, UNIT, "unit-00000.arrow is missing"),

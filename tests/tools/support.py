@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -218,3 +219,22 @@ def write_large_run(trained: Trained, run: Path) -> LargeRun:
     }
     (folder / MANIFEST).write_bytes(seal(manifest))
     return LargeRun(run, shards, dict(zip(shapes, [0, *ends], strict=False)))
+
+
+def reads(pid: int, large: LargeRun) -> bool:
+    """Whether the process has begun with the checkpoint's files (it checks their hashes first)."""
+    try:
+        opened = {link.readlink() for link in Path(f"/proc/{pid}/fd").iterdir()}
+    except OSError:
+        return False
+    return not opened.isdisjoint(large.shards)
+
+
+def anonymous_bytes(pid: int) -> int:
+    """What a process holds for itself; pages of mapped files, which the kernel can drop at any time, do not count."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    found = re.search(r"RssAnon:\s+(\d+) kB", status)
+    return int(found[1]) * 1024 if found else 0

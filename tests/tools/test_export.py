@@ -302,8 +302,8 @@ def test_a_killed_export_is_repeated_in_memory_that_does_not_grow_with_the_check
     with start_cli(command, env={"MALLOC_MMAP_THRESHOLD_": "1000000"}) as running:
         samples = {False: [], True: []}
         while running.process.poll() is None:
-            samples[reads(running.process.pid, large) or bool(samples[True])].append(
-                anonymous_bytes(running.process.pid)
+            samples[support.reads(running.process.pid, large) or bool(samples[True])].append(
+                support.anonymous_bytes(running.process.pid)
             )
             time.sleep(0.002)
         assert running.finish().returncode == 0
@@ -319,32 +319,13 @@ def test_a_killed_export_is_repeated_in_memory_that_does_not_grow_with_the_check
 
 
 def test_that_measure_of_memory_tells_a_copy_from_a_mapped_file(large):
-    before = anonymous_bytes(os.getpid())
+    before = support.anonymous_bytes(os.getpid())
     mapped = torch.load(large.shards[0], mmap=True)["optimizer_state_dict"]["single_partition_of_fp32_groups"][0]
     assert float(mapped.max()) == 65520
-    assert anonymous_bytes(os.getpid()) - before < large.bytes / 8
+    assert support.anonymous_bytes(os.getpid()) - before < large.bytes / 8
     copied = mapped.clone()
-    assert anonymous_bytes(os.getpid()) - before > large.bytes * 0.4
+    assert support.anonymous_bytes(os.getpid()) - before > large.bytes * 0.4
     assert torch.equal(copied[:100], mapped[:100])
-
-
-def reads(pid: int, large: support.LargeRun) -> bool:
-    """Whether the process has begun with the checkpoint's files (it checks their hashes first)."""
-    try:
-        opened = {link.readlink() for link in Path(f"/proc/{pid}/fd").iterdir()}
-    except OSError:
-        return False
-    return not opened.isdisjoint(large.shards)
-
-
-def anonymous_bytes(pid: int) -> int:
-    """What a process holds for itself; pages of mapped files, which the kernel can drop at any time, do not count."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return 0
-    found = re.search(r"RssAnon:\s+(\d+) kB", status)
-    return int(found[1]) * 1024 if found else 0
 
 
 def flip_a_bit(path: Path) -> None:
