@@ -61,7 +61,7 @@ def main(arguments: argparse.Namespace, stop: StopSignal) -> int:
     from engine.memory import check_memory, largest_need
     from engine.plan import make_plan
     from engine.resume import check_resumable, restore
-    from engine.run_folder import claim_run, describe, fill_run
+    from engine.run_folder import claim_run, describe, fill_run, layout_facts
     from engine.step import build_engine
     from engine.topology import read_topology, start_process_group
 
@@ -88,7 +88,7 @@ def main(arguments: argparse.Namespace, stop: StopSignal) -> int:
         state.wandb_id = new_state(plan).wandb_id  # W&B takes no step back
     facts = describe(plan)
     if topology.is_first:
-        fill_run(run, facts | {"memory": largest_need(plan)._asdict()})
+        fill_run(run, facts | {"layout": layout_facts(plan), "memory": largest_need(plan)._asdict()})
     logger, clock = open_outputs(engine, plan, state, facts, run, topology)
     with logger:
         for notice in [*notices, *damaged]:

@@ -52,6 +52,11 @@ def describe(plan: RunPlan) -> dict[str, Any]:
     }
 
 
+def layout_facts(plan: RunPlan) -> dict[str, int]:
+    """The fields of `engine.mesh.Mesh` that every rank has the same."""
+    return {name: size for name, size in plan.mesh._asdict().items() if name != "rank"}
+
+
 def fill_run(run: Path, facts: dict[str, Any]) -> None:
     """Write RUN/run.json and copy the data's tokenizer, so that the run can be read without its data."""
     write_atomically(run / "run.json", json.dumps(facts, indent=1).encode())

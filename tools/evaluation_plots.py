@@ -5,50 +5,20 @@ Of each data set and split the newest checkpoint's figures are drawn; older ones
 
 import html
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from tools.evaluation_tables import PASSKEY_FIGURES, bucket_name, passkey_grid, passkey_title, whole_set
-from tools.plot_style import COLORS, style
+from tools.panels import COLORS, Drawing, Panel, draw
 
-ROW_PIXELS = 340
-SPAN = 6  # columns of the grid: a row holds one, two or three plots
 HEAT = ((0.0, "rgba(59,130,246,0.05)"), (1.0, "rgba(59,130,246,0.95)"))
 
 
-class Panel(NamedTuple):
-    title: str
-    traces: list[go.Scatter | go.Heatmap]
-    x: dict[str, Any]
-    y: dict[str, Any]
-
-
-def figure(evaluations: list[dict[str, Any]]) -> go.Figure | None:
+def figure(evaluations: list[dict[str, Any]]) -> Drawing | None:
     """Everything but the scores, which are a table; None where nothing of it was measured."""
     rows = [row for row in (_positions(evaluations), _gains(evaluations), *_passkeys(evaluations)) if row]
-    if not rows:
-        return None
-    specs = []
-    for row in rows:
-        width = SPAN // len(row)
-        specs.append([{"colspan": width} if column % width == 0 else None for column in range(SPAN)])
-    gap = 105 / (ROW_PIXELS * len(rows))
-    plot = make_subplots(
-        len(rows), SPAN, specs=specs, vertical_spacing=gap, horizontal_spacing=0.05,
-        subplot_titles=[panel.title for row in rows for panel in row],
-    )  # fmt: skip
-    for number, row in enumerate(rows, 1):
-        for place, panel in enumerate(row):
-            where = {"row": number, "col": 1 + place * (SPAN // len(row))}
-            for trace in panel.traces:
-                plot.add_trace(trace, **where)
-            plot.update_xaxes(panel.x | {"title_standoff": 6}, **where)
-            plot.update_yaxes(panel.y, **where)
-    style(plot, ROW_PIXELS * len(rows) + 60)
-    plot.update_layout(legend={"y": 1.0 + 30 / (ROW_PIXELS * len(rows))}, margin={"t": 80})
-    return plot
+    return draw(rows) if rows else None
 
 
 def score_rows(evaluations: list[dict[str, Any]]) -> list[list[str]]:
@@ -171,13 +141,13 @@ def _heat_map(found: dict[str, Any], name: str) -> Panel:
         hovertemplate="%{x} tokens, key at %{y}: %{z:.3f}<extra></extra>",
     )
     title = passkey_title(found["passkey"], name).capitalize()
-    x, y = {"type": "category", "showgrid": False, "title_text": "tokens of the text"}, {"type": "category"}
+    x, y = {"type": "category", "showgrid": False, "title": {"text": "tokens of the text"}}, {"type": "category"}
     y |= {"autorange": "reversed", "showgrid": False}
     if name == "exact_match":
         title = f"Pass key, {html.escape(_data(found))}, {html.escape(found['checkpoint'])}<br>{title}"
-        y["title_text"] = "depth of the key"
+        y["title"] = {"text": "depth of the key"}
     return Panel(title, [trace], x, y)
 
 
 def _log_axis(title: str) -> dict[str, Any]:
-    return {"type": "log", "tickvals": [2**k for k in range(24)], "title_text": title, "tickformat": ",d"}
+    return {"type": "log", "tickvals": [2**k for k in range(24)], "title": {"text": title}, "tickformat": ",d"}

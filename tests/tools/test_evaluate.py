@@ -25,7 +25,8 @@ from tests.tools.test_report import Page
 from tools import evaluate
 from tools.evaluation_files import read
 from tools.hf_tokenizer import write_hf_tokenizer
-from tools.report import page, read_run
+from tools.report import page
+from tools.run_history import read_run
 from training.records import read_records
 
 ANALYSES = {"scores", "positions", "context_gain", "passkey"}

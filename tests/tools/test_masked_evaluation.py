@@ -17,7 +17,8 @@ from tests.tools.test_report import Page
 from tools import evaluate
 from tools.evaluation_files import read
 from tools.long_context import measure
-from tools.report import page, read_run
+from tools.report import page
+from tools.run_history import read_run
 from training.data import make_batch
 from training.objective import Masking
 from training.records import read_records

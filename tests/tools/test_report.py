@@ -11,19 +11,34 @@ from pathlib import Path
 import numpy as np
 import plotly.graph_objects as go
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from plotly.offline import get_plotlyjs
 
 from tests.launch import run_cli
 from tests.training.test_metrics import log, open_logger
 from tools import evaluation_files
-from tools.report import POINTS_PER_CURVE, _smoothed, _visible_points, main, page, read_run
+from tools.report import main, page
+from tools.run_history import read_run
 from training.metrics import METRICS_FILE
 from training.throughput import Rates
 
+MODEL = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+}
 HOSTILE = "</script><script>alert('&')</script>"
-CURVE = st.lists(st.one_of(st.floats(-1e6, 1e6), st.just(math.nan)), min_size=1, max_size=200)
+FACTS = {
+    "recipe": {"optimizer": {"lr": 3e-4}, "model": MODEL},
+    "ds_config": {"zero_optimization": {"stage": 3}},
+    "layout": {"world_size": 8, "pipeline": 1, "tensor": 2, "sequence": 1},
+    "environment": {
+        "host": HOSTILE,
+        "devices": ["Fast GPU", "Fast GPU"],
+        "git": {"commit": "c0ffee0123456789", "branch": "main", "dirty": True},
+    },
+}
 
 
 class Page(HTMLParser):
@@ -49,8 +64,9 @@ class Page(HTMLParser):
         if not self._raw:
             self.visible += data
 
-    def figure(self, name: str = "figure") -> go.Figure:
-        return go.Figure(json.loads(self.by_id[name]))  # validates every property
+    def figure(self, name: str = "figure", layout: str = "wide") -> go.Figure:
+        found = json.loads(self.by_id[name])
+        return go.Figure(found["data"], found["layouts"][layout])  # validates every property
 
 
 def write_run(folder: Path, last_step: int = 40, total_steps: int = 40) -> Path:
@@ -64,8 +80,7 @@ def write_run(folder: Path, last_step: int = 40, total_steps: int = 40) -> Path:
         logger.log_event(20, "checkpoint", name="step-00000020")
         logger.log_event(20, "resume", world_size=2)
         logger.log_validation(last_step, {"books": {"loss": 4.0, "bits_per_byte": 1.25, "targets": 10}})
-    facts = {"recipe": {"optimizer": {"lr": 3e-4}}, "environment": {"host": HOSTILE, "devices": []}}
-    (folder / "run.json").write_text(json.dumps(facts))
+    (folder / "run.json").write_text(json.dumps(FACTS))
     return folder
 
 
@@ -99,7 +114,7 @@ def write_evaluations(folder: Path, checkpoint: str = "step-00000040", data: str
 
 
 def traces(figure: go.Figure) -> dict[str, go.Scatter]:
-    return {trace.name: trace for trace in figure.data}
+    return {trace.name: trace for trace in figure.data if trace.visible is not False}
 
 
 def numbers(packed) -> np.ndarray:
@@ -125,9 +140,25 @@ def test_curves_and_events_are_those_of_the_run(tmp_path):
     np.testing.assert_allclose(numbers(found["training"].y), np.where(steps == 20, np.nan, 5 - steps / 20))
     np.testing.assert_allclose(numbers(found["validation: books"].y), [4.5, 4.0])
     np.testing.assert_allclose(numbers(found["Time waiting for data"].y), 0.003)
-    assert [found[kind].x[0] for kind in ("skip", "checkpoint", "resume")] == [20, 20, 20]
+    assert [numbers(found[kind].x)[0] for kind in ("skip", "checkpoint", "resume")] == [20, 20, 20]
     assert "step-00000020" in found["checkpoint"].text[0]
     assert len(figure.layout.shapes) == 2  # the skip and the resume also cross the loss
+
+
+def test_the_head_says_what_the_run_recorded(tmp_path):
+    write_run(tmp_path)
+    shown = Page(page(read_run(tmp_path))).visible
+    parameters = 2 * 512 * 64 + 3 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64
+    for words in (f"{parameters / 1000:.3g}k parameters, 3 layers of width 64", "ZeRO-3, 8 ranks, tensor 2",
+                  "2 × Fast GPU", "c0ffee012345, with changes", "in 2 launches", "final loss3.0000"):  # fmt: skip
+        assert words in shown
+
+
+@pytest.mark.parametrize("key", list(FACTS))
+def test_folders_that_lack_a_fact_are_shown_without_it(tmp_path, key):
+    write_run(tmp_path)
+    (tmp_path / "run.json").write_text(json.dumps({name: value for name, value in FACTS.items() if name != key}))
+    assert "finished at step 40" in Page(page(read_run(tmp_path))).visible
 
 
 def test_the_page_contains_everything_it_needs(tmp_path):
@@ -160,7 +191,7 @@ def test_evaluations_are_drawn_the_newest_ahead(tmp_path):
     assert list(exact.z) == [[0.0, 0.0], [0.5, 0.5], [1.0, 1.0]]
     assert list(chosen.z) == [[0.1, 0.1]] * 3
     assert list(drop.z) == [[0.512, 1.024]] * 3
-    titles = " ".join(annotation.text for annotation in figure.layout.annotations)
+    titles = " ".join(annotation.text.replace("<br>", " ") for annotation in figure.layout.annotations)
     assert "step-00000040" in titles
     assert "Forced choice among 10 (chance 0.10)" in titles
 
@@ -214,33 +245,6 @@ def test_a_run_that_has_logged_nothing_yet(tmp_path):
     shown = Page(page(read_run(tmp_path)))
     assert "no step logged yet" in shown.visible
     assert len(numbers(traces(shown.figure())["training"].x)) == 0
-
-
-@settings(deadline=None)
-@given(CURVE, st.integers(1, 200))
-def test_long_curves_keep_their_extremes_and_gaps(values, repeats):
-    curve = np.tile(values, repeats)
-    kept = _visible_points(curve)
-    assert len(kept) <= POINTS_PER_CURVE + 2
-    assert (np.diff(kept) > 0).all()
-    assert {0, len(curve) - 1} <= set(kept.tolist())
-    assert np.isnan(curve[kept]).any() == np.isnan(curve).any()
-    if not np.isnan(curve).all():
-        assert np.nanmin(curve[kept]) == np.nanmin(curve)
-        assert np.nanmax(curve[kept]) == np.nanmax(curve)
-
-
-@settings(deadline=None)
-@given(st.floats(-10, 10), st.floats(-1, 1), st.integers(1, 500))
-def test_smoothing_neither_lags_nor_bends_a_straight_line(start, slope, length):
-    line = start + slope * np.arange(length)
-    np.testing.assert_allclose(_smoothed(line), line, atol=1e-9)
-
-
-def test_smoothing_passes_over_gaps():
-    curve = np.full(1000, 2.0)
-    curve[[0, 300, 301]] = np.nan
-    np.testing.assert_array_equal(_smoothed(curve)[1:], 2.0)
 
 
 def test_command_writes_the_page_where_it_is_told(tmp_path, capsys):

@@ -1,0 +1,208 @@
+"""The curves of a run in the report: loss, learning rate, speed, memory, and what happened when.
+
+Every trace is drawn over the optimizer step and carries the same points' tokens and hours in its `meta`; noisy curves have
+smoothed ones beside them. The page's selectors choose among these, nothing is computed there.
+"""
+
+import html
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from tools.panels import COLORS, Drawing, Panel, draw
+from tools.run_history import Run
+
+POINTS_PER_CURVE, POINTS_WHEN_SMOOTH = 3000, 600
+FEW_POINTS = 30
+SMOOTHING = {"light": 0.01, "medium": 0.03, "strong": 0.1}
+"""Share of the curve over which a mean is taken."""
+SMOOTHED_FROM, SMOOTHED_AT_FIRST = 100, "medium"
+AXES = {
+    "step": {"title": "optimizer step", "tickformat": ",d"},
+    "tokens": {"title": "tokens", "tickformat": "~s"},
+    "hours": {"title": "hours of training", "tickformat": "~g"},
+}
+EVENT_COLORS = {"resume": "#f59e0b", "skip": "#ef4444", "checkpoint": "#9ca3af"}
+# title, record key, factor from the record's unit to the axis's, format of the axis's ticks, axis type, whether it is noisy
+PANELS = (
+    ("Learning rate", "learning_rate", 1.0, ".2~e", "linear", False),
+    ("Gradient norm before clipping", "grad_norm", 1.0, "~g", "log", True),
+    ("Tokens per second", "tokens_per_second", 1.0, "~s", "linear", True),
+    ("Share of peak FLOP/s (MFU)", "mfu", 1.0, "~%", "linear", True),
+    ("Time waiting for data", "data_wait_fraction", 1.0, "~%", "linear", True),
+    ("Peak memory of the first rank (GiB)", "memory_bytes", 2.0**-30, "~g", "linear", False),
+)
+
+
+def figure(run: Run) -> Drawing:
+    """All curves in one figure whose panels zoom together."""
+    panels = [
+        Panel(title, _curves(title, run.steps, key, factor, noisy=noisy, showlegend=False), _x_axis(),
+              {"tickformat": tick_format, "type": kind, "rangemode": "tozero"})
+        for title, key, factor, tick_format, kind, noisy in PANELS
+    ]  # fmt: skip
+    marked = [event for event in run.events if event["event"] != "checkpoint"][-POINTS_PER_CURVE // 10 :]
+    loss = Panel("Loss (nats per token)", _losses(run), {"tickformat": AXES["step"]["tickformat"]}, {}, height=360)
+    strip = Panel("", _events(run), _x_axis(), {"type": "category", "showgrid": False, "dtick": 1}, height=70)
+    for panel in panels[-2:]:
+        panel.x["title"] = {"text": AXES["step"]["title"]}
+    pairs = [panels[number : number + 2] for number in range(0, len(panels), 2)]
+    return draw(
+        [[loss], [strip], *pairs],
+        shapes=[_line_across_the_loss(event) for event in marked],
+        meta={"axes": AXES, "marks": {axis: [event[axis] for event in marked] for axis in AXES}},
+    )
+
+
+def first_smoothing(run: Run) -> str:
+    """How the page begins: short curves as they are."""
+    return SMOOTHED_AT_FIRST if len(run.steps) >= SMOOTHED_FROM else "off"
+
+
+def validation_scores(run: Run) -> dict[str, list[dict[str, Any]]]:
+    """The scores of each validation set in the order of their steps, with the place of each on every axis."""
+    scores: dict[str, list[dict[str, Any]]] = {}
+    for record in run.validations:
+        for name, values in record["validation"].items():
+            scores.setdefault(name, []).append({axis: record[axis] for axis in AXES} | values)
+    return scores
+
+
+def _x_axis() -> dict[str, Any]:
+    return {"matches": "x", "tickformat": AXES["step"]["tickformat"]}
+
+
+def _losses(run: Run) -> list[go.Scatter]:
+    traces = _curves("training", run.steps, "loss", noisy=True)
+    loss, objective = (_values(run.steps, key) for key in ("loss", "objective"))
+    if not np.allclose(objective, loss, rtol=1e-6, equal_nan=True):
+        traces += _curves("objective", run.steps, "objective", color=COLORS[4], visible="legendonly")
+    for number, (name, scores) in enumerate(validation_scores(run).items()):
+        color = COLORS[1 + number % (len(COLORS) - 1)]
+        traces += _curves(f"validation: {name}", scores, "loss", color=color, mode="lines+markers")
+    return traces
+
+
+def _events(run: Run) -> list[go.Scatter]:
+    """A strip with one line a kind of event, details on hovering."""
+    traces = []
+    for kind in dict.fromkeys(event["event"] for event in run.events):
+        events = [event for event in run.events if event["event"] == kind]
+        color = EVENT_COLORS.get(kind, COLORS[4])
+        traces.append(
+            go.Scatter(
+                **_places(events),
+                y=[kind] * len(events),
+                text=[_event_text(event) for event in events],
+                hovertemplate="step %{customdata}: %{text}<extra></extra>",
+                mode="markers",
+                marker={"symbol": "line-ns-open", "size": 11, "color": color, "line": {"width": 2}},
+                showlegend=False,
+                name=kind,
+            )
+        )
+    return traces
+
+
+def _line_across_the_loss(event: dict[str, Any]) -> dict[str, Any]:
+    """Of anything but a checkpoint."""
+    line = {"color": EVENT_COLORS.get(event["event"], COLORS[4]), "width": 1, "dash": "dot"}
+    return {
+        "type": "line",
+        "x0": event["step"],
+        "x1": event["step"],
+        "y0": 0,
+        "y1": 1,
+        "yref": "y domain",
+        "line": line,
+    }
+
+
+def _event_text(event: dict[str, Any]) -> str:
+    details = [
+        f"{key} {value}" for key, value in event.items() if key not in ("step", "event", "time", "tokens", "hours")
+    ]
+    return html.escape(", ".join([event["event"], *details]))
+
+
+def _curves(
+    name: str,
+    records: Sequence[dict[str, Any]],
+    key: str,
+    factor: float = 1.0,
+    *,
+    noisy: bool = False,
+    color: str = COLORS[0],
+    **options: Any,
+) -> list[go.Scatter]:
+    """The values as they are and, where they are noisy, a trace for each degree of smoothing; the page shows one of these."""
+    y = _values(records, key) * factor
+    smooth = noisy and len(y) >= SMOOTHED_FROM
+    raw = {"role": "raw"} if noisy else {}
+    opacity = 0.3 if smooth else 1
+    traces = [_line(name, records, y, _visible_points(y), color, raw, opacity=opacity, **options)]
+    for degree, share in SMOOTHING.items() if noisy else ():
+        keep = np.unique(np.linspace(0, len(y) - 1, POINTS_WHEN_SMOOTH).astype(int)) if len(y) else np.arange(0)
+        visible = smooth and degree == SMOOTHED_AT_FIRST
+        role = {"role": degree}
+        traces.append(
+            _line(f"{name}, smoothed", records, smoothed(y, share), keep, color, role, visible=visible, **options)
+        )
+    return traces
+
+
+def _line(
+    name: str,
+    records: Sequence[dict],
+    y: np.ndarray,
+    keep: np.ndarray,
+    color: str,
+    meta: dict[str, Any],
+    **options: Any,
+) -> go.Scatter:
+    mode = options.pop("mode", "lines" if len(y) > FEW_POINTS else "lines+markers")
+    hover = "step %{customdata}: %{y:.5~g}<extra>" + html.escape(name) + "</extra>"
+    places = _places([records[number] for number in keep])
+    places["meta"] |= meta
+    line = {"color": color, "width": 1.5}
+    return go.Scatter(**places, y=y[keep], name=name, mode=mode, line=line, hovertemplate=hover, **options)
+
+
+def _places(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Properties of a trace: where its points are on each axis. The page copies `x` to `customdata` before it draws."""
+    others = {"tokens": [record["tokens"] for record in records]}
+    others["hours"] = [round(record["hours"], 6) for record in records]
+    return {"x": np.array([record["step"] for record in records], dtype=np.int64), "meta": {"x": others}}
+
+
+def _values(records: Sequence[dict[str, Any]], key: str) -> np.ndarray:
+    """Float64 [N]; a missing or non-finite value is NaN, a gap in the curve."""
+    values = [record.get(key) for record in records]
+    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+
+
+def _visible_points(y: np.ndarray) -> np.ndarray:
+    """Indices of the points to draw: all, or the lowest, the highest and any gap of each of many equal stretches."""
+    if len(y) <= POINTS_PER_CURVE:
+        return np.arange(len(y))
+    kept = {0, len(y) - 1}
+    for stretch in np.array_split(np.arange(len(y)), POINTS_PER_CURVE // 3):
+        values, gaps = y[stretch], np.isnan(y[stretch])
+        if not gaps.all():
+            kept |= {int(stretch[np.nanargmin(values)]), int(stretch[np.nanargmax(values)])}
+        if gaps.any():
+            kept.add(int(stretch[gaps.argmax()]))
+    return np.array(sorted(kept))
+
+
+def smoothed(y: np.ndarray, share: float) -> np.ndarray:
+    """Mean over about that share of the curve around each point, without gaps; the window narrows towards both ends."""
+    index = np.arange(len(y))
+    half = np.minimum(max(1, round(len(y) * share / 2)), np.minimum(index, index[::-1]))
+    gaps = np.isnan(y)
+    sums, counts = (np.concatenate([[0.0], np.cumsum(part)]) for part in (np.where(gaps, 0.0, y), ~gaps))
+    first, last = index - half, index + half + 1
+    with np.errstate(invalid="ignore"):
+        return (sums[last] - sums[first]) / (counts[last] - counts[first])
