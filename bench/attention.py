@@ -17,85 +17,8 @@ longer than `--seconds`.
 
 import math
 import multiprocessing
-import resource
-import time
-
-import torch
-import torch.nn.functional as F
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from data_prep.command import CommandParser
-from model.attention import attend
-from model.config import ModelConfig
-from model.hf import to_hf_state
-from model.llama import Llama
-
-CONFIG = ModelConfig(
-    vocab_size=512,
-    hidden_size=768,
-    intermediate_size=2048,
-    num_hidden_layers=1,
-    num_attention_heads=12,
-    max_position_embeddings=1 << 17,
-    tie_word_embeddings=True,
-)
-CHUNKED = CONFIG.model_copy(update={"is_causal": False, "attention": "chunked", "chunk_size": 512})
-DOCUMENT_TOKENS = 1024
-ROWS = ("one document", "chunks of 512", "documents of 1k")
-CONTENDERS = ("longform", "dense mask", "transformers")
-
-
-def dense(q, k, v, documents, visibility):
-    """`model.attention.attend` with all scores under one mask."""
-    tokens = documents.tokens()
-    mask = visibility.sees(tokens.at((slice(None), None)), tokens)
-    q, k, v = (x.flatten(0, 1).transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).squeeze(0).transpose(0, 1).unsqueeze(0)
-
-
-def step_of(row: str, contender: str, tokens: int, dtype: torch.dtype, device: str):
-    """A function that does one training step on the first n tokens of a row."""
-    config = CHUNKED if row.startswith("chunks") else CONFIG
-    ids = torch.randint(CONFIG.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0)).to(device)
-    positions = torch.arange(tokens) % (DOCUMENT_TOKENS if row.startswith("documents") else tokens)
-    positions = positions.unsqueeze(0).to(device)
-    ours = Llama(config).to(device, dtype)
-    if contender != "transformers":
-        ours.layers[0].self_attn.attend = dense if contender == "dense mask" else attend
-        return lambda n: (ours(ids[:, :n], positions[:, :n], ids[:, :n])[0] / n).backward()
-    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**CONFIG.to_hf()), attn_implementation="sdpa")
-    theirs.load_state_dict(to_hf_state(ours.state_dict(), CONFIG), strict=False)
-    theirs = theirs.to(device, dtype)
-
-    def step(n: int) -> None:
-        extra = {}
-        if row.startswith("chunks"):
-            chunk = positions[0, :n] // CHUNKED.chunk_size
-            extra["attention_mask"] = (chunk <= chunk.unsqueeze(1)).expand(1, 1, n, n)
-        ids_, places = ids[:, :n], positions[:, :n]
-        theirs(ids_, position_ids=places, shift_labels=ids_, labels=ids_, use_cache=False, **extra).loss.backward()
-
-    return step
-
-
-def measure(row: str, contender: str, tokens: int, dtype: str, device: str, repeats: int) -> tuple[float, float]:
-    """Seconds of the fastest step, and MB that the steps need. To be run in a fresh process."""
-    step = step_of(row, contender, tokens, getattr(torch, dtype), device)
-    step(tokens if device == "cuda" else 64)  # loads the kernels, on a GPU compiles them
-    before, seconds = peak_bytes(device), math.inf
-    for _ in range(repeats):
-        began = time.perf_counter()
-        step(tokens)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds = min(seconds, time.perf_counter() - began)
-    return seconds, (peak_bytes(device) - before * (device == "cpu")) / 1e6
-
-
-def peak_bytes(device: str) -> int:
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main() -> None:
@@ -107,6 +30,10 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="default: %(default)s")
     parser.add_argument("--seconds", type=float, default=400, help="of a single step (default: %(default)s)")
     arguments = parser.parse_args()
+    import torch
+
+    from bench.attention_steps import CONTENDERS, ROWS, measure
+
     how = arguments.dtype, arguments.device
     print(f"one block of width 768, {', '.join(how)}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}")
     for row in ROWS:

@@ -20,13 +20,7 @@ import numpy as np
 from bench.corpus import PLAYS, pack
 from bench.ranks import run_ranks
 from data_prep.command import CommandParser
-from engine.loop import new_state, optimizer_steps
-from engine.plan import make_plan
-from engine.step import build_engine, train_step
-from engine.topology import leave, read_topology, start_process_group
-from training.balance import deal, imbalance, row_costs
 from training.config import load_recipe
-from training.data import TrainingData, training_order
 from training.shards import open_split
 
 RANKS, ROWS_A_STEP, ROW_TOKENS = 2, 8, 4096
@@ -43,6 +37,9 @@ def prepare(folder: Path) -> None:
 
 def spread(data: Path, steps: int = 100) -> None:
     """Print how much more attention the busiest of so many ranks has than the average one, both ways."""
+    from training.balance import deal, imbalance, row_costs
+    from training.data import TrainingData, training_order
+
     dataset, recipe = open_split(data, "train"), load_recipe("recipes/tiny.yaml", {})
     order = training_order(dataset, recipe.data, seed=0)
     places = TrainingData(dataset, order).places
@@ -59,6 +56,11 @@ def spread(data: Path, steps: int = 100) -> None:
 
 def rank(folder: Path, steps: int) -> None:
     """What one rank does: both ways in turn. The first rank writes seconds and imbalance of every step."""
+    from engine.loop import new_state, optimizer_steps
+    from engine.plan import make_plan
+    from engine.step import build_engine, train_step
+    from engine.topology import leave, read_topology, start_process_group
+
     topology, runs = read_topology(), {}
     start_process_group(topology)
     (folder / "zero1.json").write_text('{"zero_optimization": {"stage": 1}}')

@@ -20,11 +20,6 @@ from pathlib import Path
 from bench.corpus import pack
 from bench.ranks import run_ranks
 from data_prep.command import CommandParser
-from engine.loop import new_state, optimizer_steps
-from engine.plan import make_plan
-from engine.step import build_engine, train_step
-from engine.topology import leave, read_topology, start_process_group
-from engine.wire import WireBytes
 
 RANKS, STEP_TOKENS, ROW_TOKENS, WARMUP_STEPS, MEAN_OF = 2, 2048, 256, 10, 5
 BASE = {"zero_optimization": {"stage": 0}}
@@ -39,6 +34,8 @@ CONTENDERS = {
 
 def rank(folder: Path, steps: int) -> None:
     """What one rank does: all contenders, one after the other."""
+    from engine.topology import leave, read_topology, start_process_group
+
     topology, results = read_topology(), {}
     start_process_group(topology)
     for name, difference in CONTENDERS.items():
@@ -52,6 +49,11 @@ def rank(folder: Path, steps: int) -> None:
 
 
 def train(folder: Path, ds_config: dict, steps: int, topology) -> list[dict]:
+    from engine.loop import new_state, optimizer_steps
+    from engine.plan import make_plan
+    from engine.step import build_engine, train_step
+    from engine.wire import WireBytes
+
     file = folder / f"rank-{topology.rank}.json"
     file.write_text(json.dumps(ds_config))
     overrides = {

@@ -29,18 +29,16 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from rich.table import Table
 
 from data_prep.command import run_command
 from data_prep.progress import say
-from engine.plan import RunPlan
 from tools.comparison import (
     Difference,
     Progress,
     Tolerance,
-    Weights,
     add_flags,
     check_steps,
     compare,
@@ -54,6 +52,9 @@ from tools.comparison import (
 from tools.layouts import LaunchFailed, Layout, Setting, Step, gpus, launch, parse_layout, plan_layout
 from training.manifest import write_atomically
 from training.records import finite
+
+if TYPE_CHECKING:
+    from engine.plan import RunPlan
 
 REFERENCE = "one process=ds_configs/zero0_fp32.json:1"
 OFFLOAD_OPTIMIZER = "zero_optimization.offload_optimizer.device=cpu"
@@ -124,6 +125,8 @@ def compare_all(
     reference: Layout, layouts: list[Layout], setting: Setting, arguments: argparse.Namespace, work: Path
 ) -> list[Result]:
     """The reference first. Raises ValueError when it cannot run, for then nothing can be said."""
+    from tools.final_weights import Weights
+
     plans: dict[str, RunPlan | ValueError] = {}
     for number, layout in enumerate([reference, *layouts]):
         folder = work / str(number)
@@ -160,7 +163,7 @@ def compare_all(
     return results
 
 
-def speed(steps: list[Step], plan: RunPlan) -> tuple[float, int, float]:
+def speed(steps: list[Step], plan: "RunPlan") -> tuple[float, int, float]:
     """Tokens a second, bytes of memory and bytes on the wire; the first step, which sets things up, counts for memory only."""
     usual = steps[1:] or steps
     seconds, wire = (statistics.median(getattr(step, key) for step in usual) for key in ("seconds", "wire_bytes"))

@@ -10,79 +10,8 @@ model/attention.py uses what wins here.
 
 import functools
 import math
-import time
-
-import torch
-import torch.nn.functional as F
 
 from data_prep.command import CommandParser
-
-HEADS, WIDTH, BLOCK = 12, 64, 128
-
-
-def scores(q, k, first: int, last: int):
-    """[H, b, last] of the queries first .. last - 1, -infinity where the key comes later."""
-    wide = torch.bmm(q[:, first:last], k[:, :last].transpose(1, 2)).float() * WIDTH**-0.5
-    later = torch.ones(last - first, last - first, dtype=torch.bool).triu(1)
-    return torch.cat([wide[:, :, :first], wide[:, :, first:].masked_fill(later, -math.inf)], -1)
-
-
-def forward_block(q, k, v, first: int, last: int):
-    wide = scores(q, k, first, last)
-    logsumexp = wide.logsumexp(-1, keepdim=True)
-    return torch.bmm((wide - logsumexp).exp().to(q.dtype), v[:, :last]), logsumexp
-
-
-def backward_block(q, k, v, grad, out, logsumexp, first: int, last: int):
-    p = (scores(q, k, first, last) - logsumexp).exp()
-    delta = (grad.float() * out.float()).sum(-1, keepdim=True)
-    dp = torch.bmm(grad, v[:, :last].transpose(1, 2)).float()
-    ds = ((dp - delta) * p * WIDTH**-0.5).to(q.dtype)
-    dv = torch.bmm(p.to(q.dtype).transpose(1, 2), grad)
-    return torch.bmm(ds, k[:, :last]), torch.bmm(ds.transpose(1, 2), q[:, first:last]), dv
-
-
-class Blocks(torch.autograd.Function):
-    """[H, T, d] three times -> [H, T, d]."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, forward, backward):
-        out, logsumexp = torch.empty_like(q), torch.empty(*q.shape[:2], 1)
-        for first in range(0, q.shape[1], BLOCK):
-            rows = slice(first, first + BLOCK)
-            out[:, rows], logsumexp[:, rows] = forward(q, k, v, first, min(first + BLOCK, q.shape[1]))
-        ctx.save_for_backward(q, k, v, out, logsumexp)
-        ctx.backward_block = backward
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        q, k, v, out, logsumexp = ctx.saved_tensors
-        dq, dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v))
-        for first in range(0, q.shape[1], BLOCK):
-            last = min(first + BLOCK, q.shape[1])
-            rows = slice(first, last)
-            parts = ctx.backward_block(q, k, v, grad[:, rows], out[:, rows], logsumexp[:, rows], first, last)
-            dq[:, rows] = parts[0]
-            dk[:, :last] += parts[1]
-            dv[:, :last] += parts[2]
-        return *(x.to(q.dtype) for x in (dq, dk, dv)), None, None
-
-
-def contenders() -> dict:
-    torch._dynamo.config.recompile_limit = 64  # the first blocks are special cases to it
-    compiled = [torch.compile(function, dynamic=True) for function in (forward_block, backward_block)]
-    return {
-        "flash": lambda q, k, v: F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True)[0],
-        "blocks": lambda q, k, v: Blocks.apply(q, k, v, forward_block, backward_block),
-        "blocks compiled": lambda q, k, v: Blocks.apply(q, k, v, *compiled),
-    }
-
-
-def milliseconds(attention, tensors, grad) -> float:
-    began = time.perf_counter()
-    torch.autograd.grad(attention(*tensors), tensors, grad)
-    return 1e3 * (time.perf_counter() - began)
 
 
 def main() -> None:
@@ -90,6 +19,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024, 4096], help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
     arguments = parser.parse_args()
+    import torch
+
+    from bench.kernel_contenders import HEADS, WIDTH, contenders, milliseconds
+
     kernels = contenders()
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"{'':20s}" + "".join(f"{name:>18s}" for name in kernels))

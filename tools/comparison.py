@@ -10,21 +10,20 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
 from data_prep.command import CommandParser
 from data_prep.progress import LINE_SECONDS, console, say
-from engine.checkpoint import find
-from engine.native import read_weights
-from engine.plan import RunPlan
 from tools.layouts import LaunchFailed, Setting, Step, rounds_more
 from training.config import add_recipe_flags
+
+if TYPE_CHECKING:
+    from engine.plan import RunPlan
 
 DEFAULT_RECIPE = "recipes/tiny.yaml"
 DEFAULT_OVERRIDES = {
@@ -153,14 +152,14 @@ def open_console() -> Console:
     return console if console.is_terminal else Console(highlight=False, width=max(console.width, PLAIN_COLUMNS))
 
 
-def check_steps(plan: RunPlan, steps: int) -> None:
+def check_steps(plan: "RunPlan", steps: int) -> None:
     if steps > plan.total_steps:
         raise ValueError(
             f"--steps {steps} goes beyond the recipe, which ends after {plan.total_steps} steps: give fewer"
         )
 
 
-def tolerance_between(arguments: argparse.Namespace, *plans: RunPlan) -> Tolerance:
+def tolerance_between(arguments: argparse.Namespace, *plans: "RunPlan") -> Tolerance:
     if any(rounds_more(plan) for plan in plans):
         return Tolerance(arguments.half_tolerance, None)
     return Tolerance(arguments.tolerance, NEXT_TO_LOSS * arguments.tolerance)
@@ -175,34 +174,6 @@ def compare(steps: list[Step], expected: list[Step], weights: float | None = Non
     loss, norm = np.max(np.abs(found - right) / np.maximum(np.abs(right), np.finfo(np.float64).tiny), axis=0)
     samples = all(a.samples == b.samples for a, b in zip(steps, expected, strict=True))
     return Difference(float(loss), float(norm), samples, weights)
-
-
-class Weights:
-    """The final weights of one run, kept as a file a parameter to compare others with, one parameter in memory at a time."""
-
-    def __init__(self, run: Path, folder: Path):
-        folder.mkdir()
-        self.files = {}
-        for number, (name, weight) in enumerate(read_weights(*find(run))):
-            self.files[name] = folder / f"{number}.npy"
-            np.save(self.files[name], weight.detach().float().numpy())
-
-    def difference(self, run: Path) -> float:
-        """See `Difference.weights`. Raises LaunchFailed when the run has another model."""
-        largest, seen = 0.0, set()
-        for name, weight in read_weights(*find(run)):
-            kept = torch.from_numpy(np.load(self.files[name])) if name in self.files else None
-            if kept is None or kept.shape != weight.shape:
-                raise LaunchFailed(f"has another model: {name} {list(weight.shape)} has no counterpart to compare with")
-            norm, scale = (
-                torch.linalg.vector_norm(tensor, dtype=torch.float64).item()
-                for tensor in (weight.detach() - kept, kept)
-            )
-            seen.add(name)
-            largest = float(np.maximum(largest, norm / (scale or 1.0)))  # keeps a NaN
-        if missing := self.files.keys() - seen:
-            raise LaunchFailed(f"has another model: it lacks {', '.join(sorted(missing))}")
-        return largest
 
 
 class Progress:

@@ -18,10 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from data_prep.command import CommandParser, run_command
-from engine.hostfile import read_forwarded, read_hostfile
-from engine.topology import shell_environment
 from tools import host_facts
-from tools.machine_report import machine_report
 
 ROOT = Path(__file__).resolve().parent.parent
 MASTER_PORT = 29500  # the launcher's default
@@ -51,6 +48,8 @@ def main() -> None:
     arguments = parser.parse_args()
     findings = Findings()
     if arguments.hostfile is None:
+        from tools.machine_report import machine_report
+
         for name, value in machine_report(findings.problem, findings.note):
             print(f"{name:<15}{value}")
     else:
@@ -62,6 +61,9 @@ def main() -> None:
 
 def check_launch(hostfile: Path, findings: Findings) -> None:
     """Examine the hostfile, `.deepspeed_env` and every host."""
+    from engine.hostfile import read_hostfile
+    from engine.topology import shell_environment
+
     hosts, problems = read_hostfile(hostfile)
     for problem in problems:
         findings.problem(problem)
@@ -84,6 +86,8 @@ def check_launch(hostfile: Path, findings: Findings) -> None:
 
 def check_forwarded(shell: Mapping[str, str], findings: Findings) -> dict[str, str]:
     """The variables that will reach the ranks, from the files that DeepSpeed reads: the home folder's, then this one's."""
+    from engine.hostfile import read_forwarded
+
     name, variables = shell.get("DS_ENV_FILE", ".deepspeed_env"), {}
     for folder in (Path(shell.get("HOME", "~")).expanduser(), Path()):
         if (folder / name).is_file():

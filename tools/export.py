@@ -10,25 +10,25 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from string import Template
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from data_prep.command import CommandParser, run_command
 from data_prep.progress import Progress, say
 from data_prep.tokenizer import open_tokenizer
-from engine.checkpoint import find
-from engine.checkpoint_manifest import CheckpointManifest
-from engine.native import read_weights
 from model.config import ModelConfig
-from model.hf import save_hf
-from tools.hf_tokenizer import Written, write_hf_tokenizer
-from tools.trained import DTYPES, objective_of
+from tools.model_flags import DTYPES
 from training.manifest import TokenizerInfo, publish, write_atomically
 from training.metrics import METRICS_FILE
-from training.objective import mask_token_id
 from training.records import read_records
 from training.shards import open_split
+
+if TYPE_CHECKING:
+    import torch
+
+    from engine.checkpoint_manifest import CheckpointManifest
+    from tools.hf_tokenizer import Written
 
 CARD = Template("""---
 library_name: transformers
@@ -108,15 +108,30 @@ def main() -> None:
         raise ValueError(f"--max-shard-gb {arguments.max_shard_gb:g}: more than 0")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"--output {output} exists already: give a folder that is new or empty")
+    import torch
+
+    from engine.checkpoint import find
+
     checkpoint, manifest = find(run, arguments.step)
-    export(run, checkpoint, manifest, output, DTYPES[arguments.dtype], int(arguments.max_shard_gb * 1e9))
+    export(run, checkpoint, manifest, output, getattr(torch, arguments.dtype), int(arguments.max_shard_gb * 1e9))
     print(f"{checkpoint} exported to {output}")
 
 
 def export(
-    run: Path, checkpoint: Path, manifest: CheckpointManifest, output: Path, dtype: torch.dtype, max_shard_bytes: int
+    run: Path,
+    checkpoint: Path,
+    manifest: "CheckpointManifest",
+    output: Path,
+    dtype: "torch.dtype",
+    max_shard_bytes: int,
 ) -> None:
     """Write the Hugging Face folder beside `output` and rename it when it is complete."""
+    from engine.native import read_weights
+    from model.hf import save_hf
+    from tools.hf_tokenizer import write_hf_tokenizer
+    from tools.trained import objective_of
+    from training.objective import mask_token_id
+
     config, context = exported_config(manifest)
     info = TokenizerInfo.model_validate(manifest.data["tokenizer"])
     partial = output.with_name(f".{output.name}.partial")
@@ -142,7 +157,7 @@ def export(
         raise
 
 
-def exported_config(manifest: CheckpointManifest) -> tuple[ModelConfig, int]:
+def exported_config(manifest: "CheckpointManifest") -> tuple[ModelConfig, int]:
     """The model's config, which promises no longer texts than were trained on, and the tokens of the longest of these.
 
     Where the positions were made for more than this run's rows, by a scaling or by the weights that it began with, the
@@ -161,7 +176,7 @@ def exported_config(manifest: CheckpointManifest) -> tuple[ModelConfig, int]:
     return config.model_copy(update={"max_position_embeddings": rows}), rows
 
 
-def training_texts(manifest: CheckpointManifest, tokenizer: Path) -> list[str]:
+def training_texts(manifest: "CheckpointManifest", tokenizer: Path) -> list[str]:
     """The text of some rows of the training data, if they are still where they were."""
     try:
         dataset, opened = open_split(Path(manifest.data["path"]), "train"), open_tokenizer(tokenizer)
@@ -174,14 +189,14 @@ def training_texts(manifest: CheckpointManifest, tokenizer: Path) -> list[str]:
         return []
 
 
-def counted(weights: Iterable[tuple[str, torch.Tensor]], item_bytes: int, progress: Progress) -> Iterator:
+def counted(weights: Iterable[tuple[str, "torch.Tensor"]], item_bytes: int, progress: Progress) -> Iterator:
     for name, tensor in weights:
         yield name, tensor
         progress.advance(tensor.numel() * item_bytes)
 
 
 def card(
-    run: Path, checkpoint: Path, manifest: CheckpointManifest, config: ModelConfig, output: Path, tokenizer: Written
+    run: Path, checkpoint: Path, manifest: "CheckpointManifest", config: ModelConfig, output: Path, tokenizer: "Written"
 ) -> str:
     """The model card: what the model is, what it saw, how well it predicts, and what made it."""
     data, recipe, state = manifest.data, manifest.recipe, manifest.state
@@ -220,7 +235,10 @@ def card(
     )
 
 
-def _usage(manifest: CheckpointManifest, config: ModelConfig, folder: str, tokenizer: Written) -> str:
+def _usage(manifest: "CheckpointManifest", config: ModelConfig, folder: str, tokenizer: "Written") -> str:
+    from tools.trained import objective_of
+    from training.objective import mask_token_id
+
     if config.is_causal:
         return NEXT_TOKEN.substitute(folder=folder, trust=TRUST if tokenizer.own_code else "")
     objective = objective_of(manifest)

@@ -7,21 +7,23 @@ import argparse
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import chain
-
-import torch
+from typing import TYPE_CHECKING
 
 from data_prep.command import CommandParser, DefaultsInHelp, run_command
 from data_prep.tokenizer import Tokenizer
-from model.generation import generate
-from model.unmasking import unmask
-from tools.trained import DTYPES, Trained, default_device, open_trained
+from tools.model_flags import add_model_flags
+
+if TYPE_CHECKING:
+    import torch
+
+    from tools.trained import Trained
 
 UNFINISHED = "\ufffd"  # what the first bytes of a character decode to until its last byte is there
 
 
 def main() -> None:
     parser = CommandParser(prog="python -m tools.generate", description=__doc__, formatter_class=DefaultsInHelp)
-    parser.add_argument("source", help="folder of a run, or an exported Hugging Face folder")
+    add_model_flags(parser)
     parser.add_argument("--prompt", required=True, help="text to continue; - reads it from standard input")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="stop after this many tokens")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the most likely token")
@@ -30,9 +32,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, help="makes the choices repeatable")
     steps_help = "masked models: steps in which a chunk is unmasked; one a token by default"
     parser.add_argument("--unmasking-steps", type=int, help=steps_help)
-    parser.add_argument("--step", type=int, help="checkpoint of a run; the newest good one by default")
-    parser.add_argument("--device", default=default_device(), help="where to run")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of the weights")
     arguments = parser.parse_args()
     if arguments.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {arguments.max_new_tokens}: at least 1")
@@ -41,19 +40,28 @@ def main() -> None:
     if arguments.seed is not None and not 0 <= arguments.seed < 2**63:
         raise ValueError(f"--seed {arguments.seed}: from 0 to 2**63 - 1")
 
+    import torch
+
+    from tools.trained import open_trained
+
     trained = open_trained(arguments.source, arguments.step, arguments.device, arguments.dtype)
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     start = [] if trained.tokenizer.bos_id is None else [trained.tokenizer.bos_id]
     ids = [*start, *trained.tokenizer.encode_batch([prompt])[0].tolist()]
-    start = torch.tensor(ids or [trained.tokenizer.eos_id], device=arguments.device)
+    start = torch.tensor(ids or [trained.tokenizer.eos_id], device=trained.device)
     tokens = new_tokens(trained, start, arguments)
     for piece in stream(trained.tokenizer, ids, tokens):
         print(piece, end="", flush=True)
     print()
 
 
-def new_tokens(trained: Trained, start: torch.Tensor, arguments: argparse.Namespace) -> Iterable[int]:
+def new_tokens(trained: "Trained", start: "torch.Tensor", arguments: argparse.Namespace) -> Iterable[int]:
     """The continuation of the ids `start` [T], token by token or chunk by chunk as the model was trained."""
+    import torch
+
+    from model.generation import generate
+    from model.unmasking import unmask
+
     generator = None if arguments.seed is None else torch.Generator().manual_seed(arguments.seed)
     choice = arguments.temperature, arguments.top_k, arguments.top_p
     if trained.model.config.is_causal:

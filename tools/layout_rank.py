@@ -2,28 +2,29 @@
 
 import hashlib
 import json
-import sys
 import time
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+from data_prep.command import CommandParser
 
-from engine.checkpoint import agree_on_checkpoint, save
-from engine.loop import new_state, optimizer_steps
-from engine.memory import check_memory
-from engine.plan import RunPlan, make_plan
-from engine.resume import check_resumable, restore
-from engine.run_folder import describe
-from engine.step import build_engine, train_step
-from engine.topology import Topology, read_topology, run_command, start_process_group
-from engine.wire import WireBytes
-from training.environment import peak_memory_bytes
-from training.state import TrainState
+if TYPE_CHECKING:
+    from engine.plan import RunPlan
+    from engine.topology import Topology
+    from training.state import TrainState
 
 
-def main() -> int:
-    folder = Path(sys.argv[1])
+def main(folder: Path) -> int:
+    from engine.checkpoint import agree_on_checkpoint, save
+    from engine.loop import new_state
+    from engine.memory import check_memory
+    from engine.plan import make_plan
+    from engine.resume import check_resumable, restore
+    from engine.run_folder import describe
+    from engine.step import build_engine
+    from engine.topology import read_topology, start_process_group
+
     job = json.loads((folder / "job.json").read_text())
     run, topology = Path(job["run"]), read_topology()
     plan = make_plan(job["recipe"], job["overrides"], job["ds_config"], job["data"], topology, job["stages"])
@@ -39,8 +40,13 @@ def main() -> int:
     return 0
 
 
-def train(engine, plan: RunPlan, state: TrainState, last_step: int, topology: Topology, records) -> None:
+def train(engine, plan: "RunPlan", state: "TrainState", last_step: int, topology: "Topology", records) -> None:
     """Train as train.py does; what each step of this rank was goes into `records` (see `tools.layouts.Step`)."""
+    from engine.loop import optimizer_steps
+    from engine.step import train_step
+    from engine.wire import WireBytes
+    from training.environment import peak_memory_bytes
+
     began = time.perf_counter()
     for micro_batches in islice(optimizer_steps(plan, state, topology), last_step - state.step):
         with WireBytes() as wire:
@@ -61,10 +67,18 @@ def train(engine, plan: RunPlan, state: TrainState, last_step: int, topology: To
 
 def digests(micro_batches: list[dict]) -> list[str]:
     """One for each row [T]: its tokens, where its documents begin and what is to be predicted."""
+    import torch
+
     columns = [torch.cat([batch[key] for batch in micro_batches]) for key in ("input_ids", "position_ids", "targets")]
     rows = torch.stack(columns, dim=1).numpy()  # [B, 3, T]
     return [hashlib.blake2b(row.tobytes(), digest_size=8).hexdigest() for row in rows]
 
 
 if __name__ == "__main__":
-    run_command(main)
+    parser = CommandParser(prog="python -m tools.layout_rank", description=__doc__)
+    parser.add_argument("folder", type=Path, help="folder of the job")
+    given = parser.parse_args()
+
+    from engine.topology import run_command
+
+    run_command(lambda: main(given.folder))

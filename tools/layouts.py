@@ -11,16 +11,15 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
-import torch
 
 from data_prep.progress import say
-from engine.ds_config import read_ds_config
-from engine.plan import RunPlan, make_plan
-from engine.topology import LAUNCHER_VARIABLES, read_topology, shell_environment
 from training.records import read_records
+
+if TYPE_CHECKING:
+    from engine.plan import RunPlan
 
 SYNTAX = "[NAME=]FILE.json:RANKS[:STAGES] [KEY=VALUE ...] [--section.key VALUE ...]"
 LAYOUT = re.compile(r"(?:([^=:]+)=)?([^=:]+\.json):(\d+)(?::(\d+))?((?:\s.*)?)", re.DOTALL)
@@ -49,6 +48,8 @@ class Layout(NamedTuple):
         """The JSON file to run: the layout's own, or a changed copy of it in `folder`."""
         if not self.changes:
             return self.file
+        from engine.ds_config import read_ds_config
+
         tree = read_ds_config(self.file)
         for dotted, value in self.changes.items():
             *sections, key = dotted.split(".")
@@ -124,8 +125,11 @@ def _json_value(text: str) -> Any:
         return text
 
 
-def plan_layout(layout: Layout, setting: Setting, folder: Path) -> RunPlan:
+def plan_layout(layout: Layout, setting: Setting, folder: Path) -> "RunPlan":
     """The plan as the layout's first rank will make it. Raises ValueError with the reasons why there is none."""
+    from engine.plan import make_plan
+    from engine.topology import read_topology, shell_environment
+
     last = {"RANK": layout.ranks - 1, "LOCAL_RANK": layout.ranks - 1, "WORLD_SIZE": layout.ranks}
     here = shell_environment() | {"MASTER_ADDR": "", "MASTER_PORT": ""} | {key: str(n) for key, n in last.items()}
     config = layout.write_config(folder)
@@ -137,7 +141,7 @@ def plan_layout(layout: Layout, setting: Setting, folder: Path) -> RunPlan:
         raise ValueError(str(error).replace(config, layout.file)) from None
 
 
-def rounds_more(plan: RunPlan) -> bool:
+def rounds_more(plan: "RunPlan") -> bool:
     """Whether this layout computes or communicates in less than float32."""
     config = plan.ds_config
     zero = config.get("zero_optimization", {})
@@ -191,6 +195,8 @@ def _kill(process: subprocess.Popen) -> None:
 
 def _environment(ranks: int) -> dict[str, str]:
     """This shell's, without a launcher's variables; the ranks share the cores evenly unless the user said otherwise."""
+    from engine.topology import LAUNCHER_VARIABLES, shell_environment
+
     threads = max(1, len(os.sched_getaffinity(0)) // ranks)
     environment = {"OMP_NUM_THREADS": str(threads)} | shell_environment()
     return {name: value for name, value in environment.items() if name not in LAUNCHER_VARIABLES}
@@ -226,4 +232,8 @@ def _over_ranks(ranks: list[list[dict]]) -> list[Step]:
 
 def gpus() -> int:
     """GPUs that a layout's ranks would be placed on; 0 where they run on the CPU."""
+    import torch
+
+    from engine.topology import shell_environment
+
     return 0 if shell_environment().get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()

@@ -23,35 +23,13 @@ from data_prep.progress import Progress
 from data_prep.tokenizer import Tokenizer
 from model.generation import continuation_losses, generate
 from model.llama import Llama
+from tools.passkey_phrases import PHRASES
 from training.shards import ShardedDataset
 
 LANGUAGE_SAMPLE_TOKENS = 1024
 MIN_CHINESE_SHARE = 0.1  # of the characters of Chinese text with formulas, names and spaces
 DIGITS = 5
 MIN_FILLER_TOKENS = 16
-
-
-class Phrases(NamedTuple):
-    introduction: str
-    needle: str
-    question: str
-    answer: str
-
-
-PHRASES = {
-    "en": Phrases(
-        "Somewhere in this text there is a pass key. Remember it.\n",
-        "\nThe pass key is {key}. Remember it: {key} is the pass key.\n",
-        "\nWhat is the pass key? The pass key is",
-        " {key}",
-    ),
-    "zh": Phrases(
-        "下文中藏有一个通行密码，请记住它。\n",
-        "\n通行密码是{key}。请记住：{key}就是通行密码。\n",
-        "\n请问它是多少？通行密码是",
-        "{key}",
-    ),
-}
 
 
 class Trial(NamedTuple):

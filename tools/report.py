@@ -22,7 +22,6 @@ from plotly.offline import get_plotlyjs
 from pydantic import ValidationError
 
 from data_prep.command import CommandParser
-from engine.mesh import Mesh
 from model.config import ModelConfig
 from tools import evaluation_plots, run_plots
 from tools.run_history import Run, read_run
@@ -109,8 +108,11 @@ def _layout_words(facts: dict[str, Any]) -> str:
     """Of the newest launch. Folders of old code have no ranks in them."""
     if "ds_config" not in facts:
         return ""
-    stage = facts["ds_config"].get("zero_optimization", {}).get("stage", 0)
-    return ", ".join([f"ZeRO-{stage}", *([str(Mesh(rank=0, **facts["layout"]))] if "layout" in facts else [])])
+    words = [f"ZeRO-{facts['ds_config'].get('zero_optimization', {}).get('stage', 0)}"]
+    layout = dict(facts.get("layout", {}))
+    if ranks := layout.pop("world_size", None):
+        words.append(f"{ranks} rank{'s' * (ranks > 1)}")
+    return ", ".join([*words, *(f"{name} {size}" for name, size in layout.items() if size > 1)])
 
 
 def _device_words(environment: dict[str, Any]) -> str:

@@ -20,7 +20,6 @@ from tools.comparison import (
     Difference,
     Progress,
     Tolerance,
-    Weights,
     add_flags,
     check_steps,
     compare,
@@ -52,6 +51,8 @@ def main() -> None:
     parser.add_argument("--stop-at", type=int, default=5, help="last step before the stop (default: 5)")
     add_flags(parser)
     arguments = parser.parse_args()
+    from tools.final_weights import Weights
+
     source, target = parse_layout(arguments.source, "--from"), parse_layout(arguments.target, "--to")
     stop, last = arguments.stop_at, arguments.steps
     if not 0 < stop < last:

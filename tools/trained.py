@@ -17,8 +17,6 @@ from model.llama import Llama
 from training.objective import mask_token_id
 from training.sections import ObjectiveConfig
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 class Trained(NamedTuple):
     model: Llama
@@ -30,18 +28,23 @@ class Trained(NamedTuple):
     """What the model was trained for; None where a model that is not causal does not say."""
 
     @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
     def mask_id(self) -> int:
         """Raises ValueError where neither the tokenizer nor the model has a mask token."""
         return mask_token_id(self.tokenizer.info(""), self.model.config)
 
 
-def open_trained(source: str, step: int | None, device: str, dtype: str) -> Trained:
+def open_trained(source: str, step: int | None, device: str | None, dtype: str) -> Trained:
     """A model in evaluation mode and the tokenizer it was trained with.
 
-    `source`: a run's folder (`step`: which checkpoint, the newest good one by default) or a Hugging Face folder.
+    `source`: a run's folder (`step`: which checkpoint, the newest good one by default) or a Hugging Face folder. `device`
+    None: the GPU where there is one. `dtype`: torch's name.
     Raises ValueError when it is neither, or damaged, or when this machine has no such device.
     """
-    folder = Path(source)
+    folder, device = Path(source), device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -49,11 +52,14 @@ def open_trained(source: str, step: int | None, device: str, dtype: str) -> Trai
     if (folder / "config.json").is_file():
         if step is not None:
             raise ValueError(f"--step {step} has no meaning for the exported model {folder}")
-        model, tokenizer, name = load_model(folder, DTYPES[dtype], device), open_tokenizer(folder), folder.name
+        model, tokenizer, name = load_model(folder, getattr(torch, dtype), device), open_tokenizer(folder), folder.name
         checkpoint_name, objective = None, remembered_objective(folder / "config.json", model.config)
     else:
         checkpoint, manifest = find(folder, step)
-        model, name = load_checkpoint(checkpoint, manifest, DTYPES[dtype], device), f"{folder.name}/{checkpoint.name}"
+        model, name = (
+            load_checkpoint(checkpoint, manifest, getattr(torch, dtype), device),
+            f"{folder.name}/{checkpoint.name}",
+        )
         checkpoint_name, objective = checkpoint.name, objective_of(manifest)
         tokenizer = open_tokenizer(folder / manifest.data["tokenizer"]["file"])
     return Trained(model.eval(), tokenizer, name, checkpoint_name, objective)
@@ -90,7 +96,3 @@ def load_checkpoint(folder: Path, manifest: CheckpointManifest, dtype: torch.dty
                 parameters.pop(name).copy_(tensor)
     assert not parameters, f"{folder} lacks {sorted(parameters)}"
     return model
-
-
-def default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"

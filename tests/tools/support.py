@@ -29,7 +29,6 @@ from model.llama import Llama
 from tests.data_prep.support import build_here
 from tests.engine.programs import Run, zero
 from tools import export
-from tools.trained import DTYPES
 from training.manifest import PackingPolicy
 from training.shards import ShardedDataset, open_split
 from training.signals import StopSignal
@@ -145,7 +144,7 @@ def call(main: Callable[[], None], capsys, monkeypatch, *arguments) -> Called:
 
 def exported(run: Path, output: Path, dtype: str) -> Path:
     """`tools.export` of the newest checkpoint."""
-    export.export(run, *find(run), output, DTYPES[dtype], 5 * 10**9)
+    export.export(run, *find(run), output, getattr(torch, dtype), 5 * 10**9)
     return output
 
 

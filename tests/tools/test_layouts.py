@@ -8,8 +8,9 @@ import torch
 
 from bench.equivalence import REFERENCE, default_layouts
 from tests.engine.programs import prepare
-from tools import comparison
-from tools.comparison import DEFAULT_OVERRIDES, DEFAULT_RECIPE, Difference, Tolerance, Weights, compare
+from tools import final_weights
+from tools.comparison import DEFAULT_OVERRIDES, DEFAULT_RECIPE, Difference, Tolerance, compare
+from tools.final_weights import Weights
 from tools.layouts import LaunchFailed, Layout, Setting, Step, parse_layout, plan_layout, rounds_more
 
 FILE = "ds_configs/zero2_fp32.json"
@@ -126,8 +127,8 @@ def test_weights_are_compared_parameter_by_parameter(tmp_path, monkeypatch):
         "wider": kept | {"norm": torch.ones(5)},
         "fewer": {"large": kept["large"]},
     }
-    monkeypatch.setattr(comparison, "find", lambda run: (run, None))
-    monkeypatch.setattr(comparison, "read_weights", lambda run, _: iter(runs[run].items()))
+    monkeypatch.setattr(final_weights, "find", lambda run: (run, None))
+    monkeypatch.setattr(final_weights, "read_weights", lambda run, _: iter(runs[run].items()))
     weights = Weights("kept", tmp_path / "weights")
     assert weights.difference("kept") == 0.0
     assert weights.difference("near") == pytest.approx(0.001, rel=1e-3)
