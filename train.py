@@ -17,19 +17,19 @@ if (ROOT := str(Path(__file__).resolve().parent)) not in sys.path:  # where PYTH
     sys.path.insert(0, ROOT)
 
 from data_prep.command import CommandParser
-from training.config import add_recipe_flags
+from training.config import add_recipe_flags, hints_for_flags
 from training.signals import StopSignal
 
 FLAGS_OF_OTHERS = {
     "--deepspeed": "leave it out, and name the JSON with --deepspeed_config FILE",
-    "--optimizer.learning_rate": "did you mean --optimizer.lr?",
+    "--output_dir": "did you mean --output?",
 }
 
 
 def new_parser(every_flag: bool) -> CommandParser:
     """`every_flag`: whether the help explains each recipe key, or the sections in a line each."""
     paragraphs = __doc__.split("\n\n")
-    parser = CommandParser(description=paragraphs[0], epilog=paragraphs[2], hints=FLAGS_OF_OTHERS)
+    parser = CommandParser(description=paragraphs[0], epilog=paragraphs[2], hints=hints_for_flags() | FLAGS_OF_OTHERS)
     parser.add_argument("--recipe", required=True, help="YAML file: model, optimizer, schedule, limits, seed")
     parser.add_argument("--deepspeed_config", required=True, help="DeepSpeed JSON: ZeRO stage, precision, offload")
     parser.add_argument("--data", required=True, help="folder made by data_prep.build")

@@ -48,10 +48,25 @@ def test_train_help_fits_two_screens():
 
 
 def test_a_flag_that_is_not_known_has_the_nearest_name():
-    flags = ["--optimizer.learning_rate", "1", "--logging.every_steps", "2", "--deepspeed", "ds.json", "--recip", "r"]
+    flags = [
+        "--optimizer.learning_rate",
+        "1",
+        "--per_device_train_batch_size",
+        "2",
+        "--training.lr",
+        "1",
+        "--logging.every_steps",
+        "2",
+        "--deepspeed",
+        "ds.json",
+        "--recip",
+        "r",
+    ]
     done = ask("train.py", *flags)
     assert done.stderr.splitlines() == [
         "error: unknown flag --optimizer.learning_rate: did you mean --optimizer.lr?",
+        "error: unknown flag --per_device_train_batch_size: did you mean --training.micro_batch_samples?",
+        "error: unknown flag --training.lr: did you mean --optimizer.lr?",
         "error: unknown flag --logging.every_steps; did you mean --logging.log_every_steps?",
         "error: unknown flag --deepspeed: leave it out, and name the JSON with --deepspeed_config FILE",
         "error: unknown flag --recip; did you mean --recipe?",

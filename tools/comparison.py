@@ -20,7 +20,7 @@ from rich.progress import Progress as Bars
 from data_prep.command import CommandParser
 from data_prep.progress import LINE_SECONDS, console, say
 from tools.layouts import LaunchFailed, Setting, Step, rounds_more
-from training.config import add_recipe_flags
+from training.config import add_recipe_flags, hints_for_flags
 
 if TYPE_CHECKING:
     from engine.plan import RunPlan
@@ -67,7 +67,7 @@ class Tolerance(NamedTuple):
 
 def new_parser(program: str, text: str) -> argparse.ArgumentParser:
     """A parser whose help is `text`, which shows the command's usage."""
-    return CommandParser(prog=program, usage=f"{program} [options]", description=text)
+    return CommandParser(prog=program, usage=f"{program} [options]", description=text, hints=hints_for_flags())
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from model.config import ModelConfig
 from model.hf_config import left_out, read_hf_config
+from training.foreign_names import TRANSFORMERS_NAMES
 from training.schedule import ScheduleConfig
 from training.sections import DataConfig, MetricsConfig, ObjectiveConfig, OptimizerConfig, StageConfig
 
@@ -266,7 +267,9 @@ def _sentence(path: Path, overrides: dict[str, str], problem: dict[str, Any]) ->
     given = dotted in overrides or (location[:1] == ["stages"] and "stages" in overrides)
     where = f"--{dotted}" if given else f"{path}: {dotted}"
     if problem["type"] == "extra_forbidden":
-        return f"{where}: unknown key{did_you_mean(location[-1], _known_keys(location[:-1]))}"
+        elsewhere = "stages" not in location and _key_elsewhere(location[-1])
+        known = did_you_mean(location[-1], _known_keys(location[:-1]))
+        return f"{where}: unknown key{f'; did you mean {elsewhere!r}?' if elsewhere else known}"
     if problem["type"] == "missing":
         return f"{path}: {dotted} is required"
     message = problem["msg"].removeprefix("Value error, ")
@@ -283,6 +286,21 @@ def _known_keys(parents: list[str]) -> list[str]:
     field = Recipe.model_fields.get(parents[0])
     extra = ["config_json"] if parents[0] == "model" else []
     return [*field.annotation.model_fields, *extra] if field and len(parents) == 1 else []
+
+
+def _key_elsewhere(key: str) -> str | None:
+    """The dotted key that `transformers` calls so, or the only one of that name in any section."""
+    sections = [name for name in Recipe.model_fields if name != "stages" and key in _known_keys([name])]
+    return TRANSFORMERS_NAMES.get(key, f"{sections[0]}.{key}" if len(sections) == 1 else None)
+
+
+def hints_for_flags() -> dict[str, str]:
+    """Sentences, for `CommandParser`, about flags whose key is in another section or has another name here."""
+    fields = {key for section in Recipe.model_fields for key in _known_keys([section])}
+    places = {key: _key_elsewhere(key) for key in fields | TRANSFORMERS_NAMES.keys()}
+    prefixes = ["--", *(f"--{section}." for section in Recipe.model_fields)]
+    flags = {f"{prefix}{key}": f"--{place}" for key, place in places.items() if place for prefix in prefixes}
+    return {flag: f"did you mean {right}?" for flag, right in flags.items() if flag != right}
 
 
 def did_you_mean(key: str, known: list[str]) -> str:

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from training.config import Recipe, add_recipe_flags, load_recipe
+from training.foreign_names import TRANSFORMERS_NAMES
 from training.sections import StageConfig
 
 SHIPPED = sorted(Path("recipes").glob("*.yaml"))
@@ -74,6 +75,32 @@ optimizer: {lr: -1}
     assert any(line.startswith("recipe.yaml: optimizer.lr:") and "-1" in line for line in found)
     assert any(line.startswith("--data.num_workers:") for line in found)
     assert len(found) == 8
+
+
+@pytest.mark.parametrize(
+    ("key", "right"),
+    [
+        ("optimizer.learning_rate", "optimizer.lr"),
+        ("training.learning_rate", "optimizer.lr"),
+        ("training.logging_steps", "logging.log_every_steps"),
+        ("checkpoint.save_total_limit", "checkpoint.keep_last"),
+        ("training.max_grad_norm", "optimizer.max_grad_norm"),
+        ("training.gradient_checkpointing", "training.activation_checkpointing"),
+        ("model.seed", "training.seed"),
+        ("save_steps", "checkpoint.every_steps"),
+    ],
+)
+def test_names_of_transformers_and_of_other_sections_lead_to_the_key(tmp_path, key, right):
+    tree = yaml.safe_load(MINIMAL)
+    section, _, name = key.rpartition(".")
+    (tree.setdefault(section, {}) if section else tree)[name] = 1
+    assert f"recipe.yaml: {key}: unknown key; did you mean {right!r}?" in problems(tmp_path, yaml.dump(tree))
+
+
+def test_what_other_names_lead_to_is_a_key(tmp_path):
+    for right in TRANSFORMERS_NAMES.values():
+        section, key = right.split(".")
+        assert key in Recipe.model_fields[section].annotation.model_fields
 
 
 @pytest.mark.parametrize(
