@@ -13,6 +13,11 @@ same command continues: finished units are kept, the rest is done, packing (seco
 (data_prep/finish.py) alone make another data set of the same token store: data_prep/repack.py.
 """
 
+if __name__ == "__main__":
+    from data_prep.command import run_module
+
+    run_module("data_prep.build")
+
 import argparse
 import importlib.metadata
 import time
@@ -20,9 +25,10 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from data_prep.command import CommandParser, run_command
+from data_prep.command import CommandParser
 from data_prep.encode import Work, choose_encoder
 from data_prep.finish import Tokenized, finish, foresee_export
+from data_prep.ledger import Ledger, read_ledger
 from data_prep.plan import (
     TOKENIZER_FOLDER,
     TOKENS_FOLDER,
@@ -38,8 +44,7 @@ from data_prep.plan import (
 )
 from data_prep.progress import Progress, say
 from data_prep.sources import parse_sources
-from data_prep.store import Ledger, read_ledger
-from data_prep.summary import print_summary
+from data_prep.summary import by_reason, left_out_words, print_summary
 from data_prep.tokenizer import Tokenizer, open_tokenizer
 from data_prep.workers import encode_units
 from training.manifest import MANIFEST_FILE, Manifest, read_manifest
@@ -51,6 +56,8 @@ def build(
     """Run all steps that are still to be done and return the manifest."""
     with locked(output):
         plan.adopt(output)
+        for words in left_out_words(by_reason(plan.left_out)):
+            say(words)
         if (output / MANIFEST_FILE).exists():
             say(f"{output} is already complete")
             return read_manifest(output)
@@ -64,6 +71,7 @@ def build(
             ledgers=ledgers,
             unit_sources=plan.unit_sources(),
             inputs=plan.input_hashes([ledger.input_sha256 for ledger in ledgers]),
+            left_out=by_reason([*plan.left_out, *(entry for ledger in ledgers for entry in ledger.left_out)]),
             created_by={name: importlib.metadata.version(name) for name in ("sentencepiece", "tokenizers")},
             own_code=own_code,
         )
@@ -75,6 +83,8 @@ def _tokenize(
 ) -> list[Ledger]:
     tokens = output / TOKENS_FOLDER
     done = {u.index: ledger for u in plan.units if (ledger := read_ledger(tokens, u.index, plan.sha256))}
+    if on_error == "fail":  # what an earlier run with "skip" left out must be found again
+        done = {unit: ledger for unit, ledger in done.items() if not ledger.skipped}
     todo = unfinished(plan.units, done)
     if todo:
         fields = plan.options.text_field, plan.options.id_field
@@ -85,11 +95,7 @@ def _tokenize(
             progress.resume_at(sum(plan.units[unit].size for unit in done))
             for ledger in encode_units(work, todo, workers, progress):
                 done[ledger.unit] = ledger
-    ledgers = [done[unit.index] for unit in plan.units]
-    skipped = [example for ledger in ledgers for example in ledger.examples]
-    if skipped and on_error == "fail":
-        raise ValueError(f"{skipped[0]}; an earlier run with --on-error skip left such records out, this one must not")
-    return ledgers
+    return [done[unit.index] for unit in plan.units]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -138,7 +144,3 @@ def main() -> None:
     plan = Plan(parse_sources(arguments.input, arguments.source), options, tokenizer)
     manifest = build(plan, tokenizer, arguments.output, arguments.workers, arguments.on_error, arguments.encoder)
     print_summary(manifest, arguments.output, time.monotonic() - started)
-
-
-if __name__ == "__main__":
-    run_command(main)

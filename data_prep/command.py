@@ -1,15 +1,22 @@
-"""What every command of this package does the same way: one sentence for bad input, no traceback, exit code 2."""
+"""What every command of this package does the same way: one sentence for bad input, no traceback, exit code 2.
+
+Imports only the standard library, so that `run_module` has taken charge before anything slow is imported.
+"""
 
 import argparse
 import difflib
 import errno
+import importlib
+import io
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
 from typing import NoReturn
 
 OTHERS_FIRST_SECONDS = 10.0
+INTERRUPTED = "interrupted: run the same command again to continue"
 
 DISK_ERRORS = {
     errno.ENOSPC: "no space is left on the device",
@@ -18,14 +25,36 @@ DISK_ERRORS = {
 }
 
 
+def run_module(name: str) -> None:
+    """Import the module `name` and run its `main` as `run_command` does; Ctrl-C ends the import in the same way.
+
+    A command's file calls this first, above its imports, when it is run with `python -m`.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a background job's ignored one stays ignored
+        signal.signal(signal.SIGINT, _end_import)
+    main = importlib.import_module(name).main
+    if signal.getsignal(signal.SIGINT) is _end_import:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    run_command(main)
+
+
+def _end_import(number: int, frame) -> None:
+    """Nothing is open yet, and an exception could be swallowed or turned into another by the library being imported."""
+    os.write(sys.stderr.fileno(), f"{INTERRUPTED}\n".encode())
+    os._exit(130)
+
+
 def run_command(command: Callable[[], None]) -> None:
     """Run `command` and end the process: 0 after success, 2 after bad input, 130 after Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):  # a file's name need not be UTF-8
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         command()
         sys.stdout.flush()
         status = 0
     except KeyboardInterrupt:
-        print("interrupted: run the same command again to continue", file=sys.stderr)
+        print(INTERRUPTED, file=sys.stderr)
         status = 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

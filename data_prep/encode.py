@@ -17,9 +17,11 @@ import numpy as np
 import psutil
 import xxhash
 
-from data_prep.documents import Document, Problems, read_unit
-from data_prep.sources import InputFile, Unit, hash64
-from data_prep.store import DocumentBatch, Ledger, unit_path, write_ledger, write_unit
+from data_prep.documents import read_unit
+from data_prep.ledger import Ledger, unit_path, write_ledger
+from data_prep.records import Document, InputFile, Problems, Unit
+from data_prep.sources import hash64
+from data_prep.store import DocumentBatch, write_unit
 from data_prep.tokenizer import Tokenizer, open_tokenizer
 
 BATCH_CHARACTERS = 1 << 20
@@ -208,6 +210,7 @@ class UnitEncoder:
             file_bytes=size,
             skipped=dict(sorted(problems.reasons.items())),
             examples=problems.examples,
+            left_out=problems.left_out,
             disagreed=disagreed,
             **counts,
         )

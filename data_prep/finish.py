@@ -17,15 +17,16 @@ from typing import NamedTuple
 import numpy as np
 
 from data_prep.cut import Breaks, count_cuts, structure_windows
+from data_prep.ledger import Ledger
 from data_prep.pack import Packing, pack, write_split
 from data_prep.plan import TOKENS_FOLDER, PackingPlan
 from data_prep.progress import Progress, say
 from data_prep.sentencepiece_json import needs_own_code
-from data_prep.store import LEFT_OUT, SPLITS, Columns, Ledger, TokenStore, read_columns, write_index
+from data_prep.store import LEFT_OUT, SPLITS, Columns, TokenStore, read_columns, write_index
 from data_prep.summary import statistics
 from data_prep.token_bytes import token_bytes
 from data_prep.tokenizer import Tokenizer
-from training.manifest import Manifest, SourceRows
+from training.manifest import LeftOutFiles, Manifest, SourceRows
 from training.shards import ShardWriter, write_manifest
 
 
@@ -36,6 +37,7 @@ class Tokenized(NamedTuple):
     unit_sources: list[int]
     inputs: dict[str, str]
     created_by: dict[str, str]
+    left_out: dict[str, LeftOutFiles]
     own_code: str | None
     """Why an export of the tokenizer has to come with code that runs it, if it has to."""
     repacked_from: str | None = None
@@ -70,6 +72,7 @@ def finish(plan: PackingPlan, tokenizer: Tokenizer, tokenizer_file: Path, output
         seed=plan.options.seed,
         splits=_write_rows(plan, tokenizer, output, packings),
         statistics=numbers,
+        left_out=made.left_out,
     )
     return write_manifest(output, manifest)
 

@@ -9,6 +9,11 @@ a terminal) or put in ⟦ ⟧. Rows are counted from 0, over all sources in the 
 within --source. Every cut is shown with its kind (data_prep/cut.py) and the text on both sides, line ends as ⏎.
 """
 
+if __name__ == "__main__":
+    from data_prep.command import run_module
+
+    run_module("data_prep.inspect")
+
 import sys
 from pathlib import Path
 
@@ -17,10 +22,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from data_prep.command import CommandParser, run_command
+from data_prep.command import CommandParser
 from data_prep.cut import Breaks
 from data_prep.store import TokenStore
-from data_prep.summary import cut_words
+from data_prep.summary import cut_words, left_out_words
 from data_prep.token_bytes import token_bytes
 from data_prep.tokenizer import Tokenizer, open_tokenizer
 from training.manifest import Manifest, read_manifest
@@ -53,6 +58,8 @@ def show_overview(directory: Path, manifest: Manifest) -> None:
         console.print(f"padding      {rows['padding'] / rows['row_tokens']:.3%} of {split}")
         if any(rows.get("cuts", {}).values()):
             console.print(f"             {cut_words(rows['cuts'])}")
+    for words in left_out_words(manifest.left_out):
+        console.print(words.replace(": ", "     ", 1), markup=False)
     console.print(f"tokenizer    {tokenizer.type}, {tokenizer.vocab_size:,} entries, ids as {manifest.dtype}")
     again = f", from the token store of {manifest.repacked_from}" if manifest.repacked_from else ""
     console.print(f"created      {manifest.created_at}{again}")
@@ -163,7 +170,3 @@ def main() -> None:
         show_document(arguments.data, manifest, arguments.document)
     else:
         show_overview(arguments.data, manifest)
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from data_prep.sources import InputFile, Source, Unit, plan_units
+from data_prep.find import Source
+from data_prep.ledger import has_documents, take_over_units
+from data_prep.progress import say
+from data_prep.records import InputFile, Unit
+from data_prep.sources import plan_units
 from data_prep.tokenizer import Tokenizer
 from training.manifest import MANIFEST_FILE, PackingPolicy, write_atomically
 
@@ -94,7 +99,8 @@ class PackingPlan:
     def adopt(self, output: Path) -> None:
         """Take possession of an output folder: store the plan, or compare it with the one there.
 
-        Units whose input was modified since, without its size changing, lose their ledger and are done again.
+        Units whose input was modified since, without its size changing, lose their ledger and are done again. An unfinished
+        data set takes another plan where nothing is lost by it: units are kept if only their packing or split is another.
         """
         try:
             there, before = read_plan(output)
@@ -107,11 +113,17 @@ class PackingPlan:
                     f"{output} is not empty and no build of this program ({strangers[0]}): choose another --output"
                 ) from None
             there, before = None, self.times
-        if there is not None and (differences := list(_differences(there, json.loads(json.dumps(self.content))))):
-            raise ValueError(
-                f"{output} was begun with another plan ({'; '.join(differences)}): "
-                "repeat that command to continue it, or choose another --output"
-            )
+        here = json.loads(json.dumps(self.content))
+        if there is not None and (differences := list(_differences(there, here))):
+            if not _gives_way(output, there, here):
+                raise ValueError(
+                    f"{output} was begun with another plan ({'; '.join(differences)}): "
+                    "repeat that command to continue it, or choose another --output"
+                )
+            say(f"{output}, begun with another plan ({'; '.join(differences)}), takes this one")
+            take_over_units(output / TOKENS_FOLDER, plan_hash(there), self.sha256 if _same_units(there, here) else None)
+            shutil.rmtree(output / TOKENIZER_FOLDER, ignore_errors=True)
+            there, before = None, self.times if not _same_units(there, here) else before
         changed = {path for path, time in self.times.items() if before.get(path, time) != time}
         if changed and (output / MANIFEST_FILE).exists():
             raise ValueError(
@@ -130,7 +142,7 @@ class Plan(PackingPlan):
     """The plan of a build: the above and the units of work that its input is cut into."""
 
     def __init__(self, sources: list[Source], options: BuildOptions, tokenizer: Tokenizer):
-        self.units, self.files = plan_units(sources, options.unit_bytes)
+        self.units, self.files, self.left_out = plan_units(sources, options.unit_bytes)
         source_files = {source.name: self._files_of(source.name) for source in sources}
         content = {
             "version": PLAN_VERSION,
@@ -167,6 +179,22 @@ class Plan(PackingPlan):
         for unit, unit_hash in zip(self.units, unit_hashes, strict=True):
             digests[unit.source].update(unit_hash.encode())
         return {name: digest.hexdigest() for name, digest in digests.items()}
+
+
+AFTER_UNITS = ("packing", "validation_fraction", "deduplicate")
+"""What of a plan decides nothing about the units of its token store."""
+
+
+def _same_units(there: dict, here: dict) -> bool:
+    one, other = ({key: value for key, value in plan.items() if key not in AFTER_UNITS} for plan in (there, here))
+    return one == other
+
+
+def _gives_way(output: Path, there: dict, here: dict) -> bool:
+    """May a data set of another plan be replaced? Not a finished one, nor one whose units would be lost."""
+    if (output / MANIFEST_FILE).exists():
+        return False
+    return _same_units(there, here) or not has_documents(output / TOKENS_FOLDER)
 
 
 def plan_hash(content: dict[str, Any]) -> str:

@@ -8,6 +8,11 @@ hard links to the files of DATA (copies on another file system), so either may b
 a damaged store is refused. After an interruption the same command continues.
 """
 
+if __name__ == "__main__":
+    from data_prep.command import run_module
+
+    run_module("data_prep.repack")
+
 import os
 import shutil
 import time
@@ -15,8 +20,10 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from data_prep.command import CommandParser, run_command
+from data_prep.command import CommandParser
+from data_prep.find import Source
 from data_prep.finish import Tokenized, finish, foresee_export
+from data_prep.ledger import Ledger, read_ledger, unit_path, write_ledger
 from data_prep.plan import (
     PLAN_FILE,
     PLAN_VERSION,
@@ -32,8 +39,7 @@ from data_prep.plan import (
     remove_leftovers,
 )
 from data_prep.progress import Progress, say
-from data_prep.sources import Source
-from data_prep.store import INDEX_FILE, Ledger, TokenStore, read_ledger, unit_path, write_ledger
+from data_prep.store import INDEX_FILE, TokenStore
 from data_prep.summary import print_summary
 from data_prep.tokenizer import open_tokenizer
 from data_prep.verify import tokenizer_problem, unit_problem
@@ -64,6 +70,7 @@ def repack(data: Path, policy: PackingPolicy, output: Path) -> Manifest:
             unit_sources=[source for _, source in store.units],
             inputs=origin.inputs,
             created_by=origin.created_by,
+            left_out=origin.left_out,
             own_code=own_code,
             repacked_from=origin.fingerprint,
         )
@@ -169,7 +176,3 @@ def main() -> None:
     policy = packing_from(arguments, read_manifest(arguments.data).packing)
     manifest = repack(arguments.data, policy, arguments.output)
     print_summary(manifest, arguments.output, time.monotonic() - started)
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -27,37 +27,15 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict
 
-from training.manifest import publish, write_atomically
+from data_prep.ledger import unit_path
+from training.manifest import publish
 
 INDEX_FILE = "index.arrow"
 SPLITS = ("train", "validation")
 LEFT_OUT = len(SPLITS)  # the split number of a duplicate that was removed
 OPEN_UNITS = 64
 INDEX_SCHEMA = {"length": pa.int64(), "nbytes": pa.int64(), "source": pa.uint16(), "split": pa.uint8()}
-
-
-class Ledger(BaseModel):
-    """What is known of a finished unit."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    unit: int
-    plan_sha256: str
-    input_sha256: str
-    sha256: str
-    file_bytes: int
-    documents: int = 0
-    text_bytes: int = 0
-    tokens: int = 0
-    unknown: int = 0
-    fallback: int = 0
-    empty: int = 0
-    skipped: dict[str, int] = {}
-    examples: list[str] = []
-    disagreed: bool = False
-    """The accelerated encoder gave other ids, so the reference encoder did the unit."""
 
 
 class DocumentBatch(NamedTuple):
@@ -73,10 +51,6 @@ def unit_schema(dtype: np.dtype) -> pa.Schema:
     tokens = pa.large_list(pa.field("item", pa.from_numpy_dtype(dtype), nullable=False))
     columns = {"tokens": tokens, "key": pa.string(), "nbytes": pa.int64()}
     return pa.schema(columns | {"key_hash": pa.uint64(), "text_hash": pa.binary(16)})
-
-
-def unit_path(folder: Path, unit: int) -> Path:
-    return folder / f"unit-{unit:05d}.arrow"
 
 
 @contextmanager
@@ -130,21 +104,6 @@ def _offsets(lengths: Sequence[int] | np.ndarray, dtype) -> np.ndarray:
     offsets = np.zeros(len(lengths) + 1, dtype)
     np.cumsum(lengths, out=offsets[1:])
     return offsets
-
-
-def write_ledger(folder: Path, ledger: Ledger) -> None:
-    write_atomically(unit_path(folder, ledger.unit).with_suffix(".json"), ledger.model_dump_json(indent=1).encode())
-
-
-def read_ledger(folder: Path, unit: int, plan_sha256: str) -> Ledger | None:
-    """The ledger of a unit if it is finished, belongs to this plan, and its file has the size it says."""
-    path = unit_path(folder, unit)
-    try:
-        ledger = Ledger.model_validate_json(path.with_suffix(".json").read_bytes())
-        intact = ledger.plan_sha256 == plan_sha256 and path.stat().st_size == ledger.file_bytes
-    except (OSError, ValueError):
-        return None
-    return ledger if intact else None
 
 
 class Columns(NamedTuple):

@@ -1,6 +1,7 @@
 """Statistics of a data set: what the manifest keeps of them, and the table that ends a build."""
 
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,15 @@ from rich.console import Console
 from rich.table import Table
 
 from data_prep.cut import KINDS
+from data_prep.ledger import Ledger
 from data_prep.pack import Packing
-from data_prep.store import LEFT_OUT, Columns, Ledger
-from training.manifest import Manifest
+from data_prep.records import LeftOut, printable
+from data_prep.store import LEFT_OUT, Columns
+from training.manifest import LeftOutFiles, Manifest
 
 PERCENTILES = (1, 10, 50, 90, 99)
 EXAMPLES = 5
+NAMES_KEPT, NAMES_SHOWN = 100, 5
 
 
 def statistics(
@@ -72,6 +76,28 @@ def _row_statistics(packings: list[Packing]) -> dict[str, int]:
     }
 
 
+def by_reason(left_out: Iterable[LeftOut]) -> dict[str, LeftOutFiles]:
+    """What of the input was not read, the reasons in alphabetical order."""
+    reasons: dict[str, list[LeftOut]] = {}
+    for entry in left_out:
+        reasons.setdefault(entry.reason, []).append(entry)
+    return {
+        reason: LeftOutFiles(
+            files=sum(entry.files for entry in entries),
+            bytes=sum(entry.size for entry in entries),
+            names=[printable(entry.path) for entry in entries[:NAMES_KEPT]],
+        )
+        for reason, entries in sorted(reasons.items())
+    }
+
+
+def left_out_words(reasons: dict[str, LeftOutFiles]) -> Iterator[str]:
+    """Such as "not read: 3 files (1.2 MB), hidden: notes/.a, notes/.b, ..."."""
+    for reason, entry in reasons.items():
+        names = ", ".join(entry.names[:NAMES_SHOWN]) + (", ..." if len(entry.names) > NAMES_SHOWN else "")
+        yield f"not read: {entry.files:,} file{'s' * (entry.files != 1)} ({entry.bytes:,} bytes), {reason}: {names}"
+
+
 def print_summary(manifest: Manifest, output: Path, seconds: float) -> None:
     numbers: Any = manifest.statistics
     given, lengths = numbers["input"], numbers["document_tokens"]
@@ -86,13 +112,15 @@ def print_summary(manifest: Manifest, output: Path, seconds: float) -> None:
         "unknown / byte fallback",
         f"{_share(given, 'unknown_tokens')} / {_share(given, 'byte_fallback_tokens')} of tokens",
     )
-    removed = "removed" if given["duplicates_removed"] else "kept; --deduplicate removes them"
+    removed = "removed" if given["duplicates_removed"] else "kept; --deduplicate, with another --output, removes them"
     add("exact duplicates", f"{given['duplicates']:,}" + (f" ({removed})" if given["duplicates"] else ""))
     if given["repeated_keys"]:
         add("repeated keys", f"{given['repeated_keys']:,}")
     add("left out", f"{given['empty']:,} empty" + "".join(f", {n:,} {why}" for why, n in given["skipped"].items()))
     for example in given["skipped_examples"]:
         add("", example)
+    for words in left_out_words(manifest.left_out):
+        add(*words.split(": ", 1))
     for name, rows in numbers["rows"].items():
         cut = f"{rows['documents_cut']:,} documents cut ({rows['documents_cut_though_fitting']:,} that would fit)"
         dropped = f", {rows['tokens_dropped']:,} tokens dropped" if rows["tokens_dropped"] else ""

@@ -6,6 +6,11 @@ BOS and EOS mark document boundaries and are added by whoever stores documents, 
 spells a control token, such as `</s>`, is encoded as the characters it consists of.
 """
 
+if __name__ == "__main__":
+    from data_prep.command import run_module
+
+    run_module("data_prep.tokenizer")
+
 import hashlib
 import json
 from abc import ABC, abstractmethod
@@ -15,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from data_prep.command import run_command
 from data_prep.tokenizer_files import (
     CONFIG_FILE,
     JSON_FILE,
@@ -25,7 +29,7 @@ from data_prep.tokenizer_files import (
     copy_companions,
     read_config,
 )
-from data_prep.tokenizer_training import main
+from data_prep.tokenizer_training import main  # noqa: F401 (what `python -m data_prep.tokenizer` runs)
 from training.manifest import TokenizerInfo, token_dtype, write_atomically
 
 LONG_TEXT_CHARACTERS = 1 << 12
@@ -300,7 +304,3 @@ def _content(path: Path) -> bytes:
     if not content:
         raise ValueError(f"{path} is empty")
     return content
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -7,9 +7,11 @@ from pathlib import Path
 import sentencepiece
 
 from data_prep.command import CommandParser, DefaultsInHelp
-from data_prep.documents import Problems, read_unit
+from data_prep.documents import read_unit
 from data_prep.progress import Progress, say
+from data_prep.records import Problems
 from data_prep.sources import hash64, parse_sources, plan_units
+from data_prep.summary import by_reason, left_out_words
 from data_prep.tokenizer_files import MODEL_FILE
 from training.manifest import write_atomically
 
@@ -96,7 +98,7 @@ def main() -> None:
         )
 
     inputs = parse_sources(arguments.input, [])
-    units, files = plan_units(inputs)
+    units, files, left_out = plan_units(inputs)
     share = min(1.0, arguments.sample_megabytes * 1e6 / max(1, sum(file.size for file in files)))
     problems = Problems(arguments.on_error)
     sampled = 0
@@ -115,6 +117,8 @@ def main() -> None:
     model = train(texts(), arguments.vocab_size, arguments.workers, arguments.character_coverage)
     arguments.output.mkdir(parents=True, exist_ok=True)
     write_atomically(arguments.output / MODEL_FILE, model)
+    for words in left_out_words(by_reason([*left_out, *problems.left_out])):
+        say(words)
     if problems.count:
         say(f"skipped {problems.count:,} bad records, the first: {problems.examples[0]}")
     say(f"wrote {arguments.output / MODEL_FILE} ({arguments.vocab_size:,} entries, {sampled:,} characters read)")

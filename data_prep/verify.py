@@ -7,16 +7,22 @@ place, schema and row count (milliseconds a shard). With --full also the SHA-256
 the exit code is 0 only if there is none.
 """
 
+if __name__ == "__main__":
+    from data_prep.command import run_module
+
+    run_module("data_prep.verify")
+
 import hashlib
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_prep.command import CommandParser, run_command
+from data_prep.command import CommandParser
+from data_prep.ledger import Ledger
 from data_prep.plan import TOKENS_FOLDER
 from data_prep.progress import Progress
-from data_prep.store import INDEX_FILE, Ledger, TokenStore
+from data_prep.store import INDEX_FILE, TokenStore
 from training.manifest import Manifest, read_manifest
 from training.shards import ShardedDataset
 
@@ -126,7 +132,3 @@ def main() -> None:
     how = "every byte hashed" if arguments.full else "sizes and structure; --full also hashes every byte"
     print(f"{arguments.data} is intact: {rows:,} rows in {len(shards):,} shards, {checked / 1e6:,.1f} MB ({how})")
     print(f"fingerprint {manifest.fingerprint}")
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -11,9 +11,9 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager
 
 from data_prep.encode import UnitEncoder, Work
+from data_prep.ledger import Ledger
 from data_prep.progress import Progress
-from data_prep.sources import Unit
-from data_prep.store import Ledger
+from data_prep.records import Unit
 
 _encoder: UnitEncoder | None = None  # of a worker process
 

@@ -1,8 +1,9 @@
 """The manifest of a prepared data set: what it holds, how it was made, and the fingerprint that identifies it.
 
 `manifest.json` is written last and atomically, so a folder without one is not a data set. Its fingerprint is the
-SHA-256 of the canonical JSON of everything in it except the creation time, where it was packed again from, and itself;
-because the hashes of inputs, tokenizer and shards are part of that JSON, another byte anywhere is another fingerprint.
+SHA-256 of the canonical JSON of everything in it except the creation time, where it was packed again from, what of the
+input was left out, and itself; because the hashes of inputs, tokenizer and shards are part of that JSON, another byte
+anywhere is another fingerprint.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints,
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 CUT_TOLERANCE = 0.0625
-NOT_FINGERPRINTED = frozenset({"created_at", "repacked_from", "fingerprint"})
+NOT_FINGERPRINTED = frozenset({"created_at", "repacked_from", "left_out", "fingerprint"})
 
 SourceName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -134,6 +135,15 @@ class SourceRows(Record):
         return self
 
 
+class LeftOutFiles(Record):
+    """What of the input was not read, for one reason."""
+
+    files: Count
+    bytes: Count
+    names: list[str]
+    """The first of them."""
+
+
 class Manifest(Record):
     format_version: int = FORMAT_VERSION
     created_at: str
@@ -151,6 +161,8 @@ class Manifest(Record):
     seed: Count
     splits: dict[str, dict[SourceName, SourceRows]]
     statistics: dict[str, JsonValue] = {}
+    left_out: dict[str, LeftOutFiles] = {}
+    """By reason, files (and ends of files) of the input that were not read."""
     fingerprint: str = ""
 
     @property

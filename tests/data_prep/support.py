@@ -13,8 +13,9 @@ import mistral_common
 from hypothesis import strategies as st
 
 from data_prep.build import build
+from data_prep.documents import Document, Problems, read_unit
 from data_prep.plan import BuildOptions, Plan
-from data_prep.sources import parse_sources
+from data_prep.sources import parse_sources, plan_units
 from data_prep.tokenizer import open_tokenizer
 from training.manifest import Manifest, PackingPolicy
 
@@ -57,6 +58,21 @@ def build_here(
     opened = open_tokenizer(tokenizer)
     sources = parse_sources([str(path) for path in inputs], [])
     return build(Plan(sources, chosen, opened), opened, output, workers, on_error, encoder)
+
+
+def read(
+    *places, on_error="fail", unit_bytes=None, text_field="text", id_field=None
+) -> tuple[list[Document], Problems]:
+    """The documents of files and folders, in order."""
+    units, files, *_ = plan_units(parse_sources([str(place) for place in places], []), unit_bytes)
+    problems = Problems(on_error)
+    found = [d for unit in units for d in read_unit(unit, files, text_field, id_field, problems)]
+    return found, problems
+
+
+def left_out_of(*places) -> list:
+    """What lies there and is not read."""
+    return plan_units(parse_sources([str(place) for place in places], []))[2]
 
 
 def command(module: str, *arguments, **environment: str) -> tuple[list[str], dict]:

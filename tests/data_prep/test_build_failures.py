@@ -1,5 +1,6 @@
 """Odd input, refusals, and failures of the machine."""
 
+import gzip
 import json
 import os
 import re
@@ -122,6 +123,99 @@ def test_options_that_make_no_sense(prose, tokenizer_folder, tmp_path):
     assert not (tmp_path / "data").exists()
 
 
+@pytest.mark.parametrize(
+    ("texts", "options", "words", "remedy"),
+    [
+        (["only"], {}, "--validation-fraction 0 does without", {"validation_fraction": 0}),
+        (["a", "b"], {"tail": "drop"}, "use --tail pad or a smaller --seq-length", {"tail": "pad"}),
+        (["a", "b"], {"tail": "drop"}, "use --tail pad or a smaller --seq-length", {"tail": "drop", "seq_length": 1}),
+    ],
+)
+def test_the_remedy_that_a_refusal_names_works_in_the_same_folder(
+    tmp_path, tokenizer_folder, texts, options, words, remedy
+):
+    path, output = write_lines(tmp_path / "a.jsonl", [{"text": text} for text in texts]), tmp_path / "data"
+    with pytest.raises(ValueError, match=words):
+        build_here([path], tokenizer_folder, output, **{"policy": "concat"} | options)
+    build_here([path], tokenizer_folder, output, **{"policy": "concat"} | remedy)
+    build_here([path], tokenizer_folder, tmp_path / "fresh", **{"policy": "concat"} | remedy)
+    assert contents(output) == contents(tmp_path / "fresh")
+
+
+def test_what_was_left_out_once_is_an_error_without_skip(tmp_path, tokenizer_folder):
+    path, output = write_lines(tmp_path / "a.jsonl", [{"text": f"text {i}"} for i in range(9)]), tmp_path / "data"
+    path.write_bytes(path.read_bytes() + b"nonsense\n" + path.read_bytes())
+    build_here([path], tokenizer_folder, output, on_error="skip", unit_bytes=50)
+    (output / "manifest.json").unlink()  # as if the build had been interrupted
+    with pytest.raises(ValueError, match=r"a.jsonl line 10: invalid JSON .*; --on-error skip leaves such records out"):
+        build_here([path], tokenizer_folder, output, unit_bytes=50)
+    build_here([path], tokenizer_folder, output, on_error="skip", unit_bytes=50)
+    build_here([path], tokenizer_folder, tmp_path / "fresh", on_error="skip", unit_bytes=50)
+    assert contents(output) == contents(tmp_path / "fresh")
+
+
+def test_an_unfinished_data_set_keeps_its_units(tmp_path, tokenizer_folder):
+    records = [{"text": f"text {i}"} for i in range(50)]
+    path, output = write_lines(tmp_path / "a.jsonl", records), tmp_path / "data"
+    build_here([path], tokenizer_folder, output, unit_bytes=200)
+    (output / "manifest.json").unlink()  # as if the build had been interrupted
+    units = {unit: unit.stat().st_mtime_ns for unit in (output / "tokens").glob("unit-*.arrow")}
+    for change in ({"seed": 1}, {"text_field": "body"}, {"unit_bytes": 300}):
+        with pytest.raises(ValueError, match="was begun with another plan"):
+            build_here([path], tokenizer_folder, output, **{"unit_bytes": 200} | change)
+    with pytest.raises(ValueError, match=r"sources.documents.files differ"):
+        build_here([write_lines(tmp_path / "b.jsonl", records[:-1])], tokenizer_folder, output, unit_bytes=200)
+    build_here([path], tokenizer_folder, output, unit_bytes=200, seq_length=64)  # only packed in another way
+    assert {unit: unit.stat().st_mtime_ns for unit in (output / "tokens").glob("unit-*.arrow")} == units
+    build_here([path], tokenizer_folder, tmp_path / "fresh", unit_bytes=200, seq_length=64)
+    assert contents(output) == contents(tmp_path / "fresh")
+
+
+# --- what lies beside the documents -----------------------------------------------------------------------------------
+
+
+def test_what_is_not_read_is_named_wherever_a_data_set_is_described(prose, tokenizer_folder, tmp_path):
+    """The output, too, may lie in the input. None of it decides the fingerprint."""
+    folder = tmp_path / "documents"
+    folder.mkdir()
+    (folder / "prose.jsonl").symlink_to(prose)
+    small = gzip.compress(b'{"text": "a"}\n') + b"rubbish"
+    (folder / "small.jsonl.gz").write_bytes(small)
+    words = ["--input", folder, "--tokenizer", tokenizer_folder, "--seq-length", 128, "--workers", 1]
+    clean = run("build", *words, "--output", folder / "data")
+    assert clean.returncode == 0, clean.stderr
+    behind = f"not read     1 file (7 bytes), something else behind compressed data: {folder / 'small.jsonl.gz'}"
+    assert behind in lines_of(clean.stdout)
+    assert "already complete" in run("build", *words, "--output", folder / "data").stderr
+    os.mkfifo(folder / "pipe.jsonl")
+    (folder / "notes.doc").write_text("12345")
+    (folder / os.fsdecode(b"\xff.doc")).write_text("12345")
+    done = run("build", *words, "--output", tmp_path / "data", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert done.returncode == 0, done.stderr
+    manifest = read_manifest(tmp_path / "data")
+    assert manifest.fingerprint == read_manifest(folder / "data").fingerprint
+    size = sum(path.stat().st_size for path in (folder / "data").rglob("*") if path.is_file())
+    count = sum(path.is_file() for path in (folder / "data").rglob("*"))
+    named = [
+        f"not read     1 file (0 bytes), a FIFO: {folder / 'pipe.jsonl'}",
+        f"not read     {count} files ({size:,} bytes), a data set of this program: {folder / 'data'}",
+        f"not read     2 files (10 bytes), none of the known suffixes: {folder / 'notes.doc'}, {folder}/\\udcff.doc",
+        behind,
+    ]
+    assert [line for line in named if line not in lines_of(done.stdout)] == [], done.stdout
+    again = run("repack", tmp_path / "data", "--seq-length", 64, "--output", tmp_path / "again")
+    assert read_manifest(tmp_path / "again").left_out == manifest.left_out
+    for place in (tmp_path / "data", tmp_path / "again"):
+        assert set(named) <= {*lines_of(run("inspect", place).stdout)}
+        assert run("verify", place).returncode == 0
+    assert again.returncode == 0
+
+
+def lines_of(text: str) -> list[str]:
+    """Tables have spaces of their own."""
+    return [re.sub("^ *not read +", "not read     ", line).rstrip() for line in text.splitlines()]
+
+
 # --- failures of the machine ------------------------------------------------------------------------------------------
 
 
@@ -185,6 +279,17 @@ def test_an_error_in_a_worker_names_its_place(much_prose, tokenizer_folder, tmp_
     path.write_bytes(much_prose.read_bytes()[: 2 * UNIT_BYTES] + b"\n" + b"nonsense\n" * 3)
     done = run("build", *arguments(path, tokenizer_folder, tmp_path / "data", "--workers", 2))
     assert re.search(r"a\.jsonl line \d+: invalid JSON", failure(done))
+
+
+@pytest.mark.parametrize("module", ["build", "inspect", "repack", "tokenizer", "verify"])
+def test_ctrl_c_while_libraries_are_imported(tmp_path, module):
+    for library in ("numpy", "pydantic", "rich", "sentencepiece"):
+        lines = "import os, signal, time\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(9)\n"
+        (tmp_path / f"{library}.py").write_text(f"{lines}except BaseException:\n    raise ImportError\n")
+    words, settings = command(module, "--help", PYTHONPATH=str(tmp_path))
+    obey = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    done = subprocess.run(words, capture_output=True, preexec_fn=obey, timeout=60, **settings)
+    assert (done.returncode, done.stderr) == (130, "interrupted: run the same command again to continue\n")
 
 
 def test_help_names_the_defaults():

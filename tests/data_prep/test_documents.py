@@ -12,16 +12,9 @@ from hypothesis import strategies as st
 
 from data_prep.documents import Problems, read_unit
 from data_prep.sources import parse_sources, plan_units
-from tests.data_prep.support import awkward, write_lines
+from tests.data_prep.support import awkward, read, write_lines
 
 TEXTS = ["first", "", " \n", "zwei\r\nLinien", "三\0", "x" * 1000, "</s>", "last"]
-
-
-def read(*places, on_error="fail", unit_bytes=None, text_field="text", id_field=None):
-    units, files = plan_units(parse_sources([str(place) for place in places], []), unit_bytes)
-    problems = Problems(on_error)
-    found = [d for unit in units for d in read_unit(unit, files, text_field, id_field, problems)]
-    return found, problems
 
 
 def write_all_formats(folder, texts):
@@ -54,7 +47,7 @@ def test_text_files_are_one_document_each(tmp_path):
     for name, content in (("b.txt", "\ufeffwith\r\nBOM"), ("a.md", "# é"), ("sub/c.txt", ""), (".hidden.txt", "no")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content.encode())
-    (tmp_path / "ignored.csv").write_text("no")
+    (tmp_path / "ignored.doc").write_text("no")
     documents, _ = read(tmp_path)
     assert [(d.key, d.text) for d in documents] == [("a.md", "# é"), ("b.txt", "with\r\nBOM"), ("sub/c.txt", "")]
 
@@ -110,7 +103,7 @@ def test_bad_whole_files_and_rows(tmp_path):
         with pytest.raises(ValueError, match=f"{name} {words}"):
             read(tmp_path / name)
     documents, problems = read(tmp_path, on_error="skip")
-    assert [d.text for d in documents] == ["a"]
+    assert [d.text for d in documents] == ["x", "a"]
     assert problems.reasons == {"invalid UTF-8": 2, "invalid JSON": 1}
 
 
@@ -164,7 +157,7 @@ def test_names_are_stable_and_unique(tmp_path):
 
 def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [{"text": "x"}])
-    units, files = plan_units(parse_sources([str(path)], []))
+    units, files, _ = plan_units(parse_sources([str(path)], []))
     path.write_text('{"text": "y"}\n{"text": "z"}\n')
     with pytest.raises(ValueError, match="changed while the data set was being built"):
         list(read_unit(units[0], files, "text", None, Problems("fail")))
@@ -200,7 +193,7 @@ def test_sources():
         (lambda folder: folder / "nowhere", "there is no file or folder"),
         (lambda folder: folder, "holds no new document files"),
         (lambda folder: folder / "*.txt", "there is no file or folder"),
-        (lambda folder: (folder / "a.csv", (folder / "a.csv").write_text("x"))[0], "none of the known suffixes"),
+        (lambda folder: (folder / "a.doc", (folder / "a.doc").write_text("x"))[0], "none of the known suffixes"),
         (
             lambda folder: (folder / "a.parquet", (folder / "a.parquet").write_text("x"))[0],
             "not a readable parquet file",

@@ -7,8 +7,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_prep.encode import Disagreement, Encoder, UnitEncoder, Work, awkward_texts, choose_encoder
+from data_prep.ledger import unit_path
 from data_prep.sources import parse_sources, plan_units
-from data_prep.store import unit_path, unit_schema
+from data_prep.store import unit_schema
 from data_prep.tokenizer import open_tokenizer
 from tests.data_prep.support import DEEPSEEK, MISTRAL, PROSE, ROOT, awkward, write_prose
 
@@ -25,7 +26,7 @@ def each_tokenizer(request, tokenizer):
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory):
     path = write_prose(tmp_path_factory.mktemp("input") / "a.jsonl", copies=3)
-    return plan_units(parse_sources([str(path)], []), 200_000)
+    return plan_units(parse_sources([str(path)], []), 200_000)[:2]
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +117,7 @@ def test_a_tokenizer_that_gigatoken_cannot_use(tmp_path, planned):
 def test_rare_tokens_are_counted(tmp_path, tokenizer):
     text = "plain\n\ttext 龘 \U0010ffff"
     (tmp_path / "a.txt").write_text(text)
-    units, files = plan_units(parse_sources([str(tmp_path / "a.txt")], []))
+    units, files, _ = plan_units(parse_sources([str(tmp_path / "a.txt")], []))
     (tmp_path / "tokens").mkdir()
     ledger = UnitEncoder(work_for((units, files), tokenizer.path, tmp_path / "tokens"), lambda *_: None).run(units[0])
     assert (ledger.fallback, ledger.unknown, ledger.text_bytes, ledger.documents) == (7, 0, len(text.encode()), 1)

@@ -5,18 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep import store
-from data_prep.store import (
-    LEFT_OUT,
-    DocumentBatch,
-    Ledger,
-    TokenStore,
-    read_columns,
-    read_ledger,
-    unit_path,
-    write_index,
-    write_ledger,
-    write_unit,
-)
+from data_prep.ledger import Ledger, read_ledger, unit_path, write_ledger
+from data_prep.store import LEFT_OUT, DocumentBatch, TokenStore, read_columns, write_index, write_unit
 
 
 def batch(documents: list[list[int]], first: int, dtype) -> DocumentBatch:

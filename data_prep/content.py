@@ -1,0 +1,179 @@
+"""The text inside a file: decompressed, as UTF-8, and everything there is before damage."""
+
+import bz2
+import codecs
+import io
+import lzma
+import os
+import zlib
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import zstandard
+
+from data_prep.formats import (
+    HEAD_BYTES,
+    SIGNATURES,
+    SKIPPABLE_FRAME,
+    compression_of,
+    encoding_of,
+)
+
+READ_BYTES = 1 << 20
+COMPRESSED_BYTES = 1 << 14
+"""Read at a time: little, since a few bytes may hold megabytes of one character."""
+LARGEST_WINDOW = 1 << 31  # of `zstd --long=31`
+DECODERS: dict[str, Callable[[], Any]] = {
+    "gz": lambda: zlib.decompressobj(wbits=31),
+    "bz2": bz2.BZ2Decompressor,
+    "xz": lzma.LZMADecompressor,
+    "zst": lambda: zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW).decompressobj(),
+}
+DECODING_ERRORS = (zlib.error, OSError, lzma.LZMAError, zstandard.ZstdError, EOFError, ValueError)
+
+
+class Damage(NamedTuple):
+    words: str
+    lost: int
+    """Bytes of the file that could not be read."""
+    trailing: bool
+    """Something else stands behind data that are complete: gzip, too, warns of it and goes on."""
+
+
+class Content:
+    """An open file; `stream` gives its bytes and ends before damage, which `damage` then describes."""
+
+    def __init__(self, path: str, promised: str | None = None):
+        """`promised`: the compression by the file's name; its first bytes decide."""
+        self.damage: Damage | None = None
+        self._raw = Path(path).open("rb", buffering=READ_BYTES)  # noqa: SIM115 (closed by __exit__)
+        self._size = os.fstat(self._raw.fileno()).st_size
+        head = self._raw.peek(HEAD_BYTES)[:HEAD_BYTES]
+        self._compression = compression_of(head, promised)
+        self.stream: io.BufferedReader = self._raw
+        if self._compression:
+            self.stream = io.BufferedReader(_Blocks(self._members()), READ_BYTES)
+            head = self.stream.peek(HEAD_BYTES)[:HEAD_BYTES]
+        if encoding := encoding_of(head):
+            self.stream = io.BufferedReader(_Blocks(self._as_utf8(self.stream, encoding)), READ_BYTES)
+
+    def __enter__(self) -> "Content":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._raw.close()
+
+    @property
+    def plain(self) -> bool:
+        """The stream is the file as it is: any part of it can be read alone."""
+        return self.stream is self._raw
+
+    @property
+    def cut(self) -> bool:
+        """The stream has ended early: its last line may be a part of one."""
+        return self.damage is not None and not self.damage.trailing
+
+    def _members(self) -> Iterator[bytes]:
+        begin: int | None = 0
+        while begin is not None:
+            end = yield from self._member(begin)
+            begin = None if end is None else self._next_member(end)
+
+    def _member(self, begin: int) -> Generator[bytes, None, int | None]:
+        """The member (gzip's word; a frame or stream elsewhere) at `begin`; returns where it ends, None when damaged."""
+        decoder = DECODERS[self._compression]()
+        self._raw.seek(begin)
+        while not decoder.eof:
+            position = self._raw.tell()
+            block = self._raw.read(COMPRESSED_BYTES)
+            if not block:
+                self.damage = Damage("it ends in the middle", 0, trailing=False)
+                return None
+            try:
+                data = _decompressed(decoder, block)
+            except DECODING_ERRORS as error:
+                yield from self._up_to_damage(begin, position, str(error))
+                return None
+            if data:
+                yield data
+        return self._raw.tell() - len(decoder.unused_data)
+
+    def _up_to_damage(self, begin: int, position: int, words: str) -> Iterator[bytes]:
+        """What a member still gives of the block at `position`, which its decoder refused as a whole."""
+        decoder = DECODERS[self._compression]()
+        self._raw.seek(begin)
+        while (left := position - self._raw.tell()) > 0:
+            _decompressed(decoder, self._raw.read(min(COMPRESSED_BYTES, left)))
+        while byte := self._raw.read(1):
+            try:
+                data = _decompressed(decoder, byte)
+            except DECODING_ERRORS as error:
+                words = str(error)
+                break
+            if data:
+                yield data
+        self.damage = Damage(words, self._size - self._raw.tell() + 1, trailing=False)
+
+    def _next_member(self, end: int) -> int | None:
+        """Where the member after `end` begins; None if there is none, and `damage` says what is there instead."""
+        begin, signature = end, SIGNATURES[self._compression]
+        self._raw.seek(begin)
+        while (rest := self._raw.read(HEAD_BYTES)) and rest[0] == 0:  # zeros fill up the blocks of a tape
+            begin += len(rest) - len(rest.lstrip(b"\0"))
+            self._raw.seek(begin)
+        if not rest:
+            return None
+        if signature.match(rest) or (self._compression == "zst" and SKIPPABLE_FRAME.match(rest)):
+            return begin
+        words, lost = f"{self._size - begin:,} bytes of something else behind the compressed data", self._size - begin
+        self.damage = Damage(words, lost, trailing=not self._finds(signature, begin))
+        return None
+
+    def _finds(self, signature, position: int) -> bool:
+        """Is there another member somewhere behind `position`? Then what stands before it is damage."""
+        self._raw.seek(position)
+        before = b""
+        while block := self._raw.read(READ_BYTES):
+            if signature.search(before + block):
+                return True
+            before = block[-HEAD_BYTES:]
+        return False
+
+    def _as_utf8(self, stream: io.BufferedReader, encoding: str) -> Iterator[bytes]:
+        """What is invalid stays invalid, so that it is found and named line by line."""
+        decoder = codecs.getincrementaldecoder(encoding)("surrogatepass")
+        try:
+            while block := stream.read(READ_BYTES):
+                yield decoder.decode(block).encode("utf-8", "surrogatepass")
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError as error:
+            self.damage = self.damage or Damage(f"invalid {encoding.upper()}: {error.reason}", 0, trailing=False)
+
+
+def _decompressed(decoder, block: bytes) -> bytes:
+    """All that follows from a block: some decoders keep a part until they are asked again."""
+    parts = [decoder.decompress(block)]
+    while parts[-1] and not decoder.eof:
+        parts.append(decoder.decompress(b""))
+    return b"".join(parts)
+
+
+class _Blocks(io.RawIOBase):
+    """Blocks of any size as a file."""
+
+    def __init__(self, blocks: Iterator[bytes]):
+        self._blocks, self._left = blocks, memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._left:
+            block = next(self._blocks, None)
+            if block is None:
+                return 0
+            self._left = memoryview(block)
+        size = min(len(buffer), len(self._left))
+        buffer[:size], self._left = self._left[:size], self._left[size:]
+        return size

@@ -1,0 +1,75 @@
+"""What is known of each unit of a token store that is finished: a file beside the unit's, written after it."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from data_prep.records import LeftOut
+from training.manifest import write_atomically
+
+
+class Ledger(BaseModel):
+    """What is known of a finished unit."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    unit: int
+    plan_sha256: str
+    input_sha256: str
+    sha256: str
+    file_bytes: int
+    documents: int = 0
+    text_bytes: int = 0
+    tokens: int = 0
+    unknown: int = 0
+    fallback: int = 0
+    empty: int = 0
+    skipped: dict[str, int] = {}
+    examples: list[str] = []
+    left_out: list[LeftOut] = []
+    disagreed: bool = False
+    """The accelerated encoder gave other ids, so the reference encoder did the unit."""
+
+
+def unit_path(folder: Path, unit: int) -> Path:
+    return folder / f"unit-{unit:05d}.arrow"
+
+
+def write_ledger(folder: Path, ledger: Ledger) -> None:
+    write_atomically(unit_path(folder, ledger.unit).with_suffix(".json"), ledger.model_dump_json(indent=1).encode())
+
+
+def read_ledger(folder: Path, unit: int, plan_sha256: str) -> Ledger | None:
+    """The ledger of a unit if it is finished, belongs to this plan, and its file has the size it says."""
+    path = unit_path(folder, unit)
+    try:
+        ledger = Ledger.model_validate_json(path.with_suffix(".json").read_bytes())
+        intact = ledger.plan_sha256 == plan_sha256 and path.stat().st_size == ledger.file_bytes
+    except (OSError, ValueError):
+        return None
+    return ledger if intact else None
+
+
+def _ledgers(folder: Path) -> Iterator[Ledger]:
+    for path in sorted(folder.glob("unit-*.json")):
+        try:
+            yield Ledger.model_validate_json(path.read_bytes())
+        except (OSError, ValueError):
+            continue
+
+
+def has_documents(folder: Path) -> bool:
+    """Does a store, finished or not, hold any document?"""
+    return any(ledger.documents for ledger in _ledgers(folder))
+
+
+def take_over_units(folder: Path, plan_before: str, plan_sha256: str | None) -> None:
+    """Give the finished units of one plan to another, which would make the same; None: remove them all."""
+    if plan_sha256 is None:
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    for ledger in _ledgers(folder):
+        if ledger.plan_sha256 == plan_before:
+            write_ledger(folder, ledger.model_copy(update={"plan_sha256": plan_sha256}))

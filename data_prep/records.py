@@ -1,0 +1,135 @@
+"""What every reader of documents shares: the document, the check of one record, and the place for every complaint."""
+
+from collections import Counter
+from typing import NamedTuple
+
+EXAMPLES_KEPT = 20
+
+
+class InputFile(NamedTuple):
+    path: str
+    name: str
+    """Place within its source, independent of where the input lies: the first part of document keys."""
+    format: str
+    """By its name: a kind, and behind a dot the compression."""
+    size: int
+    mtime_ns: int
+
+    @property
+    def kind(self) -> str:
+        return self.format.partition(".")[0]
+
+    @property
+    def compression(self) -> str | None:
+        return self.format.partition(".")[2] or None
+
+
+class Unit(NamedTuple):
+    """One piece of work: whole small files, a byte range of lines, or a range of row groups (record batches)."""
+
+    index: int
+    source: str
+    first_file: int
+    last_file: int  # exclusive
+    start: int
+    end: int
+    first_row: int
+    size: int
+
+
+class Document(NamedTuple):
+    key: str
+    text: str
+
+
+class Fields(NamedTuple):
+    text: str
+    key: str | None
+
+
+FLAGS = Fields("--text-field", "--id-field")
+
+
+class LeftOut(NamedTuple):
+    """A file, a folder of `files` of them, or a part of a file that holds no documents for us, and why."""
+
+    path: str
+    reason: str
+    size: int
+    files: int = 1
+
+
+class Problems:
+    """What is wrong with the input: raised at once (`fail`) or counted by reason and left out (`skip`)."""
+
+    def __init__(self, on_error: str):
+        self.on_error = on_error
+        self.reasons: Counter[str] = Counter()
+        self.examples: list[str] = []
+        self.left_out: list[LeftOut] = []
+
+    @property
+    def count(self) -> int:
+        return self.reasons.total()
+
+    def report(self, place: str, reason: str, detail: str = "") -> None:
+        words = printable(f"{place}: {reason}" + (f" ({detail})" if detail else ""))
+        if self.on_error == "fail":
+            raise ValueError(f"{words}; --on-error skip leaves such records out")
+        self.reasons[printable(reason)] += 1
+        if len(self.examples) < EXAMPLES_KEPT:
+            self.examples.append(words)
+
+    def leave_out(self, path: str, reason: str, size: int) -> None:
+        """Count bytes of a file that are not read; no error by itself."""
+        if size:
+            self.left_out.append(LeftOut(printable(path), reason, size))
+
+
+def printable(text: str) -> str:
+    """The text with what UTF-8 cannot hold (half a surrogate pair, a byte of a file's name) spelled out."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
+
+
+def checked_document(record, place_key: str, fields: Fields, place, problems: Problems) -> Document | None:
+    """The document of one record; `place` is a string or a function that returns it."""
+    reason = detail = None
+    text, key = None, place_key
+    if not isinstance(record, dict):
+        reason = "not a JSON object"
+    elif fields.text not in record:
+        reason, detail = f"no field {fields.text!r}", f"it has {', '.join(list(record)[:8])}"
+    elif not isinstance(text := record[fields.text], str):
+        reason = f"field {fields.text!r} is not text"
+    elif not _encodable(text):
+        reason = "invalid UTF-8"
+    elif fields.key is not None:
+        key = record.get(fields.key)
+        if isinstance(key, bool) or not isinstance(key, str | int) or not _encodable(str(key)):
+            reason = f"field {fields.key!r} is missing or not usable as an id"
+    if reason is None:
+        return Document(str(key), text)
+    problems.report(place if isinstance(place, str) else place(), reason, detail or "")
+    return None
+
+
+def _encodable(text: str) -> bool:
+    """False for lone surrogates, which JSON escapes can spell but UTF-8 cannot hold."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def column_problem(present: list[str], fields: Fields) -> str | None:
+    """Why a table with columns of these names cannot be read: one is missing or there twice."""
+    for name, flag in zip(fields, FLAGS, strict=True):
+        count = present.count(name)
+        if name is not None and not count:
+            return f"no column {name!r}: it has {', '.join(present) or 'none'} (see {flag})"
+        if count > 1:
+            return f"{count} columns are called {name!r}: rename all but one, or choose another ({flag})"
+    return None

@@ -1,0 +1,221 @@
+"""Documents in tables: Parquet and Arrow files, by row groups and record batches."""
+
+import os
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_prep.content import READ_BYTES
+from data_prep.records import FLAGS, Document, Fields, InputFile, Problems, Unit, checked_document, column_problem
+
+TABLE_ROWS = 64
+FILE_MAGIC = b"ARROW1"
+"""Stands at both ends of Arrow's file format; in between is the stream format, and an index that is not needed."""
+STREAM_BEGIN, STREAM_END = 8, b"\xff\xff\xff\xff\0\0\0\0"
+TABLE_ERRORS = (pa.ArrowException, OSError, ValueError, MemoryError)
+
+
+class Group(NamedTuple):
+    rows: int
+    size: int
+
+
+def table_groups(path: str, format_: str) -> list[Group]:
+    """Row groups or record batches; damage is counted as one more, so that whoever reads it finds it and says so."""
+    groups: list[Group] = []
+    try:
+        with _TABLES[format_](path) as table:
+            groups.extend(table.groups())
+    except TABLE_ERRORS:
+        groups.append(Group(0, 0))
+    return groups
+
+
+def _mapped(path: str) -> pa.MemoryMappedFile:
+    return pa.memory_map(os.fsencode(path))  # a name need not be UTF-8
+
+
+class _Parquet:
+    def __init__(self, path: str):
+        self.file = pq.ParquetFile(_mapped(path), page_checksum_verification=True)
+        self.schema = self.file.schema_arrow
+
+    def __enter__(self) -> "_Parquet":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.file.close(force=True)
+
+    def groups(self) -> Iterator[Group]:
+        for number in range(self.file.metadata.num_row_groups):
+            group = self.file.metadata.row_group(number)
+            yield Group(group.num_rows, group.total_byte_size)
+
+    def rows(self, group: int) -> int:
+        return self.file.metadata.row_group(group).num_rows if group < self.file.metadata.num_row_groups else 0
+
+    def batches(self, group: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
+        """The rows of a group; all that stand before damage, and then its error."""
+        done = 0
+        try:
+            for batch in self._batches(TABLE_ROWS, group, columns):
+                yield batch
+                done += batch.num_rows
+        except TABLE_ERRORS:
+            yield from islice(self._batches(1, group, columns), done, None)
+
+    def _batches(self, rows: int, group: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
+        for batch in self.file.iter_batches(rows, row_groups=[group], columns=columns, use_threads=False):
+            yield batch.select(columns)
+
+
+class _Arrow:
+    def __init__(self, path: str):
+        self.map = _mapped(path)
+        size = self.map.size()
+        is_file = self.map.read(STREAM_BEGIN).startswith(FILE_MAGIC)
+        mark = FILE_MAGIC if is_file else STREAM_END
+        self.map.seek(max(0, size - len(mark)))
+        self.has_end = self.map.read(len(mark)) == mark
+        self.map.seek(STREAM_BEGIN if is_file else 0)
+        self.stream = pa.ipc.open_stream(self.map)
+        self.schema, self.read, self.broken = self.stream.schema, 0, False
+
+    def __enter__(self) -> "_Arrow":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.stream.close()
+        self.map.close()
+
+    def groups(self) -> Iterator[Group]:
+        while (batch := self._next()) is not None:
+            yield Group(batch.num_rows, batch.nbytes)
+
+    def rows(self, group: int) -> int:
+        """Known only when they have been read."""
+        return 0
+
+    def batches(self, group: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
+        while self.read < group and self._next() is not None:
+            pass
+        if (batch := self._next()) is not None:
+            batch = batch.select(columns)
+            for column in batch.columns:  # flipped offsets would lead outside the file
+                (column.view(BYTES[column.type]) if column.type in BYTES else column).validate(full=True)
+            yield batch
+
+    def _next(self) -> pa.RecordBatch | None:
+        """The next batch; nothing follows an error, which is raised once."""
+        if self.broken:
+            return None
+        self.broken = True
+        try:
+            batch = self.stream.read_next_batch()
+        except StopIteration:
+            if not self.has_end:
+                raise pa.ArrowInvalid("its end is missing") from None
+            return None
+        self.broken = False
+        self.read += 1
+        return batch
+
+
+_TABLES = {"parquet": _Parquet, "arrow": _Arrow}
+BYTES = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
+
+
+def read_table(file: InputFile, unit: Unit, fields: Fields, problems: Problems, digest) -> Iterator[Document]:
+    """The rows of a unit's groups; of a damaged group those before the damage, and then the next group."""
+    if digest is not None and unit.start == 0:  # the file's first unit vouches for all of it
+        with Path(file.path).open("rb") as handle:
+            while block := handle.read(READ_BYTES):
+                digest.update(block)
+    try:
+        table = _TABLES[file.format](file.path)
+    except TABLE_ERRORS as error:
+        problems.report(file.path, f"not a readable {file.format} file", " ".join(str(error).split()))
+        return problems.leave_out(file.path, "damaged", file.size)
+    with table:
+        if problem := _schema_problem(table.schema, fields):
+            if unit.start == 0:  # said once a file
+                problems.report(file.path, problem)
+                problems.leave_out(file.path, "no usable column", file.size)
+            return None
+        names = [name for name in fields if name is not None]
+        row = unit.first_row
+        for group in range(unit.start, unit.end):
+            end = row + table.rows(group)
+            batches = table.batches(group, names)
+            while (batch := _next_batch(batches, f"{file.path} row {row}", problems)) is not None:
+                yield from _documents(batch, row, file, fields, problems)
+                row += batch.num_rows
+            row = max(row, end)
+    return None
+
+
+def _next_batch(batches: Iterator[pa.RecordBatch], place: str, problems: Problems) -> pa.RecordBatch | None:
+    try:
+        return next(batches, None)
+    except TABLE_ERRORS as error:
+        words = " ".join(str(error).split())
+    problems.report(place, "damaged table, rows unreadable", words)
+    return None
+
+
+def _documents(
+    batch: pa.RecordBatch, row: int, file: InputFile, fields: Fields, problems: Problems
+) -> Iterator[Document]:
+    texts, keys = batch.column(0), batch.column(1) if fields.key is not None else None
+    for index in range(batch.num_rows):
+        place = f"{file.path} row {row + index}"
+        try:
+            record = {fields.text: _text(texts[index].as_py())}
+            if keys is not None:
+                record[fields.key] = _text(keys[index].as_py())
+        except UnicodeDecodeError:
+            problems.report(place, "invalid UTF-8")
+            continue
+        document = checked_document(record, f"{file.name}#{row + index}", fields, place, problems)
+        if document is not None:
+            yield document
+
+
+def _text(value):
+    """Older writers store text as bytes."""
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _schema_problem(schema: pa.Schema, fields: Fields) -> str | None:
+    """Why the columns of these names cannot be read as text and as ids."""
+    if problem := column_problem(schema.names, fields):
+        return problem
+    for name, flag in zip(fields, FLAGS, strict=True):
+        kind = schema.field(name).type if name is not None else pa.string()
+        if not _holds_text(kind) and not (name == fields.key and pa.types.is_integer(kind)):
+            return f"column {name!r} holds {kind}, not text (see {flag})"
+    return None
+
+
+def _holds_text(kind: pa.DataType) -> bool:
+    if isinstance(kind, pa.BaseExtensionType):
+        kind = kind.storage_type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    types = pa.types
+    return any(
+        check(kind)
+        for check in (
+            types.is_string,
+            types.is_large_string,
+            types.is_string_view,
+            types.is_binary,
+            types.is_large_binary,
+            types.is_binary_view,
+            types.is_fixed_size_binary,
+        )
+    )
