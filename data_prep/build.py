@@ -14,9 +14,9 @@ same command continues: finished units are kept, the rest is done, packing (seco
 """
 
 if __name__ == "__main__":
-    from data_prep.command import run_module
+    from data_prep.command import end_at_ctrl_c
 
-    run_module("data_prep.build")
+    end_at_ctrl_c()
 
 import argparse
 import importlib.metadata
@@ -25,7 +25,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from data_prep.command import CommandParser
+from data_prep.command import CommandParser, run_command
 from data_prep.encode import Work, choose_encoder
 from data_prep.finish import Tokenized, finish, foresee_export
 from data_prep.ledger import Ledger, read_ledger
@@ -144,3 +144,7 @@ def main() -> None:
     plan = Plan(parse_sources(arguments.input, arguments.source), options, tokenizer)
     manifest = build(plan, tokenizer, arguments.output, arguments.workers, arguments.on_error, arguments.encoder)
     print_summary(manifest, arguments.output, time.monotonic() - started)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,12 +1,11 @@
 """What every command of this package does the same way: one sentence for bad input, no traceback, exit code 2.
 
-Imports only the standard library, so that `run_module` has taken charge before anything slow is imported.
+Imports only the standard library, so that `end_at_ctrl_c` is in charge before anything slow is imported.
 """
 
 import argparse
 import difflib
 import errno
-import importlib
 import io
 import os
 import signal
@@ -25,17 +24,10 @@ DISK_ERRORS = {
 }
 
 
-def run_module(name: str) -> None:
-    """Import the module `name` and run its `main` as `run_command` does; Ctrl-C ends the import in the same way.
-
-    A command's file calls this first, above its imports, when it is run with `python -m`.
-    """
+def end_at_ctrl_c() -> None:
+    """Until `run_command` takes over, Ctrl-C ends the process as it does then; a command calls this above its imports."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a background job's ignored one stays ignored
         signal.signal(signal.SIGINT, _end_import)
-    main = importlib.import_module(name).main
-    if signal.getsignal(signal.SIGINT) is _end_import:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    run_command(main)
 
 
 def _end_import(number: int, frame) -> None:
@@ -50,6 +42,8 @@ def run_command(command: Callable[[], None]) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
+        if signal.getsignal(signal.SIGINT) is _end_import:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         command()
         sys.stdout.flush()
         status = 0

@@ -10,9 +10,9 @@ within --source. Every cut is shown with its kind (data_prep/cut.py) and the tex
 """
 
 if __name__ == "__main__":
-    from data_prep.command import run_module
+    from data_prep.command import end_at_ctrl_c
 
-    run_module("data_prep.inspect")
+    end_at_ctrl_c()
 
 import sys
 from pathlib import Path
@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from data_prep.command import CommandParser
+from data_prep.command import CommandParser, run_command
 from data_prep.cut import Breaks
 from data_prep.store import TokenStore
 from data_prep.summary import cut_words, left_out_words
@@ -170,3 +170,7 @@ def main() -> None:
         show_document(arguments.data, manifest, arguments.document)
     else:
         show_overview(arguments.data, manifest)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -9,9 +9,9 @@ a damaged store is refused. After an interruption the same command continues.
 """
 
 if __name__ == "__main__":
-    from data_prep.command import run_module
+    from data_prep.command import end_at_ctrl_c
 
-    run_module("data_prep.repack")
+    end_at_ctrl_c()
 
 import os
 import shutil
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from data_prep.command import CommandParser
+from data_prep.command import CommandParser, run_command
 from data_prep.find import Source
 from data_prep.finish import Tokenized, finish, foresee_export
 from data_prep.ledger import Ledger, read_ledger, unit_path, write_ledger
@@ -176,3 +176,7 @@ def main() -> None:
     policy = packing_from(arguments, read_manifest(arguments.data).packing)
     manifest = repack(arguments.data, policy, arguments.output)
     print_summary(manifest, arguments.output, time.monotonic() - started)
+
+
+if __name__ == "__main__":
+    run_command(main)

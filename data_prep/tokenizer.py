@@ -7,9 +7,9 @@ spells a control token, such as `</s>`, is encoded as the characters it consists
 """
 
 if __name__ == "__main__":
-    from data_prep.command import run_module
+    from data_prep.command import end_at_ctrl_c
 
-    run_module("data_prep.tokenizer")
+    end_at_ctrl_c()
 
 import hashlib
 import json
@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
+from data_prep.command import run_command
 from data_prep.tokenizer_files import (
     CONFIG_FILE,
     JSON_FILE,
@@ -29,7 +30,7 @@ from data_prep.tokenizer_files import (
     copy_companions,
     read_config,
 )
-from data_prep.tokenizer_training import main  # noqa: F401 (what `python -m data_prep.tokenizer` runs)
+from data_prep.tokenizer_training import main
 from training.manifest import TokenizerInfo, token_dtype, write_atomically
 
 LONG_TEXT_CHARACTERS = 1 << 12
@@ -304,3 +305,7 @@ def _content(path: Path) -> bytes:
     if not content:
         raise ValueError(f"{path} is empty")
     return content
+
+
+if __name__ == "__main__":
+    run_command(main)

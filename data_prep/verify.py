@@ -8,9 +8,9 @@ the exit code is 0 only if there is none.
 """
 
 if __name__ == "__main__":
-    from data_prep.command import run_module
+    from data_prep.command import end_at_ctrl_c
 
-    run_module("data_prep.verify")
+    end_at_ctrl_c()
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_prep.command import CommandParser
+from data_prep.command import CommandParser, run_command
 from data_prep.ledger import Ledger
 from data_prep.plan import TOKENS_FOLDER
 from data_prep.progress import Progress
@@ -132,3 +132,7 @@ def main() -> None:
     how = "every byte hashed" if arguments.full else "sizes and structure; --full also hashes every byte"
     print(f"{arguments.data} is intact: {rows:,} rows in {len(shards):,} shards, {checked / 1e6:,.1f} MB ({how})")
     print(f"fingerprint {manifest.fingerprint}")
+
+
+if __name__ == "__main__":
+    run_command(main)
