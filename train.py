@@ -16,8 +16,6 @@ from pathlib import Path
 if (ROOT := str(Path(__file__).resolve().parent)) not in sys.path:  # where PYTHONSAFEPATH or -P has left it out
     sys.path.insert(0, ROOT)
 
-from data_prep.command import CommandParser
-from training.config import add_recipe_flags, hints_for_flags
 from training.signals import StopSignal
 
 FLAGS_OF_OTHERS = {
@@ -26,8 +24,11 @@ FLAGS_OF_OTHERS = {
 }
 
 
-def new_parser(every_flag: bool) -> CommandParser:
+def new_parser(every_flag: bool) -> argparse.ArgumentParser:
     """`every_flag`: whether the help explains each recipe key, or the sections in a line each."""
+    from data_prep.command import CommandParser
+    from training.config import add_recipe_flags, hints_for_flags
+
     paragraphs = __doc__.split("\n\n")
     parser = CommandParser(description=paragraphs[0], epilog=paragraphs[2], hints=hints_for_flags() | FLAGS_OF_OTHERS)
     parser.add_argument("--recipe", required=True, help="YAML file: model, optimizer, schedule, limits, seed")
@@ -54,7 +55,7 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: argparse.Namespace, stop: StopSignal) -> int:
-    # What takes seconds to import comes after the arguments have been understood.
+    # What takes longest to import comes after the arguments have been understood.
     from engine.checkpoint import agree_on_checkpoint
     from engine.checkpoint_manifest import steps
     from engine.loop import new_state, open_outputs, train
@@ -101,7 +102,9 @@ def main(arguments: argparse.Namespace, stop: StopSignal) -> int:
 
 
 if __name__ == "__main__":
-    given, request = parse_arguments(sys.argv[1:]), StopSignal()
+    # Whoever asks to stop is heard from here on, while whatever takes seconds to import still does.
+    request = StopSignal()
+    given = parse_arguments(sys.argv[1:])
 
     from engine.topology import run_command
 

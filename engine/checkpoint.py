@@ -31,12 +31,11 @@ from engine.checkpoint_manifest import (
 )
 from engine.names import named_parameters
 from engine.peers import FAILED_COLLECTIVE
-from engine.retention import retire, set_aside
-from training.config import CheckpointConfig
+from engine.retention import delete_folder, set_aside
 from training.manifest import publish, write_atomically
 from training.state import TrainState
 
-DISK_FAULT = re.compile("enforce fail|iostream|PytorchStreamWriter|write failed|No space left")
+DISK_FAULT = re.compile("enforce fail|iostream|PytorchStreamWriter|write failed|No space left|Parent directory")
 """Of the RuntimeErrors by which `torch.save` says that the file system refused."""
 
 
@@ -59,14 +58,14 @@ def _parameter_order(engine) -> list[str]:
     return [names[id(p)] for group in engine.basic_optimizer.param_groups for p in group["params"] if id(p) in names]
 
 
-def save(engine, run: Path, state: TrainState, facts: dict[str, Any], policy: CheckpointConfig) -> Path:
-    """Write the checkpoint of this step and delete what the policy no longer keeps. Collective over all ranks.
+def save(engine, run: Path, state: TrainState, facts: dict[str, Any]) -> Path:
+    """Write the checkpoint of this step. Collective over all ranks.
 
     `facts`: recipe, ds_config, environment and data, as the manifest's fields. Raises ValueError on the rank on which
     the file system refuses (a full disk, say); no `step-*` folder appears then, and the older ones are untouched.
     """
     try:
-        return _save(engine, run, state, facts, policy)
+        return _save(engine, run, state, facts)
     except (OSError, RuntimeError) as error:
         if FAILED_COLLECTIVE.search(str(error)):
             raise  # another rank is the reason, not the disk
@@ -84,7 +83,7 @@ def save(engine, run: Path, state: TrainState, facts: dict[str, Any], policy: Ch
         ) from None
 
 
-def _save(engine, run: Path, state: TrainState, facts: dict[str, Any], policy: CheckpointConfig) -> Path:
+def _save(engine, run: Path, state: TrainState, facts: dict[str, Any]) -> Path:
     root = run / "checkpoints"
     final = root / folder_name(state.step)
     partial = root / f".{final.name}.partial"
@@ -104,7 +103,6 @@ def _save(engine, run: Path, state: TrainState, facts: dict[str, Any], policy: C
         write_atomically(partial / MANIFEST, seal(manifest))
         shutil.rmtree(final, ignore_errors=True)
         publish(partial, final)
-        retire(run, final, policy)
     dist.barrier()
     return final
 
@@ -144,12 +142,13 @@ def agree_on_checkpoint(
     """
     message: list = [None]
     if dist.get_rank() == 0:
-        for leftover in (run / "checkpoints").glob(".*.partial"):
-            shutil.rmtree(leftover)
+        leftovers = sorted((run / "checkpoints").glob(".*.partial"))
+        words = [sentence for leftover in leftovers for sentence in delete_folder(leftover)]
         try:
             aside = set_aside(run, resume_step) if resume_step is not None else []
             found = newest_good(run)
-            message = [found and (*found[:2], [*found[2], *(f"moved out of the way: {folder}" for folder in aside)])]
+            words += [f"moved out of the way: {folder}" for folder in aside]
+            message = [found and (*found[:2], [*found[2], *words])]
         except ValueError as error:
             message = [error]
     dist.broadcast_object_list(message, src=0)

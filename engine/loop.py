@@ -10,6 +10,7 @@ import torch
 
 from engine.checkpoint import save
 from engine.plan import RunPlan
+from engine.retention import Retention
 from engine.run_folder import check_claim
 from engine.stages import Stage
 from engine.step import StepResult, agree_to_stop, sum_over_ranks, train_step
@@ -30,6 +31,7 @@ def train(engine, plan: RunPlan, state: TrainState, logger, clock, stop, topolog
     """
     recipe, began = plan.recipe, time.monotonic()
     stage, batches = None, optimizer_steps(plan, state, topology)
+    retention = Retention(run, recipe.checkpoint)
 
     def stopping() -> bool:
         out_of_time = time.monotonic() - began > (recipe.training.max_hours or float("inf")) * 3600
@@ -58,8 +60,10 @@ def train(engine, plan: RunPlan, state: TrainState, logger, clock, stop, topolog
             if last or stopping() or state.step % recipe.checkpoint.every_steps == 0:
                 if lock:
                     check_claim(run, lock)
-                folder = save(engine, run, state, facts, recipe.checkpoint)
+                folder = save(engine, run, state, facts)
                 logger.log_event(state.step, "checkpoint", name=folder.name)
+                for sentence in retention.retire(folder) if topology.is_first else ():
+                    logger.log_event(state.step, "notice", text=sentence)
                 if not last and stopping():  # asked while saving, perhaps: what is saved need not be saved again
                     logger.log_event(state.step, "stop", reason=stop.name, next="run the same command to continue")
                     return stop.exit_code

@@ -12,38 +12,55 @@ from pathlib import Path
 from engine.checkpoint_manifest import folder_of, read_manifest, step_of, steps
 from training.config import CheckpointConfig
 
-_proven: dict[Path, tuple] = {}
-"""Checkpoints that this process wrote or has read whole, with the identity their files had then."""
 
+class Retention:
+    """The checkpoints of a run as this process knows them; one for the life of a training."""
 
-def retire(run: Path, written: Path, policy: CheckpointConfig) -> None:
-    """Delete what the policy no longer keeps, now that the checkpoint `written` is complete. It itself always stays."""
-    _proven[written] = _identity(written)
-    skipping = {}  # newest first: whether it was saved while steps were skipped
-    for folder in steps(run):
-        with contextlib.suppress(ValueError):  # damaged or not what its name says: left for its owner to look at
-            skipping[folder] = read_manifest(folder, full=False).state.consecutive_skipped_steps > 0
-    places = policy.keep_last - (not skipping.pop(written))
-    crowded = list(skipping.values()).count(False) > places  # else nothing that counts goes, and nothing need be read
-    for folder, was_skipping in skipping.items():
-        lasting = policy.keep_every_steps and step_of(folder) % policy.keep_every_steps == 0
-        if was_skipping:
-            _delete(folder)
-        elif crowded and places:
-            places -= _is_intact(folder)
-        elif crowded and not lasting:
-            _delete(folder)
+    def __init__(self, run: Path, policy: CheckpointConfig):
+        self._run, self._policy = run, policy
+        self._there = set(steps(run))
+        self._proven: dict[Path, tuple] = {}
+        """Those that this process wrote or has read whole, with the identity their files had then."""
 
+    def retire(self, written: Path) -> list[str]:
+        """Delete what the policy no longer keeps, now that the checkpoint `written` is complete. It itself always stays.
 
-def _is_intact(folder: Path) -> bool:
-    """Whether every byte is as it was written; files that did not change are read once a process."""
-    if (identity := _identity(folder)) != _proven.get(folder):
-        try:
-            read_manifest(folder)
-        except ValueError:
-            return False
-        _proven[folder] = identity
-    return True
+        Returns a sentence for each that could not be deleted, and for those that somebody else took away: neither is a
+        reason to end a run.
+        """
+        policy, self._proven[written] = self._policy, _identity(written)
+        notices = self._missing()
+        skipping = {}  # newest first: whether it was saved while steps were skipped
+        for folder in steps(self._run):
+            with contextlib.suppress(ValueError):  # damaged or not what its name says: left for its owner to look at
+                skipping[folder] = read_manifest(folder, full=False).state.consecutive_skipped_steps > 0
+        places = policy.keep_last - (not skipping.pop(written, False))
+        crowded = (
+            list(skipping.values()).count(False) > places
+        )  # else nothing that counts goes, and nothing need be read
+        for folder, was_skipping in skipping.items():
+            lasting = policy.keep_every_steps and step_of(folder) % policy.keep_every_steps == 0
+            if crowded and places and not was_skipping:
+                places -= self._is_intact(folder)
+            elif was_skipping or (crowded and not lasting):
+                notices += delete_folder(folder)
+        self._there = set(steps(self._run))
+        return notices
+
+    def _missing(self) -> list[str]:
+        gone = sorted(folder.name for folder in self._there if not folder.exists())
+        place = self._run / "checkpoints"
+        return [f"{place}: {', '.join(gone)} was removed while training ran, by something else"] if gone else []
+
+    def _is_intact(self, folder: Path) -> bool:
+        """Whether every byte is as it was written; files that did not change are read once."""
+        if (identity := _identity(folder)) != self._proven.get(folder):
+            try:
+                read_manifest(folder)
+            except ValueError:
+                return False
+            self._proven[folder] = identity
+        return True
 
 
 def _identity(folder: Path) -> tuple:
@@ -51,11 +68,18 @@ def _identity(folder: Path) -> tuple:
     return tuple((path, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for path in files for s in [path.stat()])
 
 
-def _delete(folder: Path) -> None:
-    doomed = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(doomed, ignore_errors=True)
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
+def delete_folder(folder: Path) -> list[str]:
+    """Delete a checkpoint, or what a killed save or deletion left of one; a sentence where the file system refuses."""
+    doomed = folder
+    try:
+        if not folder.name.startswith("."):  # it ceases to be a checkpoint in one step
+            doomed = folder.with_name(f".{folder.name}.partial")
+            shutil.rmtree(doomed, ignore_errors=True)
+            folder.rename(doomed)
+        shutil.rmtree(doomed)
+    except OSError as error:
+        return [f"{folder} is no longer needed but cannot be deleted ({error.strerror}): delete it yourself"]
+    return []
 
 
 def set_aside(run: Path, step: int) -> list[Path]:

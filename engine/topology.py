@@ -1,6 +1,7 @@
 """Who this process is, and how the processes find and leave each other: the only reader of the environment."""
 
 import datetime
+import io
 import os
 import signal
 import sys
@@ -123,6 +124,8 @@ def start_process_group(topology: Topology, collective_timeout_minutes: float = 
         if interface := interface_towards(address, port, several_hosts):  # gloo's own choice is often 127.0.0.1
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's agents have met, and own the port
+            if not listens(address, port):
+                raise LostPeer(f"torchrun, which keeps the ranks' store at {address}:{port}, has ended or cannot be reached")
             store = torch.distributed.TCPStore(address, port, is_master=False)
             store = torch.distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         else:
@@ -141,6 +144,7 @@ def run_command(main: Callable[[], int]) -> None:
     After an error the process does not wait for its peers, who may be waiting for it: the launcher ends them. Where
     another rank is the reason, the code is 1 and the sentence names that rank.
     """
+    outlive_readers()
     try:
         leave(main())
     except (ValueError, OSError) as error:
@@ -166,6 +170,25 @@ def run_command(main: Callable[[], int]) -> None:
             traceback.print_exc()
             say_farewell(f"ended: {traceback.format_exception_only(error)[-1].strip()}")
         leave(1, wait=False)
+
+
+class Output(io.FileIO):
+    """Standard output or error; a terminal, pipe or disk that no longer takes it ends no run."""
+
+    def write(self, data) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def outlive_readers() -> None:
+    """Let what is printed be lost once nobody can take it, instead of raising in the middle of a step or a save."""
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        if (stream := getattr(sys, name)) is not None:  # closed from the beginning: nothing is printed
+            buffer = io.BufferedWriter(Output(number, "w", closefd=False))
+            encoding = {"encoding": stream.encoding, "errors": stream.errors}
+            setattr(sys, name, io.TextIOWrapper(buffer, line_buffering=True, **encoding))
 
 
 def say_farewell(text: str) -> None:

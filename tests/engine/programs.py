@@ -148,7 +148,7 @@ class Run:
         return {name: join([part[name] for part in parts], dimensions[name]).numpy() for name in held}
 
     def save(self) -> Path:
-        return save(self.engine, self.folder, self.state, describe(self.plan), self.plan.recipe.checkpoint)
+        return save(self.engine, self.folder, self.state, describe(self.plan))
 
     def restore(self, folder: Path | None = None) -> None:
         found, damaged = agree_on_checkpoint(folder or self.folder)

@@ -25,7 +25,7 @@ from engine.checkpoint_manifest import (
     steps,
     unseal,
 )
-from engine.retention import retire, set_aside
+from engine.retention import Retention, delete_folder, set_aside
 from engine.safe_load import load_file
 from training.config import CheckpointConfig
 from training.state import TrainState
@@ -126,7 +126,7 @@ def test_a_step_can_be_chosen(tmp_path):
 def test_retention(tmp_path, policy, kept):
     for step in range(10, 70, 10):
         write(tmp_path, step)
-    retire(tmp_path, steps(tmp_path)[0], CheckpointConfig(**policy))
+    assert Retention(tmp_path, CheckpointConfig(**policy)).retire(steps(tmp_path)[0]) == []
     assert [int(path.name.removeprefix("step-")) for path in steps(tmp_path)] == kept
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
@@ -163,13 +163,14 @@ EVENTS = st.lists(st.one_of(st.booleans(), st.tuples(st.integers(0, 4), ACCIDENT
 def test_the_newest_good_state_is_always_there(tmp_path_factory, events, keep_last, keep_every):
     """Saves (of applied or of skipped steps), each followed by retention, between accidents to what lies there."""
     run, policy = tmp_path_factory.mktemp("run"), CheckpointConfig(keep_last=keep_last, keep_every_steps=keep_every)
+    retention = Retention(run, policy)
     good, step = {}, 0  # good: intact checkpoints, by step, and whether their steps were applied
     for event in events:
         if isinstance(event, bool):
             step += 1
             written = write(run, step, skips=0 if event else 1)
             good[step] = event
-            retire(run, written, policy)
+            retention.retire(written)
             assert written.is_dir()
             healthy = [number for number in sorted(good, reverse=True) if good[number]]
             for number in healthy[:keep_last]:  # counted from the newest, whatever else lies there
@@ -193,11 +194,28 @@ def test_the_newest_good_state_is_always_there(tmp_path_factory, events, keep_la
 def test_checkpoints_of_skipped_steps_take_no_healthy_one_s_place(tmp_path):
     for step in (1, 2):
         write(tmp_path, step)
+    retention = Retention(tmp_path, CheckpointConfig(keep_last=2))
     for step in (3, 4, 5):
-        retire(tmp_path, write(tmp_path, step, skips=step - 2), CheckpointConfig(keep_last=2))
+        retention.retire(write(tmp_path, step, skips=step - 2))
     assert [step_of(folder) for folder in steps(tmp_path)] == [5, 2, 1]
-    retire(tmp_path, write(tmp_path, 6), CheckpointConfig(keep_last=2))
+    retention.retire(write(tmp_path, 6))
     assert [step_of(folder) for folder in steps(tmp_path)] == [6, 2]
+
+
+def test_what_cannot_be_deleted_or_was_taken_away_is_said(tmp_path):
+    for step in (1, 2, 3):
+        write(tmp_path, step)
+    first, second, third = reversed(steps(tmp_path))
+    retention = Retention(tmp_path, CheckpointConfig(keep_last=2))
+    first.with_name(f".{first.name}.partial").touch()  # in the way of the deletion
+    (sentence,) = retention.retire(third)
+    assert sentence.startswith(f"{first} is no longer needed but cannot be deleted (")
+    assert steps(tmp_path) == [third, second, first]
+    assert delete_folder(first.with_name(f".{first.name}.partial")) != []
+    shutil.rmtree(tmp_path / "checkpoints")
+    (sentence,) = retention.retire(write(tmp_path, 4))
+    assert f"{first.name}, {second.name}, {third.name} was removed while training ran" in sentence
+    assert retention.retire(write(tmp_path, 5)) == []
 
 
 def test_a_name_that_is_not_the_state_s_is_never_the_newest(tmp_path):
@@ -301,5 +319,5 @@ def test_nothing_is_read_again_while_nothing_goes(tmp_path, monkeypatch):
     for step in (1, 2):
         write(tmp_path, step)
     monkeypatch.setattr("engine.checkpoint_manifest.digest_of_file", lambda path: pytest.fail(f"{path} was read"))
-    retire(tmp_path, write(tmp_path, 3), CheckpointConfig(keep_last=3))
+    Retention(tmp_path, CheckpointConfig(keep_last=3)).retire(write(tmp_path, 3))
     assert [step_of(folder) for folder in steps(tmp_path)] == [3, 2, 1]

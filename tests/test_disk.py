@@ -1,0 +1,113 @@
+"""What a disk, a terminal and a diverging run can do to a training: no step is lost without a word, nothing lies half-written."""
+
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine.checkpoint_manifest import read_manifest, step_of, steps
+from tests.cluster.network import missing_device
+from tests.engine.programs import prepare
+from tests.launch import ROOT, run_cli, start_cli
+from training.records import read_records
+
+OFTEN = ["--checkpoint.every_steps", "1", "--checkpoint.keep_last", "2", "--validation.every_steps", "null"]
+TERMINAL = """
+import os, subprocess, sys
+ours, theirs = os.openpty()
+training = subprocess.Popen(sys.argv[1:], stdout=theirs, stderr=theirs)
+os.close(theirs)
+seen = b""
+while b" 2/40 | loss" not in seen:
+    seen += os.read(ours, 4096)
+os.close(ours)
+sys.exit(training.wait())
+"""
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory) -> list[str]:
+    """The command, without --output."""
+    recipe, data = prepare(tmp_path_factory.mktemp("disk"))
+    flags = ["--recipe", recipe, "--deepspeed_config", "ds_configs/zero2_fp32.json", "--data", data]
+    return [sys.executable, "train.py", *flags, *OFTEN]
+
+
+def events(run: Path, name: str) -> list[dict]:
+    return [record for record in read_records(run / "metrics.jsonl") if record.get("event") == name]
+
+
+def notices(run: Path) -> list[str]:
+    return [record["text"] for record in events(run, "notice")]
+
+
+def kept(run: Path) -> list[int]:
+    return [step_of(folder) for folder in steps(run) if read_manifest(folder)]
+
+
+def paused_between_saves(running, run: Path) -> bool:
+    running.kill_all(signal.SIGSTOP)
+    if saving := list((run / "checkpoints").glob(".*")):
+        running.kill_all(signal.SIGCONT)
+    return not saving
+
+
+def test_a_diverging_run_keeps_what_was_healthy_and_goes_on_from_there(train, tmp_path):
+    """Meanwhile the first checkpoint cannot be deleted: said, and no reason to lose the others."""
+    run = tmp_path / "run"
+    command = [
+        *train,
+        "--output",
+        str(run),
+        "--schedule.decay_steps",
+        "1",
+        "--training.max_consecutive_skipped_steps",
+        "4",
+    ]
+    healthy = run_cli([*command, "--training.max_steps", "3"])
+    assert healthy.returncode == 0, healthy.stderr
+    assert kept(run) == [3, 2]
+    obstacle = run / "checkpoints/.step-00000002.partial"
+    obstacle.touch()
+
+    diverged = run_cli([*command, "--training.max_steps", "20", "--optimizer.lr", "1e30"])
+    assert diverged.returncode == 2, diverged.stderr
+    assert "4 steps in a row had a loss or gradient that is not finite" in diverged.stderr
+    assert "could not be written" not in diverged.stderr
+    applied = {
+        step for step in kept(run) if not read_manifest(run / f"checkpoints/step-{step:08d}").state.skipped_steps
+    }
+    assert 3 in applied, kept(run)
+    about = [text for text in notices(run) if "cannot be deleted" in text]
+    assert about, notices(run)
+    assert all("Not a directory" in text for text in about)
+
+    obstacle.unlink()
+    again = run_cli([*command, "--training.max_steps", "6", "--optimizer.lr", "1e-3", "--resume_step", "3"])
+    assert again.returncode == 0, again.stderr
+    assert kept(run) == [6, 5]
+    losses = {record["step"]: record["loss"] for record in read_records(run / "metrics.jsonl") if "loss" in record}
+    assert sorted(losses) == list(range(1, 7))
+    assert all(loss < 10 for loss in losses.values())
+
+
+def test_checkpoints_taken_away_are_missed_and_a_closed_terminal_is_not(train, tmp_path):
+    run = tmp_path / "run"
+    in_terminal = [sys.executable, "-c", TERMINAL, *train, "--output", str(run), "--training.max_steps", "40"]
+    with start_cli(in_terminal) as running:
+        running.wait_for(lambda: (run / "metrics.jsonl").exists() and len(events(run, "checkpoint")) >= 4)
+        running.wait_for(lambda: paused_between_saves(running, run))
+        shutil.rmtree(run / "checkpoints")
+        running.kill_all(signal.SIGCONT)
+        done = running.finish()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert kept(run) == [40, 39]
+    assert len(events(run, "checkpoint")) == 40
+    (notice,) = notices(run)
+    assert re.fullmatch(
+        rf"{run}/checkpoints: step-\d+(, step-\d+)* was removed while training ran, by something else", notice
+    )
