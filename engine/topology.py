@@ -125,7 +125,9 @@ def start_process_group(topology: Topology, collective_timeout_minutes: float = 
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's agents have met, and own the port
             if not listens(address, port):
-                raise LostPeer(f"torchrun, which keeps the ranks' store at {address}:{port}, has ended or cannot be reached")
+                raise LostPeer(
+                    f"torchrun, which keeps the ranks' store at {address}:{port}, has ended or cannot be reached"
+                )
             store = torch.distributed.TCPStore(address, port, is_master=False)
             store = torch.distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         else:

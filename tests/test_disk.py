@@ -3,7 +3,6 @@
 import re
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 from engine.checkpoint_manifest import read_manifest, step_of, steps
 from tests.cluster.network import missing_device
 from tests.engine.programs import prepare
-from tests.launch import ROOT, run_cli, start_cli
+from tests.launch import run_cli, start_cli
 from training.records import read_records
 
 OFTEN = ["--checkpoint.every_steps", "1", "--checkpoint.keep_last", "2", "--validation.every_steps", "null"]
@@ -111,3 +110,18 @@ def test_checkpoints_taken_away_are_missed_and_a_closed_terminal_is_not(train, t
     assert re.fullmatch(
         rf"{run}/checkpoints: step-\d+(, step-\d+)* was removed while training ran, by something else", notice
     )
+
+
+def test_a_full_disk_is_called_full_and_the_checkpoints_before_stay(train, tmp_path):
+    if reason := missing_device():
+        pytest.skip(reason)
+    run = tmp_path / "run"
+    copy = tmp_path.with_name(f"{tmp_path.name}.copy")
+    script = f'mount -t tmpfs -o size=1200k tmpfs {tmp_path}; "$@"; code=$?; cp -r {run} {copy}; exit $code'
+    done = run_cli(["unshare", "--mount", "bash", "-c", script, "bash", *train, "--output", str(run)])
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {run}/checkpoints: the checkpoint of step ")
+    assert "could not be written (No space left on device); the earlier ones are as they were: make room" in line
+    assert kept(copy) == [record["step"] for record in reversed(events(copy, "checkpoint"))]
+    assert kept(copy)
