@@ -12,6 +12,7 @@ from engine.checkpoint_manifest import read_manifest, step_of, steps
 from tests.cluster.network import missing_device
 from tests.engine.programs import prepare
 from tests.launch import run_cli, start_cli
+from tests.test_stopping import paused
 from training.records import read_records
 
 OFTEN = ["--checkpoint.every_steps", "1", "--checkpoint.keep_last", "2", "--validation.every_steps", "null"]
@@ -46,13 +47,6 @@ def notices(run: Path) -> list[str]:
 
 def kept(run: Path) -> list[int]:
     return [step_of(folder) for folder in steps(run) if read_manifest(folder)]
-
-
-def paused_between_saves(running, run: Path) -> bool:
-    running.kill_all(signal.SIGSTOP)
-    if saving := list((run / "checkpoints").glob(".*")):
-        running.kill_all(signal.SIGCONT)
-    return not saving
 
 
 def test_a_diverging_run_keeps_what_was_healthy_and_goes_on_from_there(train, tmp_path):
@@ -99,7 +93,7 @@ def test_checkpoints_taken_away_are_missed_and_a_closed_terminal_is_not(train, t
     in_terminal = [sys.executable, "-c", TERMINAL, *train, "--output", str(run), "--training.max_steps", "40"]
     with start_cli(in_terminal) as running:
         running.wait_for(lambda: (run / "metrics.jsonl").exists() and len(events(run, "checkpoint")) >= 4)
-        running.wait_for(lambda: paused_between_saves(running, run))
+        running.wait_for(lambda: paused(running, run, saving=False))
         shutil.rmtree(run / "checkpoints")
         running.kill_all(signal.SIGCONT)
         done = running.finish()

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from engine.checkpoint_manifest import steps
+from engine.checkpoint_manifest import read_manifest, steps
 from tests.cluster.network import missing_device
 from tests.engine.programs import prepare
 from tests.launch import free_port, start_cli
@@ -77,6 +77,51 @@ def test_each_launcher_may_be_signalled_alone(setting):
         wait_until_all_have_ended(running)
     assert [stop["reason"] for stop in named(run, "stop")][2:] == ["SIGINT"]
     assert len(steps(run)) == 3
+
+
+def paused(running, run: Path, saving: bool) -> bool:
+    """Whether all processes now stand still with a checkpoint half-written, or without one; else they go on."""
+    running.kill_all(signal.SIGSTOP)
+    if found := saving == bool(list((run / "checkpoints").glob(".*"))):
+        return found
+    running.kill_all(signal.SIGCONT)
+    return False
+
+
+def hearing(launcher: int) -> list[psutil.Process]:
+    """The ranks of a launcher that have a handler for SIGUSR1."""
+    ranks = []
+    for process in psutil.Process(launcher).children(recursive=True):
+        caught = int(re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())[1], 16)
+        if "train.py" in process.cmdline()[:3] and caught >> (signal.SIGUSR1 - 1) & 1:
+            ranks.append(process)
+    return ranks
+
+
+def test_the_whole_group_is_signalled_in_a_save_and_while_the_ranks_still_import(setting, tmp_path):
+    run = tmp_path / "run"
+    flags = [*setting[1], "--output", str(run), "--validation.every_steps", "null", "--checkpoint.every_steps", "1"]
+    with launch("deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), *flags) as running:
+        running.wait_for(lambda: len(hearing(running.process.pid)) == 2, 300)
+        os.killpg(running.process.pid, signal.SIGUSR1)
+        assert running.finish().returncode == -signal.SIGUSR1
+        wait_until_all_have_ended(running)
+        assert "before the first step: run the same command again" in running.stderr
+    assert not run.exists()
+
+    with launch("deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), *flags) as running:
+        running.wait_for(lambda: named(run, "checkpoint"), 300)
+        running.wait_for(lambda: paused(running, run, saving=True))
+        before = len(named(run, "checkpoint"))
+        os.killpg(running.process.pid, signal.SIGINT)
+        running.kill_all(signal.SIGCONT)
+        assert running.finish().returncode == -signal.SIGINT  # 130 in a shell
+        wait_until_all_have_ended(running)
+    assert len(named(run, "checkpoint")) == before + 1
+    (stop,) = named(run, "stop")
+    assert stop["reason"] == "SIGINT"
+    assert read_manifest(steps(run)[0]).state.step == stop["step"]
+    assert not list((run / "checkpoints").glob(".*"))
 
 
 def test_the_readme_script_is_the_first_process_of_a_container(setting, tmp_path):

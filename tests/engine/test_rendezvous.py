@@ -55,6 +55,19 @@ def run_first_rank_ends() -> str:
     raise KeyError(str(raised.value))
 
 
+def run_after_torchrun() -> str:
+    from engine.topology import read_topology, start_process_group
+
+    with pytest.raises(LostPeer) as raised:
+        start_process_group(read_topology())
+    return str(raised.value)
+
+
+def test_ranks_whose_torchrun_has_ended_do_not_wait_for_its_store():
+    (sentence,) = run_ranks(run_after_torchrun, 1, env={"WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"})
+    assert sentence.startswith("torchrun, which keeps the ranks' store at 127.0.0.1:")
+
+
 @pytest.mark.parametrize("late", [0, 2])
 def test_ranks_wait_for_the_last_one(late):
     delays = [0.0, 0.0, 0.0]
