@@ -13,12 +13,11 @@ from typing import Any
 import xxhash
 from pydantic import BaseModel, ConfigDict
 
+from engine.consistency import contradictions
 from training.state import TrainState
 
 MANIFEST = "manifest.json"
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
-SECTIONS = {"recipe": "model", "data": "tokenizer"}
-"""What is read of a checkpoint without its run: section and a key in it."""
 
 
 class Layout(BaseModel):
@@ -74,7 +73,8 @@ def seal(manifest: CheckpointManifest) -> bytes:
 
 
 def unseal(content: bytes) -> CheckpointManifest:
-    """Raises ValueError unless `content` is what `seal` made, or a manifest of format 1, which had no digest."""
+    """Raises ValueError unless `content` is what `seal` made, or a manifest of format 1, which had no digest, and makes
+    sense."""
     fields = json.loads(content)
     if not isinstance(fields, dict):
         raise ValueError("not a JSON object")
@@ -82,6 +82,8 @@ def unseal(content: bytes) -> CheckpointManifest:
     manifest = CheckpointManifest.model_validate(fields)
     if digest != (None if manifest.format_version == 1 else _digest_of_fields(fields)):
         raise ValueError("its content has changed since it was written (its own digest differs)")
+    if found := contradictions(manifest.recipe, manifest.data, manifest.state):
+        raise ValueError(f"its parts do not belong together: {'; '.join(found)}")
     return manifest
 
 
@@ -135,9 +137,6 @@ def read_manifest(folder: Path, full: bool = True) -> CheckpointManifest:
             f"{folder}: holds step {manifest.state.step}, so it was renamed or copied; it is read under its own name only, "
             f"{folder_name(manifest.state.step)}"
         )
-    for section, key in SECTIONS.items():
-        if key not in getattr(manifest, section):
-            raise ValueError(f"{folder / MANIFEST}: damaged: its {section} has no {key}")
     if not manifest.files:
         raise ValueError(f"{folder / MANIFEST}: damaged: it names no files")
     for name, (size, digest) in manifest.files.items():

@@ -23,6 +23,8 @@ class TrainState(BaseModel):
     stage_samples: list[int] = []
     """Samples that each earlier stage used; what `consumed_samples` has beyond their sum is the current stage's."""
     consumed_tokens: int = 0
+    batches: list[tuple[int, int, int]] = []
+    """The totals' history: so many steps of so many samples and tokens each, then so many of others; since it is kept."""
     skipped_steps: int = 0
     consecutive_skipped_steps: int = 0
     wandb_id: str
@@ -43,5 +45,9 @@ class TrainState(BaseModel):
         self.step += 1
         self.consumed_samples += samples
         self.consumed_tokens += tokens
+        if self.batches and self.batches[-1][1:] == (samples, tokens):
+            self.batches[-1] = (self.batches[-1][0] + 1, samples, tokens)
+        else:
+            self.batches.append((1, samples, tokens))
         self.skipped_steps += not applied
         self.consecutive_skipped_steps = 0 if applied else self.consecutive_skipped_steps + 1
