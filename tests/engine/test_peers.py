@@ -2,43 +2,48 @@
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
-import torch
-import torch.distributed as dist
 
 from engine.topology import read_topology, run_command, start_process_group
+from tests.engine.programs import Run, prepare, zero
 from tests.launch import RankError, run_ranks
 
+PIPELINE = zero(1, pipeline={"stages": 2})
+LAYOUTS = {"zero2": zero(2, zero={"overlap_comm": True}), "zero3": zero(3), "pipeline": PIPELINE}
 
-def run_beside(victim: int, end: str) -> None:
+
+def run_beside(layout: str, victim: int, end: str, folder: str, recipe: str, data: str) -> None:
     topology = read_topology()
 
     def main() -> int:
-        start_process_group(topology, 0.1)
-        group = dist.new_group()  # as DeepSpeed makes them, which have a timeout of their own
-        dist.all_reduce(torch.zeros(1), group=group)
+        start_process_group(topology, 0.4)
+        training = Run(recipe, data, LAYOUTS[layout], Path(folder))
+        training.steps(1)
         if topology.rank == victim:
             if end == "error":
                 raise KeyError("the reason is here")
             os.kill(os.getpid(), getattr(signal, end))
-        dist.all_reduce(torch.zeros(1), group=group)
+        training.steps(2)
         return 0
 
     run_command(main)
 
 
 @pytest.mark.parametrize(
-    ("victim", "end", "sentence"),
+    ("layout", "victim", "end", "sentence"),
     [
-        (1, "SIGKILL", "(rank 1) was killed, for memory perhaps: it said nothing and its process is gone"),
-        (1, "SIGSTOP", "(rank 1) is stopped (SIGSTOP): its process does not run"),
-        (0, "error", "(rank 0) ended: KeyError: 'the reason is here'"),
+        ("zero2", 1, "SIGKILL", "(rank 1) was killed, for memory perhaps: it said nothing and its process is gone"),
+        ("pipeline", 1, "SIGSTOP", "(rank 1) is stopped (SIGSTOP): its process does not run"),
+        ("pipeline", 0, "SIGKILL", "(rank 0) ended or cannot be reached: see its messages"),
+        ("zero3", 0, "error", "(rank 0) ended: KeyError: 'the reason is here'"),
     ],
 )
-def test_the_others_name_it(victim, end, sentence):
+def test_the_others_name_it(layout, victim, end, sentence, tmp_path):
+    folders = (str(tmp_path / "run"), *prepare(tmp_path))
     with pytest.raises(RankError) as raised:
-        run_ranks(run_beside, 2, victim, end, timeout=200, until_all_end=end != "SIGSTOP")
+        run_ranks(run_beside, 2, layout, victim, end, *folders, timeout=200, until_all_end=end != "SIGSTOP")
     said = str(raised.value)
     assert f"rank {1 - victim}: exit code 1" in said, said
     (line,) = [line for line in said.splitlines() if line.startswith("error: a collective")]

@@ -334,7 +334,7 @@ def test_a_run_from_before_there_were_stages_may_get_some(setting, run):
     del tree["digest"]
     tree["format_version"] = 1
     first = tree["data"]["stages"][0]["fingerprint"]
-    del tree["data"]["stages"], tree["recipe"]["stages"], tree["state"]["stage_samples"]
+    del tree["data"]["stages"], tree["recipe"]["stages"], tree["state"]["stage_samples"], tree["state"]["batches"]
     tree["recipe"]["training"]["max_steps"] = 8
     tree["state"]["data_fingerprint"] = first
     tree["recipe"]["model"]["max_position_embeddings"] = 64
