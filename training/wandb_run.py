@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,14 +107,15 @@ class WandbRun:
             self._give_up(error)
 
     def close(self, exit_code: int) -> None:
-        if self._run is None:
-            return
         try:
-            if self._carried:
+            if self._run and self._carried:
                 self._run.log(self._carried, step=self._closed + 1)
-            self._run.finish(exit_code)
+            if self._run:
+                self._run.finish(exit_code)
         except Exception as error:
             self._give_up(error)
+        if self._run is None:
+            _forget_service()
 
     def _give_up(self, error: Exception) -> None:
         """W&B's client raises errors of every kind where its service has died or a disk is full."""
@@ -150,6 +151,14 @@ def _open_run(run_dir: Path, config: "MetricsConfig", run_id: str, facts: dict[s
         wandb.teardown()  # the run that did not start still has the name
         notice = f"W&B is not available ({_one_line(error)}); recording offline under {run_dir}/wandb"
         return wandb.init(**identity, mode="offline"), notice
+
+
+def _forget_service() -> None:
+    """Or W&B says goodbye to a service that has died when the process ends, in thirty lines."""
+    import wandb
+
+    with suppress(Exception), _without_stderr():
+        wandb.teardown()
 
 
 @contextmanager

@@ -1,0 +1,212 @@
+"""What `wandb sync` sends of a run that was killed and continued, and what a W&B that fails does to a run: nothing."""
+
+import gzip
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.launch import run_cli
+from tests.training.test_metrics import log
+from tests.training.test_wandb_run import FACTS, launch, read_run
+from training import wandb_run
+from training.metrics import METRICS_FILE, MetricsLogger
+from training.records import read_records
+from training.sections import MetricsConfig
+from training.wandb_files import messages
+from training.wandb_run import WandbRun, wandb_values
+
+KEY = "0123456789" * 4
+BUCKET = {
+    "id": "r", "name": "kept1234", "displayName": "run", "description": "", "config": "{}", "sweepName": None,
+    "historyLineCount": 0, "project": {"id": "p", "name": "longform", "entity": {"id": "e", "name": "me"}},
+}  # fmt: skip
+ANSWERS = {
+    "viewer": {"id": "u", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}, "email": "me@here"},
+    "serverInfo": {"cliVersionInfo": {"max_cli_version": "99"}, "features": [], "latestLocalVersionInfo": None},
+    "upsertBucket": {"bucket": BUCKET, "inserted": True},
+    "createRunFiles": {"runID": "r", "uploadHeaders": [], "files": []},
+}
+
+
+class Server(BaseHTTPRequestHandler):
+    """As much of W&B's server as `wandb sync` needs; the rows of the history that it gets are kept."""
+
+    rows: list[dict[str, Any]]
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body
+        data = {}
+        if self.path.endswith("/graphql"):
+            query = json.loads(body)["query"]
+            data = {"data": {name: answer for name, answer in ANSWERS.items() if name in query}}
+        elif self.path.endswith("/file_stream"):
+            history = json.loads(body).get("files", {}).get("wandb-history.jsonl", {"content": []})
+            self.rows += map(json.loads, history["content"])
+        answer = json.dumps(data).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    do_GET = do_PUT = do_POST
+
+    def log_message(self, *_: Any) -> None:
+        """Says nothing."""
+
+
+@contextmanager
+def wandb_server() -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Its address, and the rows that it gets."""
+    rows: list[dict[str, Any]] = []
+    with ThreadingHTTPServer(("127.0.0.1", 0), type("Recorder", (Server,), {"rows": rows})) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", rows
+        server.shutdown()
+
+
+def by_step(records: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
+    """What W&B has to show of records of `metrics.jsonl`."""
+    expected: dict[int, dict[str, float]] = {}
+    for record in records:
+        expected.setdefault(record["step"], {}).update(wandb_values(record))
+    return expected
+
+
+def killed_launch(folder: str, last_step: int) -> None:
+    """A launch that logs as the training loop does and is then killed with all its children, as the demo does it."""
+    logger = MetricsLogger(
+        Path(folder), MetricsConfig(), is_first_rank=True, total_steps=6, run_id="kept1234", facts=FACTS,
+    )  # fmt: skip
+    for step in range(1, last_step + 1):
+        log(logger, step)
+    logger.log_validation(last_step, {"books": {"loss": 2.0, "bits_per_byte": 0.75, "targets": 9}})
+    logger.log_event(last_step, "checkpoint", name="step-00000003")
+    while not any(b"train/loss" in file.read_bytes() for file in Path(folder).glob("wandb/offline-*/*.wandb")):
+        time.sleep(0.05)  # W&B's service writes behind
+    for process in psutil.Process().children(recursive=True):
+        process.kill()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_wandb_sync_sends_every_row_of_a_killed_and_continued_run_once(tmp_path):
+    program = f"from tests.training.test_wandb_sync import killed_launch; killed_launch({str(tmp_path)!r}, 3)"
+    home = {"HOME": str(tmp_path / "home"), "WANDB_MODE": None}
+    done = run_cli(["python", "-c", program], env=home)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    launch(tmp_path, {}, 3, 6)
+    with wandb_server() as (address, rows):
+        files = sorted((tmp_path / "wandb").glob("offline-*"))
+        sync = run_cli(["wandb", "sync", *files], env=home | {"WANDB_BASE_URL": address, "WANDB_API_KEY": KEY})
+        assert sync.returncode == 0, sync.stderr
+    steps = [row["_step"] for row in rows]
+    assert len(files) == 2
+    assert len(set(steps)) == len(steps), "a row was sent twice"
+    sent = {row["_step"]: {key: value for key, value in row.items() if not key.startswith("_")} for row in rows}
+    assert sent == by_step(read_records(tmp_path / METRICS_FILE))
+
+
+class Recorder:
+    """W&B's run as far as `WandbRun` uses it, with its rule: a row takes values until a later step has some."""
+
+    resumed, starting_step = False, 0
+
+    def __init__(self):
+        self.rows: dict[int, dict[str, float]] = {}
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        assert step >= max(self.rows, default=0), "W&B drops what comes for an earlier step"
+        self.rows.setdefault(step, {}).update(values)
+
+    def finish(self, exit_code: int) -> None:
+        """Nothing to do."""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A whole run of six steps."""
+    folder = tmp_path_factory.mktemp("finished")
+    launch(folder, {}, 0, 6)
+    return folder
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_wherever_a_kill_cuts_the_file_nothing_is_lost_or_sent_twice(finished, tmp_path, monkeypatch, data):
+    """The file cut at any byte, or with rubbish behind the cut, as a file system leaves it that had no time."""
+    (whole,) = (finished / "wandb").glob("offline-*/*.wandb")
+    content, folder = whole.read_bytes(), tmp_path / "wandb" / whole.parent.name
+    folder.mkdir(parents=True, exist_ok=True)
+    cut = data.draw(st.integers(0, len(content)))
+    rubbish = data.draw(st.sampled_from([b"", bytes(40), b"\xff" * 9]))
+    (folder / whole.name).write_bytes(content[:cut] + rubbish)
+    sent = Recorder()
+    monkeypatch.setattr(wandb_run, "_open_run", lambda *_: (sent, None))
+    records = read_records(finished / METRICS_FILE)
+    run = WandbRun(tmp_path, MetricsConfig(), "kept1234", FACTS, None, records)
+    run.write({"step": 6, "event": "resume"})
+    run.close(0)
+    kept = {}
+    if (folder / whole.name).exists():
+        found = (folder / whole.name).read_bytes()
+        assert content.startswith(found)
+        assert found[7:] == b"" or [*messages(found)][-1][1] == len(found), "wandb sync stops at a torn end"
+        kept = read_run(folder / whole.name)[2]
+    assert not kept.keys() & sent.rows.keys(), "a row would be sent twice"
+    expected = by_step(records)
+    resume = {"events/resume": 1}
+    if 6 in sent.rows:
+        expected[6] |= resume
+    else:  # the row of step 6 is closed: a later one takes what came after it
+        expected[7] = resume
+    assert kept | sent.rows == expected
+
+
+TROUBLES = {
+    "a home that cannot be written": ({"HOME": "/proc/nowhere", "WANDB_MODE": None}, 0),
+    "a server that does not answer": ({"WANDB_MODE": "online", "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": KEY}, 1),
+    "a service that was killed": ({"KILL_AFTER": "3"}, 1),
+}  # fmt: skip
+
+
+def troubled_launch(folder: str, mode: str | None) -> None:
+    """Six steps, after three of which W&B's service is killed if the environment says so."""
+    logger = MetricsLogger(
+        Path(folder), MetricsConfig(), is_first_rank=True, total_steps=6, run_id="kept1234", facts=FACTS, wandb_mode=mode,
+    )  # fmt: skip
+    with logger:
+        for step in range(1, 7):
+            log(logger, step)
+            if os.environ.get("KILL_AFTER") == str(step):
+                for process in psutil.Process().children(recursive=True):
+                    process.kill()
+                    process.wait()
+    print("trained to the end")
+
+
+@pytest.mark.parametrize("trouble", TROUBLES)
+def test_trouble_with_wandb_is_said_once_and_stops_nothing(tmp_path, trouble):
+    env, sentences = TROUBLES[trouble]
+    mode = env.get("WANDB_MODE")
+    program = (
+        f"from tests.training.test_wandb_sync import troubled_launch; troubled_launch({str(tmp_path)!r}, {mode!r})"
+    )
+    done = run_cli(["python", "-c", program], env={"HOME": str(tmp_path / "home"), **env})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "trained to the end"
+    assert [line for line in done.stdout.splitlines() if not line.startswith("step ")] == ["trained to the end"]
+    assert len(done.stderr.splitlines()) == sentences, done.stderr
+    assert all(line.startswith("warning: W&B ") for line in done.stderr.splitlines())
+    assert len(read_records(tmp_path / METRICS_FILE)) == 6
