@@ -127,7 +127,7 @@ def make_plan(
     _collect(problems, landmarks, recipe.schedule, stages[-1].end, recipe.training.global_batch_tokens)
     if problems:
         raise ValueError("\n".join(problems))
-    warnings = config_json_notices(recipe_file, overrides)
+    warnings = config_json_notices(recipe_file, overrides, fresh)
     warnings += [f"{recipe_file}: schedule.{key} has no effect here" for key in recipe.schedule.without_effect()]
     if recipe.model.vocab_size > dataset.manifest.tokenizer.vocab_size:
         unused = recipe.model.vocab_size - dataset.manifest.tokenizer.vocab_size

@@ -194,12 +194,21 @@ def load_recipe(path: str | Path, overrides: dict[str, str]) -> Recipe:
         raise ValueError("\n".join(_sentence(path, overrides, problem) for problem in error.errors())) from None
 
 
-def config_json_notices(path: str | Path, overrides: dict[str, str]) -> list[str]:
-    """What `model.config_json` of a valid recipe has that the model does not take over."""
-    file = _config_json(Path(path), _read_tree(Path(path), overrides))
-    return (
-        [f"{file}: {said}" for said in left_out(read_hf_config(file)[0], set(ModelConfig.model_fields))] if file else []
-    )
+def config_json_notices(path: str | Path, overrides: dict[str, str], fresh: bool = True) -> list[str]:
+    """What `config.json` files that a valid recipe names have that the model does not take over.
+
+    They are that of `model.config_json` and, in a `fresh` run, that of a Hugging Face folder in `training.initial_weights`.
+    """
+    tree = _read_tree(Path(path), overrides)
+    files = [_config_json(Path(path), tree)]
+    if fresh and (start := tree["training"].get("initial_weights")):
+        files.append(Path(start) / "config.json")
+    unique = {file.resolve(): file for file in files if file and file.is_file()}
+    return [
+        f"{file}: {said}"
+        for file in unique.values()
+        for said in left_out(read_hf_config(file)[0], set(ModelConfig.model_fields))
+    ]
 
 
 def _read_tree(path: Path, overrides: dict[str, str]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from training.config import Recipe, add_recipe_flags, load_recipe
+from training.config import Recipe, add_recipe_flags, config_json_notices, load_recipe
 from training.foreign_names import TRANSFORMERS_NAMES
 from training.sections import StageConfig
 
@@ -175,6 +175,22 @@ def test_stages_make_the_length_of_the_run(tmp_path):
 )
 def test_stages_that_cannot_be(tmp_path, overrides, sentence):
     assert sentence in problems(tmp_path, STAGED, overrides)[0]
+
+
+def test_what_is_left_out_of_a_config_json_is_said_once_wherever_the_recipe_names_it(tmp_path):
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf/config.json").write_text(json.dumps({"model_type": "llama", "use_cache": True, "my_own_key": 3}))
+    said = [
+        f"{tmp_path}/hf/config.json: use_cache: left out, without meaning for the architecture",
+        f"{tmp_path}/hf/config.json: my_own_key: unknown here and left out",
+    ]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(MINIMAL)
+    start = {"training.initial_weights": str(tmp_path / "hf")}
+    both = start | {"model.config_json": str(tmp_path / "hf/config.json")}
+    assert config_json_notices(recipe, start) == config_json_notices(recipe, both) == said
+    assert config_json_notices(recipe, start, fresh=False) == []  # a run that goes on does not read it
+    assert config_json_notices(recipe, {"training.initial_weights": str(tmp_path)}) == []
 
 
 def test_config_json_of_hugging_face_is_a_model(tmp_path):
