@@ -181,7 +181,7 @@ def without_effect(config: dict[str, Any]) -> list[str]:
         "dump_state": "run.json holds the configuration",
         "timers": "the time of every step is in metrics.jsonl",
         "dataloader_drop_last": "the rows are read by Longform's own loader",
-        "disable_allgather": "DeepSpeed no longer reads it",
+        "disable_allgather": "DeepSpeed reads it and uses it nowhere",
     }
     found += [f"{key} has no effect: {reason}" for key, reason in reasons.items() if config.get(key)]
     comms = config.get("comms_logger", {})
