@@ -82,10 +82,8 @@ class Content:
 
     def _member(self, begin: int) -> Generator[bytes, None, int | None]:
         """The member (gzip's word; a frame or stream elsewhere) at `begin`; returns where it ends, None when damaged."""
-        decoder = DECODERS[self._compression]()
-        self._raw.seek(begin)
+        decoder, position = DECODERS[self._compression](), begin
         while not decoder.eof:
-            position = self._raw.tell()
             block = self._raw.read(COMPRESSED_BYTES)
             if not block:
                 self.damage = Damage("it ends in the middle", 0, trailing=False)
@@ -95,9 +93,10 @@ class Content:
             except DECODING_ERRORS as error:
                 yield from self._up_to_damage(begin, position, str(error))
                 return None
+            position += len(block)
             if data:
                 yield data
-        return self._raw.tell() - len(decoder.unused_data)
+        return position - len(decoder.unused_data)
 
     def _up_to_damage(self, begin: int, position: int, words: str) -> Iterator[bytes]:
         """What a member still gives of the block at `position`, which its decoder refused as a whole."""
@@ -125,6 +124,7 @@ class Content:
         if not rest:
             return None
         if signature.match(rest) or (self._compression == "zst" and SKIPPABLE_FRAME.match(rest)):
+            self._raw.seek(begin)
             return begin
         words, lost = f"{self._size - begin:,} bytes of something else behind the compressed data", self._size - begin
         self.damage = Damage(words, lost, trailing=not self._finds(signature, begin))

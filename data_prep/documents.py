@@ -70,7 +70,7 @@ class _Lines:
 
     def __init__(self, content: Content, file: InputFile, unit: Unit, digest):
         self.stream, self.digest = content.stream, digest
-        self.offset, self.end, self.ended = 0, None, False
+        self.offset, self.end = 0, None
         self.mark_counts = file.kind != "json"
         if content.plain and file.kind == "lines":
             self.end = unit.end
@@ -80,11 +80,13 @@ class _Lines:
                 self.offset = self.stream.tell()
 
     def __iter__(self) -> Iterator[Line]:
+        stream, digest = self.stream, self.digest
         while self.end is None or self.offset < self.end:
-            offset, line = self.offset, self._taken(self.stream.readline())
-            self.ended = not line.endswith(b"\n")
+            offset, line = self.offset, stream.readline()
             if not line:
                 return
+            if digest is not None:
+                digest.update(line)
             if offset == 0 and line.startswith(BOM):
                 line = line.removeprefix(BOM)
                 self.offset += len(BOM) * self.mark_counts
@@ -92,13 +94,10 @@ class _Lines:
             yield offset, line
 
     def rest(self) -> bytes:
-        data = self._taken(self.stream.read())
-        return data if self.offset else data.removeprefix(BOM)
-
-    def _taken(self, data: bytes) -> bytes:
+        data = self.stream.read()
         if self.digest is not None:
             self.digest.update(data)
-        return data
+        return data if self.offset else data.removeprefix(BOM)
 
 
 def _report_damage(content: Content, path: str, line: int, problems: Problems) -> None:
@@ -138,11 +137,10 @@ def _read_lines(
             lines_before = _count_lines(file.path, first_offset)
         return f"{file.path} line {lines_before + number + 1}"
 
-    whole = 0
+    line = b""
     for number, (offset, line) in enumerate(lines):
         if number == 0:
             first_offset = offset
-        whole += line.endswith(b"\n")
         if line.isspace():
             continue
         try:
@@ -154,7 +152,7 @@ def _read_lines(
         document = checked_document(record, f"{file.name}#{offset}", fields, place, problems)
         if document is not None:
             yield document
-    _report_damage(content, file.path, whole + 1, problems)
+    _report_damage(content, file.path, number + line.endswith(b"\n") + 1, problems)
 
 
 def _report_line(place: str, line: bytes, error: Exception, problems: Problems) -> None:
@@ -208,7 +206,7 @@ def _to_first_filled(lines: Iterator[Line]) -> Iterator[Line]:
 
 def _is_object(lines: list[Line]) -> bool:
     try:
-        return bool(lines) and isinstance(json.loads(lines[-1][1]), dict)
+        return bool(lines) and lines[-1][1].lstrip().startswith(b"{") and isinstance(json.loads(lines[-1][1]), dict)
     except (ValueError, RecursionError):
         return False
 
@@ -251,7 +249,7 @@ def _read_separated(
         try:
             row = next(rows, None)
         except csv.Error as error:
-            if not (content.cut and lines.ended):  # else it is only the beginning of a record
+            if not content.cut or content.stream.peek(1):  # else it is only the beginning of a record
                 problems.report(place, "invalid CSV", str(error))
                 problems.leave_out(file.path, "invalid CSV", lines.offset - begin)
             continue
