@@ -166,3 +166,17 @@ def test_nothing_is_left_of_a_killed_test_run(tmp_path):
     assert not folder.exists()
     assert not list(HOSTS_FILES.glob(f"{folder.name}-*"))
     assert folder.name not in subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
+
+
+def test_a_rank_killed_on_one_host_is_named_on_the_other(cluster, shared):
+    output = shared / "run_killed"
+    command = readme_block("--hostfile hosts train.py")
+    command[-1] = command[-1][command[-1].index("deepspeed --hostfile") :].replace("--output run", "--output run_killed")
+    with cluster.start(command, cwd=shared) as running:
+        running.wait_for(lambda: (output / "metrics.jsonl").exists() and len(losses(output)) >= 3, timeout=240)
+        (rank,) = [p for p in cluster.processes("node2", "train.py") if "--local_rank=0" in p.cmdline()[:5]]
+        rank.kill()
+        done = running.finish(200)
+    assert done.returncode != 2, done.stdout + done.stderr
+    assert re.search(r"^node1: error: a collective failed: node2 \(rank 1\) has not arrived", done.stderr, re.MULTILINE)
+    assert "Traceback" not in done.stderr
