@@ -171,7 +171,8 @@ def test_nothing_is_left_of_a_killed_test_run(tmp_path):
 def test_a_rank_killed_on_one_host_is_named_on_the_other(cluster, shared):
     output = shared / "run_killed"
     command = readme_block("--hostfile hosts train.py")
-    command[-1] = command[-1][command[-1].index("deepspeed --hostfile") :].replace("--output run", "--output run_killed")
+    start = command[-1].index("deepspeed --hostfile")
+    command[-1] = command[-1][start:].replace("--output run", "--output run_killed")
     with cluster.start(command, cwd=shared) as running:
         running.wait_for(lambda: (output / "metrics.jsonl").exists() and len(losses(output)) >= 3, timeout=240)
         (rank,) = [p for p in cluster.processes("node2", "train.py") if "--local_rank=0" in p.cmdline()[:5]]
