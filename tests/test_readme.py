@@ -25,7 +25,7 @@ def test_own_documents_step_by_step(tmp_path):
     for play in plays[:8]:
         shutil.copy(play, tmp_path / "my_documents")
     (script,) = [block for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) if "my_documents" in block]
-    free = script.replace("deepspeed --num_gpus 2", f"deepspeed --num_gpus 2 --master_port {free_port()}")
+    free = script.replace("--num_gpus 2", f"--num_gpus 2 --master_port {free_port()}")
     done = run_cli(["bash", "-euc", free], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "validation" in (tmp_path / "run/metrics.jsonl").read_text()
