@@ -185,14 +185,22 @@ def _said_of_the_tokenizer(folder: Path) -> dict[str, Any]:
     """What tokenizer_config.json and special_tokens_map.json say that any class of transformers understands."""
     given = read_config(folder / MAP_FILE)[1] | read_config(folder / CONFIG_FILE)[1]
     keys = TokenizerConfig.model_fields.keys() - OF_OTHER_CLASSES
-    return {key: _token(key, value) for key, value in given.items() if key in keys and value is not None}
+    return {key: _with_types(key, value) for key, value in given.items() if key in keys and value is not None}
 
 
-def _token(key: str, value: Any) -> Any:
-    """A named token as transformers 5 wants it: spelled, or an object that says what it is."""
-    if not key.endswith("_token") or not isinstance(value, dict):
-        return value
-    return {"__type": "AddedToken"} | {flag: value[flag] for flag in AddedToken.model_fields if flag in value}
+def _with_types(key: str, value: Any) -> Any:
+    """Tokens as transformers 5 wants them: spelled, or objects that say what they are."""
+    if key.endswith("_special_tokens"):
+        if isinstance(value, dict):
+            return {name: _with_type(token) for name, token in value.items()}
+        return [_with_type(token) for token in value]
+    return _with_type(value) if key.endswith("_token") else value
+
+
+def _with_type(token: str | dict[str, Any]) -> str | dict[str, Any]:
+    if isinstance(token, str):
+        return token
+    return {"__type": "AddedToken"} | {flag: token[flag] for flag in AddedToken.model_fields if flag in token}
 
 
 def _names(trained: Tokenizer, vocabulary: dict[str, int], config: dict[str, Any]) -> dict[str, str]:
@@ -293,7 +301,7 @@ def _difference(loaded: PreTrainedTokenizerBase, expected: Expected, texts: Sequ
     for text, exact, ids in zip(texts, trained.encode_batch(texts), found, strict=True):
         if ids != exact.tolist():
             return f"transformers gives other ids for {text[:60]!r}"
-        text_back = loaded.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text_back = loaded.decode(ids, clean_up_tokenization_spaces=False)
         if trained.unk_id not in ids and text_back != trained.decode(exact):
             return f"transformers decodes {text[:60]!r} differently"
     return None

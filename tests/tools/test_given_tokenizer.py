@@ -24,6 +24,7 @@ from model.config import ModelConfig
 from model.hf import save_hf
 from model.llama import Llama
 from tests.data_prep.support import MISTRAL, PROSE
+from tests.data_prep.test_tokenizer_files import FILES, KEYS, anything, byte_level
 from tools.hf_tokenizer import Written, write_hf_tokenizer
 
 LENGTH = 4096
@@ -218,6 +219,26 @@ def test_a_model_of_sentencepiece_keeps_the_files_beside_it(tmp_path):
     assert (loaded.pad_token, loaded.padding_side, loaded.model_max_length) == ("</s>", "right", LENGTH)
     assert loaded.apply_chat_template(MESSAGES, tokenize=True)["input_ids"][0] == 1
     assert (tmp_path / "out/tokenizer.model").read_bytes() == MISTRAL.read_bytes()  # for readers of this one
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Path:
+    return byte_level(tmp_path_factory.mktemp("plain"), entries=260)
+
+
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(files=st.dictionaries(st.sampled_from(FILES[:3]), st.dictionaries(st.sampled_from(KEYS), anything, max_size=2)))
+def test_what_can_be_trained_with_can_be_exported(plain, tmp_path_factory, files):
+    place = tmp_path_factory.mktemp("any")
+    source = Path(shutil.copytree(plain, place / "source"))
+    for name, content in files.items():
+        (source / name).write_text(json.dumps(content))
+    try:
+        open_tokenizer(source)
+    except ValueError:  # said before any work
+        return
+    export(source, place / "out")
+    shutil.rmtree(place)
 
 
 @pytest.mark.parametrize("kind", ["chat", "sentencepiece"])
