@@ -197,10 +197,10 @@ def _with_types(key: str, value: Any) -> Any:
     return _with_type(value) if key.endswith("_token") else value
 
 
-def _with_type(token: str | dict[str, Any]) -> str | dict[str, Any]:
-    if isinstance(token, str):
-        return token
-    return {"__type": "AddedToken"} | {flag: token[flag] for flag in AddedToken.model_fields if flag in token}
+def _with_type(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {"__type": "AddedToken"} | {flag: value[flag] for flag in AddedToken.model_fields if flag in value}
 
 
 def _names(trained: Tokenizer, vocabulary: dict[str, int], config: dict[str, Any]) -> dict[str, str]:
