@@ -150,7 +150,8 @@ def test_the_table_and_a_part_of_the_rows(trained):
     arguments += ["--passkey-lengths", "128"]
     words = [sys.executable, "-m", "tools.evaluate", trained.folder / "zero2", *arguments]
     done = run_cli(words, env={"COLUMNS": "200"})
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0, done.stderr
+    assert all(" %  " in line for line in done.stderr.splitlines())  # progress, on a slow machine
     assert "zero2/step-00000004" in done.stdout
     rows = {cells[1].strip(): cells for line in done.stdout.splitlines() if len(cells := line.split("│")) == 7}
     assert rows.keys() >= {"plays", "topics", "all", "1", "64 - 96"}
