@@ -20,6 +20,7 @@ from tests.engine.programs import moved_at, prepare, stopped, zero
 from tests.launch import run_cli, start_cli
 from tests.training.corpus import build
 from tools.export import card
+from tools.hf_tokenizer import Written
 from training.records import read_records
 from training.shards import write_manifest
 
@@ -288,7 +289,8 @@ def test_the_record_names_every_stage(setting, run):
     assert manifest.state.data_fingerprint == stages[1]["fingerprint"]
     assert stages[2]["weights"] == {"long": 1.0, "short": 3.0}
     assert all(stage["tokenizer"]["sha256"] == "0" * 64 for stage in stages)
-    text = card(run, run / "checkpoints/step-00000004", manifest, ModelConfig(**manifest.recipe["model"]), run)
+    written = Written(None, adds_bos=False, own_code=False)
+    text = card(run, run / "checkpoints/step-00000004", manifest, ModelConfig(**manifest.recipe["model"]), run, written)
     assert "Rows held 64, then 128 tokens" in text
     assert f"Fingerprint `{stages[0]['fingerprint']}`, then `{stages[1]['fingerprint']}`" in text
     assert [line.split("|")[5].strip() for line in text.splitlines() if line.startswith("| long |")] == ["64", "128"]
