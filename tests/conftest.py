@@ -1,4 +1,4 @@
-"""Properties are checked for what they say, not for how long a busy machine takes; ranks are started once for many tests."""
+"""Properties are checked for what they say, not for how long a busy machine takes; a file of tests starts its ranks once."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ settings.register_profile("longform", deadline=None, derandomize=True)
 settings.load_profile("longform")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def on_ranks() -> Iterator[Callable[..., list[Any]]]:
     """`on_ranks(2, function, *arguments)` is `run_ranks` on processes that wait for it: new ones after a failed call."""
     with contextlib.ExitStack() as context:

@@ -1,5 +1,6 @@
 """One rank of `tests.launch.Ranks`: `python -m tests.rank FOLDER`, told on its standard input which calls to make."""
 
+import gc
 import importlib
 import os
 import pickle
@@ -13,8 +14,10 @@ def serve(folder: Path) -> int:
     """What each rank does: makes the calls whose numbers it is told, to the end of its input or the first failure."""
     with os.fdopen(os.dup(0)) as numbers, Path(os.devnull).open() as nothing:
         os.dup2(nothing.fileno(), 0)  # what the functions start must not read the numbers
-        if not all(_answer(folder, number.strip()) for number in numbers):
-            return 1
+        for number in numbers:
+            if not _answer(folder, number.strip()):
+                return 1
+            gc.collect()  # the process groups of the last call, and their threads
     distributed = sys.modules.get("torch.distributed")
     if distributed and distributed.is_available() and distributed.is_initialized():
         distributed.barrier()  # gloo aborts when one rank tears down while another still talks to it
