@@ -36,7 +36,7 @@ def main(folder: Path) -> int:
     state = restore(engine, *found) if found else new_state(plan)
     with (folder / f"rank-{topology.rank}.jsonl").open("w", buffering=1) as records:
         train(engine, plan, state, job["last_step"], topology, records)
-    save(engine, run, state, describe(plan), plan.recipe.checkpoint)
+    save(engine, run, state, describe(plan))
     return 0
 
 
