@@ -103,7 +103,7 @@ def resolve_ds_config(
     problems += mesh_problems + batch_problems
     _fill_zero(config, recipe, topology.device)
     config.setdefault("steps_per_print", 2**31)
-    problems += [f'{key} is "auto"{NEVER_AUTO}' for key in _autos(config)]
+    problems += [f'{key} is "auto"{NEVER_AUTO}' for key in _remove_autos(config)]
     problems += value_problems(config)
     problems += illegal_combinations(config, batch, mesh, recipe, topology.device)
     if not problems:
@@ -247,12 +247,18 @@ def _fill_zero(config: dict[str, Any], recipe: Recipe, device: torch.device) -> 
         config["zero_force_ds_cpu_optimizer"] = device.type != "cpu"
 
 
-def _autos(tree: Any, place: str = "") -> list[str]:
-    """The places of "auto" that are left; DeepSpeed itself knows it in one place only."""
-    if tree == "auto":
-        return [] if place == "data_types.keep_in_fp32_modules" else [place]
-    children = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
-    return [found for key, value in children for found in _autos(value, f"{place}.{key}".lstrip("."))]
+def _remove_autos(tree: dict | list, prefix: str = "") -> list[str]:
+    """Removes each "auto" that is left and returns its place; DeepSpeed itself knows it in one place only."""
+    found = []
+    for key, value in [*tree.items()] if isinstance(tree, dict) else [*enumerate(tree)]:
+        place = f"{prefix}{key}"
+        if isinstance(value, dict | list):
+            found += _remove_autos(value, f"{place}.")
+        elif value == "auto" and place != "data_types.keep_in_fp32_modules":
+            found.append(place)
+            if isinstance(tree, dict):
+                del tree[key]
+    return found
 
 
 def _deepspeeds_own_verdict(config: dict[str, Any]) -> list[str]:

@@ -1,5 +1,7 @@
 """Every key of a recipe and of a DeepSpeed JSON with every JSON type: a plan, or sentences, and never a traceback."""
 
+import functools
+import itertools
 import json
 from pathlib import Path
 
@@ -8,10 +10,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import engine.plan
 from tests.engine.programs import prepare
 from tests.engine.test_ds_values import PLACES, VALUES
 from tests.engine.test_plan import plan
-from training.config import Recipe
+from training.config import Recipe, load_recipe
 
 RECIPE_PLACES = [(section,) for section in Recipe.model_fields]
 RECIPE_PLACES += [
@@ -61,9 +64,18 @@ def test_a_recipe(setting, place, value):
     planned_or_refused((setting[0], str(file), setting[2]))
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.sampled_from(PLACES), st.sampled_from(VALUES), st.integers(0, 3))
-def test_a_json(setting, place, value, stage):
-    file = setting[0] / "odd.json"
-    file.write_text(json.dumps(put({"zero_optimization": {"stage": stage}}, place, value)))
-    planned_or_refused(setting, ds_config=file)
+def test_a_json(setting, monkeypatch):
+    """Each key with each value, all of them; the four stages take turns. Recipe and data are read once."""
+    recipe = load_recipe(setting[1], {})
+    monkeypatch.setattr(engine.plan, "load_recipe", lambda *_: recipe)
+    monkeypatch.setattr(engine.plan, "config_json_notices", lambda *_: [])
+    monkeypatch.setattr(engine.plan, "open_split", functools.cache(engine.plan.open_split))
+    file, failed = setting[0] / "odd.json", []
+    for number, (place, value) in enumerate(itertools.product(PLACES, VALUES)):
+        stage = (number + number // len(VALUES)) % 4
+        file.write_text(json.dumps(put({"zero_optimization": {"stage": stage}}, place, value)))
+        try:
+            planned_or_refused(setting, ds_config=file)
+        except Exception as error:
+            failed.append((place, value, stage, repr(error)))
+    assert not failed
