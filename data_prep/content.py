@@ -30,14 +30,20 @@ DECODERS: dict[str, Callable[[], Any]] = {
     "xz": lzma.LZMADecompressor,
     "zst": lambda: zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW).decompressobj(),
 }
+DAMAGED = "behind damage in compressed data"
+CUT = "cut off in compressed data (what is missing cannot be counted, only what is there and gives nothing)"
+BEHIND = "something else behind compressed data"
 DECODING_ERRORS = (zlib.error, OSError, lzma.LZMAError, zstandard.ZstdError, EOFError, ValueError)
 
 
 class Damage(NamedTuple):
     words: str
     lost: int
-    """Bytes of the file that could not be read."""
-    trailing: bool
+    """Bytes of the file, from the last one on that gave data; of text in another encoding, those that were no text."""
+    reason: str = DAMAGED
+    place: str = "damaged compressed file, rest unreadable"
+    """What is reported of the line where it happens."""
+    trailing: bool = False
     """Something else stands behind data that are complete: gzip, too, warns of it and goes on."""
 
 
@@ -74,6 +80,11 @@ class Content:
         """The stream has ended early: its last line may be a part of one."""
         return self.damage is not None and not self.damage.trailing
 
+    @property
+    def cut_before_a_record(self) -> str | None:
+        """Where no whole record stands before damage in the file itself: the reason to leave all of it out."""
+        return self.damage.reason if self.damage and self.damage.reason in (DAMAGED, CUT) else None
+
     def _members(self) -> Iterator[bytes]:
         begin: int | None = 0
         while begin is not None:
@@ -82,24 +93,28 @@ class Content:
 
     def _member(self, begin: int) -> Generator[bytes, None, int | None]:
         """The member (gzip's word; a frame or stream elsewhere) at `begin`; returns where it ends, None when damaged."""
-        decoder, position = DECODERS[self._compression](), begin
+        decoder, position, given = DECODERS[self._compression](), begin, begin
         while not decoder.eof:
             block = self._raw.read(COMPRESSED_BYTES)
             if not block:
-                self.damage = Damage("it ends in the middle", 0, trailing=False)
+                self.damage = Damage("it ends in the middle", self._size - given, CUT)
                 return None
             try:
                 data = _decompressed(decoder, block)
             except DECODING_ERRORS as error:
-                yield from self._up_to_damage(begin, position, str(error))
+                yield from self._up_to_damage(begin, position, given, str(error))
                 return None
             position += len(block)
             if data:
                 yield data
+                given = position
         return position - len(decoder.unused_data)
 
-    def _up_to_damage(self, begin: int, position: int, words: str) -> Iterator[bytes]:
-        """What a member still gives of the block at `position`, which its decoder refused as a whole."""
+    def _up_to_damage(self, begin: int, position: int, given: int, words: str) -> Iterator[bytes]:
+        """What a member still gives of the block at `position`, which its decoder refused as a whole.
+
+        `given`: where the last data came from.
+        """
         decoder = DECODERS[self._compression]()
         self._raw.seek(begin)
         while (left := position - self._raw.tell()) > 0:
@@ -112,7 +127,8 @@ class Content:
                 break
             if data:
                 yield data
-        self.damage = Damage(words, self._size - self._raw.tell() + 1, trailing=False)
+                given = self._raw.tell()
+        self.damage = Damage(words, self._size - given)
 
     def _next_member(self, end: int) -> int | None:
         """Where the member after `end` begins; None if there is none, and `damage` says what is there instead."""
@@ -127,7 +143,8 @@ class Content:
             self._raw.seek(begin)
             return begin
         words, lost = f"{self._size - begin:,} bytes of something else behind the compressed data", self._size - begin
-        self.damage = Damage(words, lost, trailing=not self._finds(signature, begin))
+        trailing = not self._finds(signature, begin)
+        self.damage = Damage(words, lost, BEHIND if trailing else DAMAGED, trailing=trailing)
         return None
 
     def _finds(self, signature, position: int) -> bool:
@@ -141,14 +158,23 @@ class Content:
         return False
 
     def _as_utf8(self, stream: io.BufferedReader, encoding: str) -> Iterator[bytes]:
-        """What is invalid stays invalid, so that it is found and named line by line."""
+        """What is invalid stays invalid, so that it is found and named line by line; the rest behind what no text begins with
+        is counted.
+        """
         decoder = codecs.getincrementaldecoder(encoding)("surrogatepass")
-        try:
-            while block := stream.read(READ_BYTES):
-                yield decoder.decode(block).encode("utf-8", "surrogatepass")
-            decoder.decode(b"", final=True)
-        except UnicodeDecodeError as error:
-            self.damage = self.damage or Damage(f"invalid {encoding.upper()}: {error.reason}", 0, trailing=False)
+        block = b"more"
+        while block:
+            block = stream.read(READ_BYTES)
+            try:
+                yield decoder.decode(block, final=not block).encode("utf-8", "surrogatepass")
+            except UnicodeDecodeError as error:
+                before = block[: max(0, error.start - (len(error.object) - len(block)))]
+                yield decoder.decode(before).encode("utf-8", "surrogatepass")
+                lost = len(error.object) - error.start + sum(map(len, iter(lambda: stream.read(READ_BYTES), b"")))
+                name = encoding.upper()
+                reason = f"behind invalid {name}" + (" (bytes after decompression)" if self._compression else "")
+                self.damage = self.damage or Damage(error.reason, lost, reason, f"invalid {name}, rest unreadable")
+                return
 
 
 def _decompressed(decoder, block: bytes) -> bytes:

@@ -8,7 +8,7 @@ it is kept, to the last whole record, and the rest is reported.
 import csv
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
@@ -51,17 +51,17 @@ def _read_content(file: InputFile, unit: Unit, fields: Fields, problems: Problem
     with content:
         lines = _Lines(content, file, unit, digest)
         if file.kind == "text":
-            yield from _read_text(file, content, lines, problems)
+            of_all = yield from _read_text(file, content, lines, problems)
         elif file.kind == "json":
-            yield from _read_json(file, content, lines, fields, problems)
+            of_all = yield from _read_json(file, content, lines, fields, problems)
         elif file.kind == "lines":
-            yield from _read_lines(file, content, lines, unit.start, fields, problems)
+            of_all = yield from _read_lines(file, content, lines, unit.start, fields, problems)
         else:
-            yield from _read_separated(file, content, lines, fields, problems)
-        if content.damage and content.damage.trailing:
-            problems.leave_out(file.path, "something else behind compressed data", content.damage.lost)
-        elif content.damage:
-            problems.leave_out(file.path, "behind damage in compressed data", content.damage.lost)
+            of_all = yield from _read_separated(file, content, lines, fields, problems)
+        if of_all is not None:
+            problems.leave_out(file.path, of_all, file.size)
+        elif content.damage is not None:
+            problems.leave_out(file.path, content.damage.reason, content.damage.lost)
     return None
 
 
@@ -100,9 +100,14 @@ class _Lines:
         return data if self.offset else data.removeprefix(BOM)
 
 
+def _of_text(content: Content, reason: str) -> str:
+    """The reason, with the bytes that are meant where they are not those of the file."""
+    return reason if content.plain else f"{reason} (bytes of text, as UTF-8)"
+
+
 def _report_damage(content: Content, path: str, line: int, problems: Problems) -> None:
     if content.cut:
-        problems.report(f"{path} line {line}", "damaged compressed file, rest unreadable", content.damage.words)
+        problems.report(f"{path} line {line}", content.damage.place, content.damage.words)
 
 
 def _report_undecodable(path: str, data: bytes, error: UnicodeDecodeError, problems: Problems) -> None:
@@ -110,24 +115,30 @@ def _report_undecodable(path: str, data: bytes, error: UnicodeDecodeError, probl
     problems.report(f"{path} line {line}", "invalid UTF-8", f"byte {data[error.start]:#04x}")
 
 
-def _read_text(file: InputFile, content: Content, lines: _Lines, problems: Problems) -> Iterator[Document]:
-    data = lines.rest()
+def _read_text(
+    file: InputFile, content: Content, lines: _Lines, problems: Problems
+) -> Generator[Document, None, str | None]:
+    """Returns why all of the file is left out, if it is."""
+    data, of_all = lines.rest(), None
     if content.cut:
         data = data[: data.rfind(b"\n") + 1]
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
         _report_undecodable(file.path, data, error, problems)
-        problems.leave_out(file.path, "invalid UTF-8", file.size)
+        of_all = "invalid UTF-8"
     else:
         if data or not content.cut:
             yield Document(file.name, text)
+        else:
+            of_all = content.cut_before_a_record
     _report_damage(content, file.path, data.count(b"\n") + 1, problems)
+    return of_all
 
 
 def _read_lines(
     file: InputFile, content: Content, lines: Iterable[Line], start: int, fields: Fields, problems: Problems
-) -> Iterator[Document]:
+) -> Generator[Document, None, str | None]:
     lines_before = 0 if start == 0 else None
     first_offset = number = 0
 
@@ -152,7 +163,9 @@ def _read_lines(
         document = checked_document(record, f"{file.name}#{offset}", fields, place, problems)
         if document is not None:
             yield document
-    _report_damage(content, file.path, number + line.endswith(b"\n") + 1, problems)
+    whole = number + line.endswith(b"\n")
+    _report_damage(content, file.path, whole + 1, problems)
+    return None if whole else content.cut_before_a_record
 
 
 def _report_line(place: str, line: bytes, error: Exception, problems: Problems) -> None:
@@ -172,14 +185,13 @@ def _count_lines(path: str, end: int) -> int:
 
 def _read_json(
     file: InputFile, content: Content, lines: _Lines, fields: Fields, problems: Problems
-) -> Iterator[Document]:
+) -> Generator[Document, None, str | None]:
     """A list of objects, one object, or (as often found under this suffix, and read as it comes) one object a line."""
     each = iter(lines)
     first = list(_to_first_filled(each))
     following = list(_to_first_filled(each)) if _is_object(first) else []
     if following and not following[-1][1].isspace():
-        yield from _read_lines(file, content, chain(first, following, each), 0, fields, problems)
-        return None
+        return (yield from _read_lines(file, content, chain(first, following, each), 0, fields, problems))
     data = b"".join(line for _, line in first + following) + lines.rest()
     records, kept, error = _parse_json(data)
     for index, record in enumerate(records):
@@ -188,12 +200,15 @@ def _read_json(
         if document is not None:
             yield document
     if content.cut:
-        return _report_damage(content, file.path, data.count(b"\n") + 1, problems)
+        _report_damage(content, file.path, data.count(b"\n") + 1, problems)
+        return None if kept else content.cut_before_a_record
     if isinstance(error, UnicodeDecodeError):
         _report_undecodable(file.path, data, error, problems)
     elif error is not None:
         problems.report(f"{file.path} line {getattr(error, 'lineno', 1)}", "invalid JSON", str(error))
-    return problems.leave_out(file.path, "behind damage in JSON", len(data) - kept if error else 0)
+    if error is not None:
+        problems.leave_out(file.path, _of_text(content, "behind damage in JSON"), len(data) - kept)
+    return None
 
 
 def _to_first_filled(lines: Iterator[Line]) -> Iterator[Line]:
@@ -237,8 +252,8 @@ def _parse_json(data: bytes) -> tuple[list, int, Exception | None]:
 
 def _read_separated(
     file: InputFile, content: Content, lines: _Lines, fields: Fields, problems: Problems
-) -> Iterator[Document]:
-    """Rows of a .csv or .tsv file, whose first line names the columns."""
+) -> Generator[Document, None, str | None]:
+    """Rows of a .csv or .tsv file, whose first line names the columns; returns why all of it is left out, if it is."""
     csv.field_size_limit(sys.maxsize)
     decoded = (line.decode("utf-8", "surrogateescape") for _, line in lines if line.endswith(b"\n") or not content.cut)
     rows = csv.reader(decoded, "excel-tab" if file.kind == "tsv" else "excel", strict=True)
@@ -251,7 +266,7 @@ def _read_separated(
         except csv.Error as error:
             if not content.cut or content.stream.peek(1):  # else it is only the beginning of a record
                 problems.report(place, "invalid CSV", str(error))
-                problems.leave_out(file.path, "invalid CSV", lines.offset - begin)
+                problems.leave_out(file.path, _of_text(content, "invalid CSV"), lines.offset - begin)
             continue
         if row is None:
             break
@@ -259,7 +274,7 @@ def _read_separated(
             header = row
             if problem := column_problem(header, fields):
                 problems.report(place, problem)
-                return problems.leave_out(file.path, "no usable column", file.size)
+                return "no usable column"
         elif row:
             if len(row) != len(header):
                 problems.report(place, "wrong number of fields", f"{len(row)}, the header has {len(header)}")
@@ -270,4 +285,4 @@ def _read_separated(
                     yield document
             count += 1
     _report_damage(content, file.path, rows.line_num + 1, problems)
-    return None
+    return content.cut_before_a_record if header is None else None

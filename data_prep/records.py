@@ -81,9 +81,8 @@ class Problems:
             self.examples.append(words)
 
     def leave_out(self, path: str, reason: str, size: int) -> None:
-        """Count bytes of a file that are not read; no error by itself."""
-        if size:
-            self.left_out.append(LeftOut(printable(path), reason, size))
+        """Count bytes of a file that are not read, perhaps none that are there; no error by itself."""
+        self.left_out.append(LeftOut(printable(path), reason, size))
 
 
 def printable(text: str) -> str:

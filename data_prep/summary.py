@@ -77,17 +77,19 @@ def _row_statistics(packings: list[Packing]) -> dict[str, int]:
 
 
 def by_reason(left_out: Iterable[LeftOut]) -> dict[str, LeftOutFiles]:
-    """What of the input was not read, the reasons in alphabetical order."""
-    reasons: dict[str, list[LeftOut]] = {}
+    """What of the input was not read, the reasons in alphabetical order; a file counts once, however many parts it lacks."""
+    reasons: dict[str, dict[str, LeftOut]] = {}
     for entry in left_out:
-        reasons.setdefault(entry.reason, []).append(entry)
+        places = reasons.setdefault(entry.reason, {})
+        before = places[entry.path].size if entry.path in places else 0
+        places[entry.path] = entry._replace(size=before + entry.size)
     return {
         reason: LeftOutFiles(
-            files=sum(entry.files for entry in entries),
-            bytes=sum(entry.size for entry in entries),
-            names=[printable(entry.path) for entry in entries[:NAMES_KEPT]],
+            files=sum(entry.files for entry in places.values()),
+            bytes=sum(entry.size for entry in places.values()),
+            names=[printable(path) for path in list(places)[:NAMES_KEPT]],
         )
-        for reason, entries in sorted(reasons.items())
+        for reason, places in sorted(reasons.items())
     }
 
 

@@ -16,6 +16,8 @@ TABLE_ROWS = 64
 FILE_MAGIC = b"ARROW1"
 """Stands at both ends of Arrow's file format; in between is the stream format, and an index that is not needed."""
 STREAM_BEGIN, STREAM_END = 8, b"\xff\xff\xff\xff\0\0\0\0"
+PADDING = 63
+"""More bytes behind the end of a stream than writers align to are batches that cannot be found."""
 TABLE_ERRORS = (pa.ArrowException, OSError, ValueError, MemoryError)
 
 
@@ -40,8 +42,11 @@ def _mapped(path: str) -> pa.MemoryMappedFile:
 
 
 class _Parquet:
+    lost = "in row groups that are not read whole (their bytes of the columns that are read)"
+
     def __init__(self, path: str):
-        self.file = pq.ParquetFile(_mapped(path), page_checksum_verification=True)
+        self.map = _mapped(path)
+        self.file = pq.ParquetFile(self.map, page_checksum_verification=True)
         self.schema = self.file.schema_arrow
 
     def __enter__(self) -> "_Parquet":
@@ -57,6 +62,15 @@ class _Parquet:
 
     def rows(self, group: int) -> int:
         return self.file.metadata.row_group(group).num_rows if group < self.file.metadata.num_row_groups else 0
+
+    def stored(self, group: int, columns: list[str]) -> int:
+        """Bytes of the file that hold these columns of a group."""
+        if group >= self.file.metadata.num_row_groups:
+            return 0
+        part = self.file.metadata.row_group(group)
+        chunks = (part.column(number) for number in range(part.num_columns))
+        sizes = (chunk.total_compressed_size for chunk in chunks if chunk.path_in_schema in columns)
+        return min(max(0, sum(sizes)), self.map.size())
 
     def batches(self, group: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
         """The rows of a group; all that stand before damage, and then its error."""
@@ -76,14 +90,25 @@ class _Parquet:
 class _Arrow:
     def __init__(self, path: str):
         self.map = _mapped(path)
-        size = self.map.size()
         is_file = self.map.read(STREAM_BEGIN).startswith(FILE_MAGIC)
-        mark = FILE_MAGIC if is_file else STREAM_END
-        self.map.seek(max(0, size - len(mark)))
-        self.has_end = self.map.read(len(mark)) == mark
+        self.end = self._end(is_file)
+        self.lost = "in record batches that are damaged, or behind these"
+        if self.end is None:
+            self.lost += " (what is missing at the end cannot be counted)"
         self.map.seek(STREAM_BEGIN if is_file else 0)
         self.stream = pa.ipc.open_stream(self.map)
         self.schema, self.read, self.broken = self.stream.schema, 0, False
+        self.begin = self.map.tell()
+
+    def _end(self, is_file: bool) -> int | None:
+        """Where the stream ends; None: the file is cut before."""
+        size, mark = self.map.size(), FILE_MAGIC if is_file else STREAM_END
+        index = 0
+        if is_file:
+            self.map.seek(max(0, size - len(mark) - 4))
+            index = int.from_bytes(self.map.read(4), "little") + 4 + len(mark)
+        self.map.seek(max(0, size - len(mark)))
+        return size - index if self.map.read(len(mark)) == mark else None
 
     def __enter__(self) -> "_Arrow":
         return self
@@ -100,6 +125,10 @@ class _Arrow:
         """Known only when they have been read."""
         return 0
 
+    def stored(self, group: int, columns: list[str]) -> int:
+        """Bytes of the file from the batch read last to its end, or to that of the file where nothing follows."""
+        return (self.map.size() if self.broken else self.map.tell()) - self.begin
+
     def batches(self, group: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
         while self.read < group and self._next() is not None:
             pass
@@ -113,12 +142,14 @@ class _Arrow:
         """The next batch; nothing follows an error, which is raised once."""
         if self.broken:
             return None
-        self.broken = True
+        self.broken, self.begin = True, self.map.tell()
         try:
             batch = self.stream.read_next_batch()
         except StopIteration:
-            if not self.has_end:
+            if self.end is None:
                 raise pa.ArrowInvalid("its end is missing") from None
+            if (behind := self.end - self.map.tell()) > PADDING:
+                raise pa.ArrowInvalid(f"it ends {behind} bytes before its end") from None
             return None
         self.broken = False
         self.read += 1
@@ -137,11 +168,12 @@ def read_table(file: InputFile, unit: Unit, fields: Fields, problems: Problems, 
                 digest.update(block)
     try:
         table = _TABLES[file.format](file.path)
-    except TABLE_ERRORS as error:
+        problem = _schema_problem(table.schema, fields)
+    except TABLE_ERRORS as error:  # a name that is no text among them
         problems.report(file.path, f"not a readable {file.format} file", " ".join(str(error).split()))
         return problems.leave_out(file.path, "damaged", file.size)
     with table:
-        if problem := _schema_problem(table.schema, fields):
+        if problem:
             if unit.start == 0:  # said once a file
                 problems.report(file.path, problem)
                 problems.leave_out(file.path, "no usable column", file.size)
@@ -149,22 +181,25 @@ def read_table(file: InputFile, unit: Unit, fields: Fields, problems: Problems, 
         names = [name for name in fields if name is not None]
         row = unit.first_row
         for group in range(unit.start, unit.end):
-            end = row + table.rows(group)
-            batches = table.batches(group, names)
-            while (batch := _next_batch(batches, f"{file.path} row {row}", problems)) is not None:
+            end, errors = row + table.rows(group), []
+            for batch in _up_to_error(table.batches(group, names), errors):
                 yield from _documents(batch, row, file, fields, problems)
                 row += batch.num_rows
+            if row < end and not errors:
+                errors.append(f"{end - row} rows are missing")
+            for words in errors:
+                problems.report(f"{file.path} row {row}", "damaged table, rows unreadable", words)
+                problems.leave_out(file.path, table.lost, table.stored(group, names))
             row = max(row, end)
     return None
 
 
-def _next_batch(batches: Iterator[pa.RecordBatch], place: str, problems: Problems) -> pa.RecordBatch | None:
+def _up_to_error(batches: Iterator[pa.RecordBatch], errors: list[str]) -> Iterator[pa.RecordBatch]:
+    """The batches before an error, whose words go to `errors`."""
     try:
-        return next(batches, None)
+        yield from batches
     except TABLE_ERRORS as error:
-        words = " ".join(str(error).split())
-    problems.report(place, "damaged table, rows unreadable", words)
-    return None
+        errors.append(" ".join(str(error).split()))
 
 
 def _documents(

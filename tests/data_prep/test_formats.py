@@ -239,6 +239,8 @@ def test_damage_loses_nothing_that_stands_before_it(suffix, kind, texts, place, 
     member_ends = {0, len(data)} | ({len(COMPRESS[suffix](b"".join(pieces[:half])))} if bit is None else set())
     if found != texts and offset not in member_ends:
         assert problems.count or problems.left_out
+    assert all(entry.path == str(path) and 0 <= entry.size <= len(damaged) for entry in problems.left_out)
+    assert bool(problems.left_out) >= any(reason.startswith("damaged") for reason in problems.reasons)
 
 
 @pytest.mark.parametrize("suffix", sorted(DECOMPRESS))

@@ -80,6 +80,13 @@ def test_names_of_columns(tmp_path, suffix):
     with pytest.raises(ValueError, match="2 columns are called 'text': rename all but one"):
         read(path)
     assert texts_of(read(path, text_field="body")[0]) == TEXTS
+    write_table(path, pa.table({"text": TEXTS, "qzqz": TEXTS}))
+    path.write_bytes(path.read_bytes().replace(b"qzqz", b"\xdczqz"))
+    with pytest.raises(
+        ValueError, match=rf"a{suffix}: not a readable {'parquet' if suffix == '.parquet' else 'arrow'}"
+    ):
+        read(path)
+    assert [entry.size for entry in read(path, on_error="skip")[1].left_out] == [path.stat().st_size]
 
 
 CSV = [
@@ -152,6 +159,8 @@ def test_a_damaged_table_gives_whole_groups_or_is_named(suffix, texts, place, bi
         documents, problems = read(path, on_error="skip")
     if len(documents) != len(texts):
         assert problems.count
+        assert problems.left_out or "invalid UTF-8" in problems.reasons
+        assert all(entry.path == str(path) and 0 <= entry.size <= len(data) for entry in problems.left_out)
     if bit is None and suffix != ".parquet":  # the list of a Parquet file's groups stands at its end
         found = texts_of(documents)
         assert problems.count
