@@ -7,11 +7,14 @@ resume is exact, so they would be the same numbers. Steps that it lost in a kill
 
 import logging
 import os
+import socket
 import sys
+import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from training.records import finite
 from training.wandb_files import mend_files
@@ -37,7 +40,8 @@ WANDB_KEYS = {
     "eta_seconds": "progress/eta_seconds",
 }
 VALIDATION_KEYS = ("loss", "bits_per_byte")
-CONNECT_SECONDS = 10.0
+ANSWER_SECONDS, CONNECT_SECONDS, FINISH_SECONDS = 3.0, 10.0, 15.0
+"""For W&B's server: to accept a connection, to know the run, and to take at the end what it has not taken yet."""
 
 
 def wandb_values(record: dict[str, Any]) -> dict[str, float]:
@@ -80,18 +84,26 @@ class WandbRun:
                 self._run, notice = _open_run(run_dir, config, run_id, facts, mode)
             if notice:
                 print(f"warning: {notice}", file=sys.stderr)
-            self._closed = self._run.starting_step - 1 if self._run.resumed else max(self._rows, default=-1)
+            self._folder = Path(self._run.settings.sync_dir)
+            if self._run.resumed:
+                self._closed = self._run.starting_step - 1
+            else:  # a server that does not know the run lacks what is in files, too
+                self._closed = max(self._rows, default=-1) if self._run.offline else -1
         except Exception as error:
             self._give_up(error)
         for record in earlier:
-            if record["step"] > self._closed_step:
-                self.write(record)
-
-    @property
-    def _closed_step(self) -> int:
-        return self._closed if self._run else -1
+            if self._run and record["step"] >= self._closed:
+                self._send(record)
 
     def write(self, record: dict[str, Any]) -> None:
+        self._send(record)
+        if self._run and record.get("event") == "stop":
+            try:
+                self._run.mark_preempting()  # shown as preempted, not failed, when it ends with another code than 0
+            except Exception as error:
+                self._give_up(error)
+
+    def _send(self, record: dict[str, Any]) -> None:
         if self._run is None:
             return
         values, step = wandb_values(record), record["step"]
@@ -101,8 +113,6 @@ class WandbRun:
                 self._carried = {}
             elif step in self._rows:
                 self._carried |= {key: value for key, value in values.items() if key not in self._rows[step]}
-            if record.get("event") == "stop":
-                self._run.mark_preempting()  # shown as preempted, not failed, when it ends with another code than 0
         except Exception as error:
             self._give_up(error)
 
@@ -112,6 +122,9 @@ class WandbRun:
                 self._run.log(self._carried, step=self._closed + 1)
             if self._run:
                 self._run.finish(exit_code)
+        except TimeoutError:
+            text = f"warning: W&B's server has not taken everything within {FINISH_SECONDS:g} s; the next launch sends what it "
+            print(text + f"lacks, or: wandb sync {self._folder}", file=sys.stderr)
         except Exception as error:
             self._give_up(error)
         if self._run is None:
@@ -130,7 +143,9 @@ def _open_run(run_dir: Path, config: "MetricsConfig", run_id: str, facts: dict[s
 
     logging.getLogger("asyncio").setLevel(logging.ERROR)  # or it says eight times that the service has died
 
-    defaults = wandb.setup().settings  # what the user's environment and W&B settings files say
+    # What the user's environment and W&B settings files say; silent, or a login asks the server whom to greet.
+    defaults = wandb.setup(wandb.Settings(quiet=True, silent=True)).settings
+    seconds = {"init_timeout": CONNECT_SECONDS, "finish_timeout": FINISH_SECONDS, "finish_timeout_raises": True}
     identity = {
         "id": run_id,
         "resume": "allow",
@@ -141,16 +156,32 @@ def _open_run(run_dir: Path, config: "MetricsConfig", run_id: str, facts: dict[s
         "tags": [*config.wandb_tags] or defaults.run_tags,
         "config": finite(facts),
         "dir": run_dir,
-        "settings": wandb.Settings(quiet=True, silent=True, init_timeout=CONNECT_SECONDS),
+        "settings": wandb.Settings(quiet=True, silent=True, **seconds),
     }
     try:
         if mode is None:
             mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
+        if mode == "online" and not defaults.http_proxy and not defaults.https_proxy:
+            knock_at(defaults.base_url)
         return wandb.init(**identity, mode=mode), None
-    except wandb.Error as error:
+    except (wandb.Error, OSError) as error:
         wandb.teardown()  # the run that did not start still has the name
         notice = f"W&B is not available ({_one_line(error)}); recording offline under {run_dir}/wandb"
         return wandb.init(**identity, mode="offline"), notice
+
+
+def knock_at(address: str) -> None:
+    """Raises OSError where nothing accepts a connection at this URL, for which W&B itself would wait much longer.
+
+    What a proxy can reach is not known here: where one is set, nothing is tried.
+    """
+    if urllib.request.getproxies():
+        return
+    url = urlsplit(address)
+    try:
+        socket.create_connection((url.hostname, url.port or socket.getservbyname(url.scheme)), ANSWER_SECONDS).close()
+    except OSError as error:
+        raise OSError(f"no server at {address}: {error.strerror or error}") from None
 
 
 def _forget_service() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -17,9 +18,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.launch import run_cli
+from tests.launch import free_port, run_cli
 from tests.training.test_metrics import log
-from tests.training.test_wandb_run import FACTS, launch, read_run
+from tests.training.test_wandb_run import FACTS, launch, read_run, records_of
 from training import wandb_run
 from training.metrics import METRICS_FILE, MetricsLogger
 from training.records import read_records
@@ -41,18 +42,26 @@ ANSWERS = {
 
 
 class Server(BaseHTTPRequestHandler):
-    """As much of W&B's server as `wandb sync` needs; the rows of the history that it gets are kept."""
+    """As much of W&B's server as its client needs; the rows of the history that it gets are kept."""
 
     rows: list[dict[str, Any]]
+    trouble: str
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         body = gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body
         data = {}
+        if self.trouble == "slow":
+            time.sleep(0.2)
         if self.path.endswith("/graphql"):
             query = json.loads(body)["query"]
             data = {"data": {name: answer for name, answer in ANSWERS.items() if name in query}}
+            if "query RunResumeStatus" in query and self.rows:
+                data["data"]["model"] = {"bucket": BUCKET | self.state()}
         elif self.path.endswith("/file_stream"):
+            if self.trouble == "takes nothing":
+                self.close_connection = True
+                return
             history = json.loads(body).get("files", {}).get("wandb-history.jsonl", {"content": []})
             self.rows += map(json.loads, history["content"])
         answer = json.dumps(data).encode()
@@ -63,15 +72,23 @@ class Server(BaseHTTPRequestHandler):
 
     do_GET = do_PUT = do_POST
 
+    def state(self) -> dict[str, Any]:
+        """What it knows of the run."""
+        last = json.dumps(self.rows[-1])
+        tails = {"historyTail": json.dumps([last]), "eventsTail": "[]", "summaryMetrics": last}
+        counts = {"historyLineCount": len(self.rows), "eventsLineCount": 0, "logLineCount": 0}
+        return tails | counts | {"tags": [], "notes": None, "wandbConfig": '{"t": 1}'}
+
     def log_message(self, *_: Any) -> None:
         """Says nothing."""
 
 
 @contextmanager
-def wandb_server() -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Its address, and the rows that it gets."""
-    rows: list[dict[str, Any]] = []
-    with ThreadingHTTPServer(("127.0.0.1", 0), type("Recorder", (Server,), {"rows": rows})) as server:
+def wandb_server(rows: list[dict[str, Any]] | None = None, trouble="") -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Its address, and the rows that it has and gets."""
+    rows = [] if rows is None else rows
+    handler = type("Recorder", (Server,), {"rows": rows, "trouble": trouble})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}", rows
         server.shutdown()
@@ -85,8 +102,10 @@ def by_step(records: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
     return expected
 
 
-def killed_launch(folder: str, last_step: int) -> None:
-    """A launch that logs as the training loop does and is then killed with all its children, as the demo does it."""
+def ended_launch(folder: str, last_step: int, end: str) -> None:
+    """A launch that logs as the training loop does and is then killed with all its children, as the demo does it; or
+    stops after a SIGTERM to all its processes, of which W&B's service dies at once.
+    """
     logger = MetricsLogger(
         Path(folder), MetricsConfig(), is_first_rank=True, total_steps=6, run_id="kept1234", facts=FACTS,
     )  # fmt: skip
@@ -97,31 +116,51 @@ def killed_launch(folder: str, last_step: int) -> None:
     while not any(b"train/loss" in file.read_bytes() for file in Path(folder).glob("wandb/offline-*/*.wandb")):
         time.sleep(0.05)  # W&B's service writes behind
     for process in psutil.Process().children(recursive=True):
-        process.kill()
-    os.kill(os.getpid(), signal.SIGKILL)
+        process.send_signal(signal.Signals[end])
+        process.wait()
+    if end == "SIGKILL":
+        os.kill(os.getpid(), signal.SIGKILL)
+    logger.log_event(last_step, "stop", reason=end)
+    logger.close(75)
+    os._exit(75)
 
 
-def test_wandb_sync_sends_every_row_of_a_killed_and_continued_run_once(tmp_path):
-    program = f"from tests.training.test_wandb_sync import killed_launch; killed_launch({str(tmp_path)!r}, 3)"
+@pytest.mark.parametrize(("end", "code"), [("SIGKILL", -signal.SIGKILL), ("SIGTERM", 75)])
+def test_wandb_sync_sends_every_row_of_an_ended_and_continued_run_once(tmp_path, end, code):
+    program = f"from tests.training.test_wandb_sync import ended_launch; ended_launch({str(tmp_path)!r}, 3, {end!r})"
     home = {"HOME": str(tmp_path / "home"), "WANDB_MODE": None}
     done = run_cli(["python", "-c", program], env=home)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert done.returncode == code, done.stderr
     launch(tmp_path, {}, 3, 6)
-    with wandb_server() as (address, rows):
-        files = sorted((tmp_path / "wandb").glob("offline-*"))
-        sync = run_cli(["wandb", "sync", *files], env=home | {"WANDB_BASE_URL": address, "WANDB_API_KEY": KEY})
-        assert sync.returncode == 0, sync.stderr
-    steps = [row["_step"] for row in rows]
+    files, rows = synced(tmp_path)
     assert len(files) == 2
-    assert len(set(steps)) == len(steps), "a row was sent twice"
-    sent = {row["_step"]: {key: value for key, value in row.items() if not key.startswith("_")} for row in rows}
-    assert sent == by_step(read_records(tmp_path / METRICS_FILE))
+    assert rows == by_step(read_records(tmp_path / METRICS_FILE))
+    assert ("events/stop" in rows[3]) == (end == "SIGTERM")
+    kinds = {record.WhichOneof("record_type") for record in records_of(next(files[1].glob("*.wandb")))}
+    assert "preempting" not in kinds, "the second launch was not stopped"
+
+
+def synced(run: Path) -> tuple[list[Path], dict[int, dict[str, float]]]:
+    """The folders of W&B in a run that was recorded offline, and the rows that `wandb sync` sends of them, each once."""
+    env = {"HOME": str(run / "home"), "WANDB_MODE": None, "WANDB_API_KEY": KEY}
+    with wandb_server() as (address, rows):
+        files = sorted((run / "wandb").glob("offline-*"))
+        sync = run_cli(["wandb", "sync", *files], env=env | {"WANDB_BASE_URL": address})
+        assert sync.returncode == 0, sync.stderr
+    return files, sent_once(rows)
+
+
+def sent_once(rows: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
+    """By step; W&B's own keys are left out."""
+    assert len({row["_step"] for row in rows}) == len(rows), "a row was sent twice"
+    return {row["_step"]: {key: value for key, value in row.items() if not key.startswith("_")} for row in rows}
 
 
 class Recorder:
     """W&B's run as far as `WandbRun` uses it, with its rule: a row takes values until a later step has some."""
 
-    resumed, starting_step = False, 0
+    resumed, starting_step, offline = False, 0, True
+    settings = SimpleNamespace(sync_dir="wandb")
 
     def __init__(self):
         self.rows: dict[int, dict[str, float]] = {}
@@ -210,3 +249,53 @@ def test_trouble_with_wandb_is_said_once_and_stops_nothing(tmp_path, trouble):
     assert len(done.stderr.splitlines()) == sentences, done.stderr
     assert all(line.startswith("warning: W&B ") for line in done.stderr.splitlines())
     assert len(read_records(tmp_path / METRICS_FILE)) == 6
+
+
+def online_launch(folder: str, resumed_step: int, last_step: int, finish_seconds: float) -> None:
+    """A launch that logs as the training loop does, to the server in the environment; how long W&B took at both ends."""
+    wandb_run.FINISH_SECONDS = finish_seconds
+    began = time.monotonic()
+    logger = MetricsLogger(
+        Path(folder), MetricsConfig(), is_first_rank=True, total_steps=9, resumed_step=resumed_step, run_id="kept1234",
+        facts=FACTS,
+    )  # fmt: skip
+    opened = time.monotonic()
+    with logger:
+        for step in range(resumed_step + 1, last_step + 1):
+            log(logger, step)
+        logger.log_event(last_step, "stop", reason="SIGTERM")
+        closing = time.monotonic()
+        logger.close(75)
+    print(f"seconds {opened - began} {time.monotonic() - closing}")
+
+
+def online(
+    folder: Path, address: str, resumed_step: int, last_step: int, finish_seconds: float = 60.0
+) -> tuple[float, float, str]:
+    """Seconds at the beginning and at the end, and what was said on standard error."""
+    call = f"online_launch({str(folder)!r}, {resumed_step}, {last_step}, {finish_seconds})"
+    env = {"HOME": str(folder / "home"), "WANDB_MODE": None, "WANDB_BASE_URL": address, "WANDB_API_KEY": KEY}
+    done = run_cli(["python", "-c", f"from tests.training.test_wandb_sync import online_launch; {call}"], env=env)
+    assert done.returncode == 0, done.stderr
+    first, last = done.stdout.splitlines()[-1].split()[1:]
+    return float(first), float(last), done.stderr
+
+
+def test_a_server_that_is_slow_dead_or_deaf_costs_seconds_and_gets_all_rows_later(tmp_path):
+    dead = f"http://127.0.0.1:{free_port()}"
+    opened, _, said = online(tmp_path, dead, 0, 2)
+    assert opened < 8  # with the import of wandb and the start of its service
+    assert said == (
+        f"warning: W&B is not available (no server at {dead}: Connection refused); recording offline under {tmp_path}/wandb\n"
+    )
+    rows: list[dict[str, Any]] = []
+    with wandb_server(rows, "slow") as (address, _):
+        assert online(tmp_path, address, 2, 4)[2] == ""
+    with wandb_server(rows, "takes nothing") as (address, _):
+        _, closed, said = online(tmp_path, address, 4, 6, 2.0)
+        assert closed < 6
+        assert said.startswith("warning: W&B's server has not taken everything within 2 s")
+        assert len(said.splitlines()) == 1
+    with wandb_server(rows) as (address, _):
+        assert online(tmp_path, address, 6, 8)[2] == ""
+    assert sent_once(rows) == by_step(read_records(tmp_path / METRICS_FILE))
