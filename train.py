@@ -16,7 +16,7 @@ from pathlib import Path
 if (ROOT := str(Path(__file__).resolve().parent)) not in sys.path:  # where PYTHONSAFEPATH or -P has left it out
     sys.path.insert(0, ROOT)
 
-from training.signals import StopSignal
+from launch.signals import StopSignal
 
 FLAGS_OF_OTHERS = {
     "--deepspeed": "leave it out, and name the JSON with --deepspeed_config FILE",
@@ -56,17 +56,20 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
 
 def main(arguments: argparse.Namespace, stop: StopSignal) -> int:
     # What takes longest to import comes after the arguments have been understood.
-    from engine.checkpoint import agree_on_checkpoint
-    from engine.checkpoint_manifest import steps
-    from engine.loop import new_state, open_outputs, train
-    from engine.memory import check_memory, largest_need
-    from engine.plan import make_plan
-    from engine.resume import check_resumable, restore
-    from engine.run_folder import claim_run, describe, fill_run, layout_facts
-    from engine.step import build_engine
-    from engine.topology import read_topology, start_process_group
+    from launch.topology import read_topology
 
     topology = read_topology()
+
+    from engine.checkpoint.folder import agree_on_checkpoint
+    from engine.checkpoint.manifest import steps
+    from engine.process_group import start_process_group
+    from engine.run.folder import claim_run, describe, fill_run, layout_facts
+    from engine.run.loop import new_state, open_outputs, train
+    from engine.run.memory import check_memory, largest_need
+    from engine.run.plan import make_plan
+    from engine.run.resume import check_resumable, restore
+    from engine.step import build_engine
+
     overrides = {name: value for name, value in vars(arguments).items() if "." in name or name == "stages"}
 
     # Whatever can be wrong is found here, before any process group exists.
@@ -106,6 +109,6 @@ if __name__ == "__main__":
     request = StopSignal()
     given = parse_arguments(sys.argv[1:])
 
-    from engine.topology import run_command
+    from launch.rank import run_rank
 
-    run_command(lambda: main(given, request))
+    run_rank(lambda: main(given, request))

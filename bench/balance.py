@@ -56,12 +56,17 @@ def spread(data: Path, steps: int = 100) -> None:
 
 def rank(folder: Path, steps: int) -> None:
     """What one rank does: both ways in turn. The first rank writes seconds and imbalance of every step."""
-    from engine.loop import new_state, optimizer_steps
-    from engine.plan import make_plan
-    from engine.step import build_engine, train_step
-    from engine.topology import leave, read_topology, start_process_group
+    from launch.topology import read_topology
 
-    topology, runs = read_topology(), {}
+    topology = read_topology()
+
+    from engine.process_group import start_process_group
+    from engine.run.loop import new_state, optimizer_steps
+    from engine.run.plan import make_plan
+    from engine.step import build_engine, train_step
+    from launch.rank import leave
+
+    runs = {}
     start_process_group(topology)
     (folder / "zero1.json").write_text('{"zero_optimization": {"stage": 1}}')
     for way, value in WAYS.items():

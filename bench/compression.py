@@ -4,7 +4,7 @@
 
 The same model, data and order of samples for every contender, ZeRO stage 0 in float32, steps of 2,048 tokens of
 Shakespeare's plays. Bytes are counted at the calls of torch.distributed during a whole training step after the warm-up
-(engine/wire.py): `handed in` is the payload that a rank gives to them, `ring` what leaves the rank for it in
+(engine/reduction/wire.py): `handed in` is the payload that a rank gives to them, `ring` what leaves the rank for it in
 bandwidth-optimal algorithms. The loss is the mean of the last steps up to the one named, in nats a target.
 """
 
@@ -34,9 +34,14 @@ CONTENDERS = {
 
 def rank(folder: Path, steps: int) -> None:
     """What one rank does: all contenders, one after the other."""
-    from engine.topology import leave, read_topology, start_process_group
+    from launch.topology import read_topology
 
-    topology, results = read_topology(), {}
+    topology = read_topology()
+
+    from engine.process_group import start_process_group
+    from launch.rank import leave
+
+    results = {}
     start_process_group(topology)
     for name, difference in CONTENDERS.items():
         began = time.perf_counter()
@@ -49,10 +54,10 @@ def rank(folder: Path, steps: int) -> None:
 
 
 def train(folder: Path, ds_config: dict, steps: int, topology) -> list[dict]:
-    from engine.loop import new_state, optimizer_steps
-    from engine.plan import make_plan
+    from engine.reduction.wire import WireBytes
+    from engine.run.loop import new_state, optimizer_steps
+    from engine.run.plan import make_plan
     from engine.step import build_engine, train_step
-    from engine.wire import WireBytes
 
     file = folder / f"rank-{topology.rank}.json"
     file.write_text(json.dumps(ds_config))

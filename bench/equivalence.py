@@ -54,7 +54,7 @@ from training.manifest import write_atomically
 from training.records import finite
 
 if TYPE_CHECKING:
-    from engine.plan import RunPlan
+    from engine.run.plan import RunPlan
 
 REFERENCE = "one process=ds_configs/zero0_fp32.json:1"
 OFFLOAD_OPTIMIZER = "zero_optimization.offload_optimizer.device=cpu"

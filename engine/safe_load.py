@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from launch.topology import choose_accelerator
+
 
 def load_file(path: Path) -> Any:
     """The content of a checkpoint's file, its tensors memory-mapped on the CPU.
@@ -36,6 +38,7 @@ def force_everywhere() -> None:
 
 def allow_deepspeed_classes() -> None:
     """The classes in the files that DeepSpeed 0.19 writes; all of them hold numbers only."""
+    choose_accelerator()
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address

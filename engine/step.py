@@ -18,18 +18,18 @@ from deepspeed import comm as dist
 from deepspeed.utils import groups
 from torch.distributed import distributed_c10d as c10d
 
-from engine import pipeline
-from engine.compression import compress_gradients
-from engine.initial_weights import load_initial_weights
-from engine.mesh import Mesh
+from engine.layout import pipeline
+from engine.layout.mesh import Mesh
+from engine.layout.sequence import share_rows
+from engine.layout.tensor import cut_vocabulary, for_autotp, sum_gradients_once
 from engine.optimizer import build_optimizer, drop_sums
-from engine.plan import RunPlan
-from engine.sequence import share_rows
-from engine.tensor import cut_vocabulary, for_autotp, sum_gradients_once
+from engine.reduction.compression import compress_gradients
+from engine.run.initial_weights import load_initial_weights
+from engine.run.plan import RunPlan
+from launch.signals import REASONS, StopSignal
 from model.llama import Block, Llama
 from training.balance import imbalance
 from training.optimizer import Lion
-from training.signals import REASONS, StopSignal
 
 ANNOUNCED_SECONDS = 2.0
 

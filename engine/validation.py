@@ -5,8 +5,8 @@ from itertools import islice
 
 import torch
 
-from engine import pipeline
-from engine.plan import RunPlan
+from engine.layout import pipeline
+from engine.run.plan import RunPlan
 from engine.step import forward, sum_over_tokens, survey
 from training.data import validation_batches
 from training.objective import Masking, recipe_masking

@@ -1,14 +1,16 @@
 """Properties are checked for what they say, not for how long a busy machine takes; a file of tests starts its ranks once."""
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from hypothesis import settings
 
-from tests.launch import Ranks
+from tests.processes import Ranks
 
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before anything imports DeepSpeed, which would look for a GPU
 settings.register_profile("longform", deadline=None, derandomize=True)
 settings.load_profile("longform")
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.launch import ROOT, clean_environment
+from tests.processes import ROOT, clean_environment
 
 COMMANDS = ["train.py"] + [
     f"{package}.{file.stem}"

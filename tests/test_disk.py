@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from engine.checkpoint_manifest import read_manifest, step_of, steps
+from engine.checkpoint.manifest import read_manifest, step_of, steps
 from tests.cluster.network import missing_device
 from tests.engine.programs import prepare
-from tests.launch import run_cli, start_cli
+from tests.processes import run_cli, start_cli
 from tests.test_stopping import paused
 from training.records import read_records
 

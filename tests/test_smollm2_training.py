@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from data_prep.tokenizer import open_tokenizer
 from model.hf import from_hf_model, save_hf
 from tests.data_prep.support import PROSE
-from tests.launch import free_port, run_cli
+from tests.processes import free_port, run_cli
 from tests.smollm2 import load
 from tests.tools import support
 from training.data import make_batch

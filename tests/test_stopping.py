@@ -10,10 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from engine.checkpoint_manifest import read_manifest, steps
+from engine.checkpoint.manifest import read_manifest, steps
 from tests.cluster.network import missing_device
 from tests.engine.programs import prepare
-from tests.launch import free_port, start_cli
+from tests.processes import free_port, start_cli
 from tests.test_readme import README
 from training.records import read_records
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 import yaml
 
-from engine.checkpoint_manifest import digest_of_file, read_manifest, seal, steps
+from engine.checkpoint.manifest import digest_of_file, read_manifest, seal, steps
 from tests.engine.programs import prepare
-from tests.launch import free_port, run_cli, start_cli
+from tests.processes import free_port, run_cli, start_cli
 from tests.training.corpus import build
 from tests.training.test_wandb_run import read_run
 from training.records import read_records

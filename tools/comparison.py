@@ -23,7 +23,7 @@ from tools.layouts import LaunchFailed, Setting, Step, rounds_more
 from training.config import add_recipe_flags, hints_for_flags
 
 if TYPE_CHECKING:
-    from engine.plan import RunPlan
+    from engine.run.plan import RunPlan
 
 DEFAULT_RECIPE = "recipes/tiny.yaml"
 DEFAULT_OVERRIDES = {

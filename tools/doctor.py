@@ -61,8 +61,8 @@ def main() -> None:
 
 def check_launch(hostfile: Path, findings: Findings) -> None:
     """Examine the hostfile, `.deepspeed_env` and every host."""
-    from engine.hostfile import read_hostfile
-    from engine.topology import shell_environment
+    from launch.hostfile import read_hostfile
+    from launch.topology import shell_environment
 
     hosts, problems = read_hostfile(hostfile)
     for problem in problems:
@@ -86,7 +86,7 @@ def check_launch(hostfile: Path, findings: Findings) -> None:
 
 def check_forwarded(shell: Mapping[str, str], findings: Findings) -> dict[str, str]:
     """The variables that will reach the ranks, from the files that DeepSpeed reads: the home folder's, then this one's."""
-    from engine.hostfile import read_forwarded
+    from launch.hostfile import read_forwarded
 
     name, variables = shell.get("DS_ENV_FILE", ".deepspeed_env"), {}
     for folder in (Path(shell.get("HOME", "~")).expanduser(), Path()):

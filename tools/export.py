@@ -27,7 +27,7 @@ from training.shards import open_split
 if TYPE_CHECKING:
     import torch
 
-    from engine.checkpoint_manifest import CheckpointManifest
+    from engine.checkpoint.manifest import CheckpointManifest
     from tools.hf_tokenizer import Written
 
 CARD = Template("""---
@@ -110,7 +110,7 @@ def main() -> None:
         raise ValueError(f"--output {output} exists already: give a folder that is new or empty")
     import torch
 
-    from engine.checkpoint import find
+    from engine.checkpoint.folder import find
 
     checkpoint, manifest = find(run, arguments.step)
     export(run, checkpoint, manifest, output, getattr(torch, arguments.dtype), int(arguments.max_shard_gb * 1e9))
@@ -126,7 +126,7 @@ def export(
     max_shard_bytes: int,
 ) -> None:
     """Write the Hugging Face folder beside `output` and rename it when it is complete."""
-    from engine.native import read_weights
+    from engine.checkpoint.deepspeed_files import read_weights
     from model.hf import save_hf
     from tools.hf_tokenizer import write_hf_tokenizer
     from tools.trained import objective_of

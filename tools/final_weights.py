@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.checkpoint import find
-from engine.native import read_weights
+from engine.checkpoint.deepspeed_files import read_weights
+from engine.checkpoint.folder import find
 from tools.layouts import LaunchFailed
 
 

@@ -10,23 +10,27 @@ from typing import TYPE_CHECKING
 from data_prep.command import CommandParser
 
 if TYPE_CHECKING:
-    from engine.plan import RunPlan
-    from engine.topology import Topology
+    from engine.run.plan import RunPlan
+    from launch.topology import Topology
     from training.state import TrainState
 
 
 def main(folder: Path) -> int:
-    from engine.checkpoint import agree_on_checkpoint, save
-    from engine.loop import new_state
-    from engine.memory import check_memory
-    from engine.plan import make_plan
-    from engine.resume import check_resumable, restore
-    from engine.run_folder import describe
+    from launch.topology import read_topology
+
+    topology = read_topology()
+
+    from engine.checkpoint.folder import agree_on_checkpoint, save
+    from engine.process_group import start_process_group
+    from engine.run.folder import describe
+    from engine.run.loop import new_state
+    from engine.run.memory import check_memory
+    from engine.run.plan import make_plan
+    from engine.run.resume import check_resumable, restore
     from engine.step import build_engine
-    from engine.topology import read_topology, start_process_group
 
     job = json.loads((folder / "job.json").read_text())
-    run, topology = Path(job["run"]), read_topology()
+    run = Path(job["run"])
     plan = make_plan(job["recipe"], job["overrides"], job["ds_config"], job["data"], topology, job["stages"])
     check_resumable(run, plan, allow_data_change=False)
     check_memory(plan, topology)
@@ -42,9 +46,9 @@ def main(folder: Path) -> int:
 
 def train(engine, plan: "RunPlan", state: "TrainState", last_step: int, topology: "Topology", records) -> None:
     """Train as train.py does; what each step of this rank was goes into `records` (see `tools.layouts.Step`)."""
-    from engine.loop import optimizer_steps
+    from engine.reduction.wire import WireBytes
+    from engine.run.loop import optimizer_steps
     from engine.step import train_step
-    from engine.wire import WireBytes
     from training.environment import peak_memory_bytes
 
     began = time.perf_counter()
@@ -79,6 +83,6 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path, help="folder of the job")
     given = parser.parse_args()
 
-    from engine.topology import run_command
+    from launch.rank import run_rank
 
-    run_command(lambda: main(given.folder))
+    run_rank(lambda: main(given.folder))

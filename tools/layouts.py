@@ -19,7 +19,7 @@ from data_prep.progress import say
 from training.records import read_records
 
 if TYPE_CHECKING:
-    from engine.plan import RunPlan
+    from engine.run.plan import RunPlan
 
 SYNTAX = "[NAME=]FILE.json:RANKS[:STAGES] [KEY=VALUE ...] [--section.key VALUE ...]"
 LAYOUT = re.compile(r"(?:([^=:]+)=)?([^=:]+\.json):(\d+)(?::(\d+))?((?:\s.*)?)", re.DOTALL)
@@ -48,7 +48,7 @@ class Layout(NamedTuple):
         """The JSON file to run: the layout's own, or a changed copy of it in `folder`."""
         if not self.changes:
             return self.file
-        from engine.ds_config import read_ds_config
+        from engine.ds_json.read import read_ds_config
 
         tree = read_ds_config(self.file)
         for dotted, value in self.changes.items():
@@ -86,7 +86,7 @@ class Step(NamedTuple):
     memory_bytes: int
     """Most that one rank has held so far."""
     wire_bytes: float
-    """What leaves the busiest rank in bandwidth-optimal collectives (see `engine.wire`)."""
+    """What leaves the busiest rank in bandwidth-optimal collectives (see `engine.reduction.wire`)."""
 
 
 def parse_layout(text: str, flag: str = "--layout") -> Layout:
@@ -127,8 +127,8 @@ def _json_value(text: str) -> Any:
 
 def plan_layout(layout: Layout, setting: Setting, folder: Path) -> "RunPlan":
     """The plan as the layout's first rank will make it. Raises ValueError with the reasons why there is none."""
-    from engine.plan import make_plan
-    from engine.topology import read_topology, shell_environment
+    from engine.run.plan import make_plan
+    from launch.topology import read_topology, shell_environment
 
     last = {"RANK": layout.ranks - 1, "LOCAL_RANK": layout.ranks - 1, "WORLD_SIZE": layout.ranks}
     here = shell_environment() | {"MASTER_ADDR": "", "MASTER_PORT": ""} | {key: str(n) for key, n in last.items()}
@@ -195,7 +195,7 @@ def _kill(process: subprocess.Popen) -> None:
 
 def _environment(ranks: int) -> dict[str, str]:
     """This shell's, without a launcher's variables; the ranks share the cores evenly unless the user said otherwise."""
-    from engine.topology import LAUNCHER_VARIABLES, shell_environment
+    from launch.topology import LAUNCHER_VARIABLES, shell_environment
 
     threads = max(1, len(os.sched_getaffinity(0)) // ranks)
     environment = {"OMP_NUM_THREADS": str(threads)} | shell_environment()
@@ -234,6 +234,6 @@ def gpus() -> int:
     """GPUs that a layout's ranks would be placed on; 0 where they run on the CPU."""
     import torch
 
-    from engine.topology import shell_environment
+    from launch.topology import shell_environment
 
     return 0 if shell_environment().get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()

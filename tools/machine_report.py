@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from engine.topology import wandb_mode
+from launch.topology import wandb_mode
 from tools.host_facts import installed_version
 from training.environment import environment
 

@@ -8,9 +8,9 @@ import torch
 from pydantic import ValidationError
 
 from data_prep.tokenizer import Tokenizer, open_tokenizer
-from engine.checkpoint import find
-from engine.checkpoint_manifest import CheckpointManifest
-from engine.native import read_weights
+from engine.checkpoint.deepspeed_files import read_weights
+from engine.checkpoint.folder import find
+from engine.checkpoint.manifest import CheckpointManifest
 from model.config import ModelConfig
 from model.hf import load_model
 from model.llama import Llama

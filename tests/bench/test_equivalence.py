@@ -10,7 +10,7 @@ import pytest
 
 from bench import equivalence
 from tests.engine.programs import prepare
-from tests.launch import run_cli, start_cli
+from tests.processes import run_cli, start_cli
 from tests.tools.support import call
 
 ZERO2 = "two ranks=ds_configs/zero2_fp32.json:2"

@@ -8,7 +8,7 @@ import yaml
 
 from tests.cluster.network import Cluster, missing_device
 from tests.engine.programs import RECIPE, prepare
-from tests.launch import ROOT
+from tests.processes import CODE, ROOT
 
 CHANGES = {
     # no end and no decay: a run that is stopped at any step had the same losses before as one that went on
@@ -34,7 +34,7 @@ def shared(cluster) -> Path:
     folder.mkdir()
     prepare(folder)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | CHANGES))
-    for name in ("data_prep", "ds_configs", "engine", "model", "recipes", "tools", "train.py", "training"):
+    for name in CODE:
         (folder / name).symlink_to(ROOT / name)
     (folder / "hosts").write_text("node1 slots=1\nnode2 slots=1\n")
     return folder

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.launch import ROOT, RunningCommand, clean_environment, start_cli
+from tests.processes import ROOT, RunningCommand, clean_environment, start_cli
 
 HOSTS = {"node1": "10.77.0.1", "node2": "10.77.0.2"}
 INTERFACE = "eth0"

@@ -12,9 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from engine.checkpoint_manifest import read_manifest, steps
+from engine.checkpoint.manifest import read_manifest, steps
 from tests.cluster.network import HOSTS_FILES, missing_device
-from tests.launch import ROOT, free_port, run_cli
+from tests.processes import ROOT, free_port, run_cli
 from tests.test_readme import README
 from training.records import read_records
 

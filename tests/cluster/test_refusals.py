@@ -4,9 +4,7 @@ import shutil
 
 import pytest
 
-from tests.launch import ROOT, run_cli
-
-CODE = ("data_prep", "ds_configs", "engine", "model", "recipes", "tools", "training", "train.py")
+from tests.processes import CODE, ROOT, run_cli
 
 
 def test_a_missing_hostfile_is_no_local_run(tmp_path):
@@ -38,7 +36,7 @@ def test_deepspeed_starts_nothing_with_a_bad_hostfile(cluster, tmp_path, hostfil
 
 
 def test_the_ranks_say_which_host_they_miss(cluster, shared):
-    """DeepSpeed tries the first host only; nothing trains, and `engine.rendezvous` ends the wait."""
+    """DeepSpeed tries the first host only; nothing trains, and `launch.rendezvous` ends the wait."""
     (shared / "far_hosts").write_text("node1 slots=1\nnode9 slots=1\n")
     arguments = ["--recipe", "recipe.yaml", "--deepspeed_config", "ds_configs/zero3_fp32.json", "--data", "data"]
     command = ["deepspeed", "--hostfile", "far_hosts", "train.py", *arguments, "--output", "run_far"]

@@ -12,16 +12,17 @@ import numpy as np
 import torch
 import yaml
 
-from engine.checkpoint import agree_on_checkpoint, save
-from engine.loop import new_state, optimizer_steps
-from engine.names import named_parameters
-from engine.plan import make_plan
-from engine.resume import restore
-from engine.run_folder import describe
-from engine.slices import cut_dimensions, join
+from engine.checkpoint.folder import agree_on_checkpoint, save
+from engine.layout.names import named_parameters
+from engine.layout.slices import cut_dimensions, join
+from engine.process_group import start_process_group
+from engine.run.folder import describe
+from engine.run.loop import new_state, optimizer_steps
+from engine.run.plan import make_plan
+from engine.run.resume import restore
 from engine.step import build_engine, close_engine, train_step
-from engine.topology import read_topology, start_process_group
 from engine.validation import validate_all
+from launch.topology import read_topology
 from model.llama import RMSNorm
 from tests.training.corpus import build
 

@@ -7,7 +7,7 @@ import torch._dynamo.utils
 
 from engine import step
 from tests.engine.programs import histories, prepare, zero
-from tests.launch import run_ranks
+from tests.processes import run_ranks
 
 LAYOUTS = {
     "zero2": zero(2),

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from engine.ds_config import read_ds_config
-from engine.loop import new_state, optimizer_steps
-from engine.plan import make_plan
-from engine.topology import Topology
+from engine.ds_json.read import read_ds_config
+from engine.run.loop import new_state, optimizer_steps
+from engine.run.plan import make_plan
+from launch.topology import Topology
 from model.hf import save_hf
 from model.llama import Llama
 from tests.engine.kept import kept

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.engine.programs import BF16, Poison, Run, prepare, zero
-from tests.launch import ROOT
+from tests.processes import ROOT
 
 POISONS = {
     2: Poison(math.nan, rank=-1, micro_batch=0, in_gradient=False),

@@ -10,14 +10,14 @@ import pytest
 import torch
 import yaml
 
-from engine.checkpoint_manifest import unseal
-from engine.plan import make_plan
-from engine.resume import check_resumable
-from engine.topology import Topology
+from engine.checkpoint.manifest import unseal
+from engine.run.plan import make_plan
+from engine.run.resume import check_resumable
+from launch.topology import Topology
 from model.config import ModelConfig
 from tests.engine.kept import kept
 from tests.engine.programs import moved_at, prepare, stopped, zero
-from tests.launch import run_cli, start_cli
+from tests.processes import run_cli, start_cli
 from tests.training.corpus import build
 from tools.export import card
 from tools.hf_tokenizer import Written

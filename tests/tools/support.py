@@ -19,11 +19,12 @@ from data_prep.command import run_command
 from data_prep.plan import BuildOptions, Plan
 from data_prep.sources import parse_sources
 from data_prep.tokenizer import open_tokenizer
-from engine.checkpoint import find
-from engine.checkpoint_manifest import MANIFEST, read_manifest, seal, steps
-from engine.ds_config import read_ds_config
-from engine.loop import open_outputs, train
-from engine.run_folder import claim_run, describe, fill_run
+from engine.checkpoint.folder import find
+from engine.checkpoint.manifest import MANIFEST, read_manifest, seal, steps
+from engine.ds_json.read import read_ds_config
+from engine.run.folder import claim_run, describe, fill_run
+from engine.run.loop import open_outputs, train
+from launch.signals import StopSignal
 from model.config import ModelConfig
 from model.llama import Llama
 from tests.data_prep.support import build_here
@@ -31,7 +32,6 @@ from tests.engine.programs import Run, zero
 from tools import export
 from training.manifest import PackingPolicy
 from training.shards import ShardedDataset, open_split
-from training.signals import StopSignal
 
 STEPS = 4
 EVERY = 2  # steps between checkpoints and between validations

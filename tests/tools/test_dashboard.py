@@ -7,7 +7,7 @@ import pytest
 from wandb_workspaces.workspaces import Workspace
 from wandb_workspaces.workspaces.internal import View
 
-from tests.launch import run_cli
+from tests.processes import run_cli
 from tests.training.test_metrics import log, open_logger
 from tools.dashboard import main, specification, workspace
 from training.metrics import METRICS_FILE

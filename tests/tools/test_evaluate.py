@@ -20,7 +20,7 @@ from model.config import ModelConfig
 from model.hf import save_hf
 from model.llama import Llama
 from tests.data_prep.support import PROSE
-from tests.launch import run_cli
+from tests.processes import run_cli
 from tests.tools import support
 from tests.tools.test_report import Page
 from tools import evaluate

@@ -24,11 +24,11 @@ from transformers import (
 )
 
 from data_prep.tokenizer import open_tokenizer
-from engine.checkpoint_manifest import steps
+from engine.checkpoint.manifest import steps
 from model.config import ModelConfig
 from model.hf import load_hf
 from tests.data_prep.support import PROSE
-from tests.launch import run_cli, start_cli
+from tests.processes import run_cli, start_cli
 from tests.tools import support
 from tools import export
 from tools.trained import remembered_objective

@@ -11,9 +11,9 @@ import torch
 import yaml
 
 from data_prep.repack import repack
-from engine.checkpoint_manifest import CheckpointManifest
-from engine.plan import RunPlan, make_plan
-from engine.topology import Topology
+from engine.checkpoint.manifest import CheckpointManifest
+from engine.run.plan import RunPlan, make_plan
+from launch.topology import Topology
 from tests.data_prep.support import PROSE
 from tests.tools import support
 from tools.export import exported_config

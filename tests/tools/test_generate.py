@@ -15,7 +15,7 @@ from model.config import ModelConfig
 from model.hf import save_hf
 from model.llama import Llama
 from tests.data_prep.support import DEEPSEEK, PROSE, awkward
-from tests.launch import run_cli
+from tests.processes import run_cli
 from tests.tools import support
 from tools import generate
 from tools.hf_tokenizer import write_hf_tokenizer

@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 import pytest
 from plotly.offline import get_plotlyjs
 
-from tests.launch import run_cli
+from tests.processes import run_cli
 from tests.training.test_metrics import log, open_logger
 from tools import evaluation_files
 from tools.report import main, page

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from tests.engine.programs import prepare
-from tests.launch import run_cli
+from tests.processes import run_cli
 from tests.tools.support import call
 from tools import resume_check
 

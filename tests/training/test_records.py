@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.launch import run_cli, start_cli
+from tests.processes import run_cli, start_cli
 from training.records import RecordFile, drop_records_after, finite, read_records
 
 RECORDS = st.lists(st.fixed_dictionaries({"step": st.integers(0, 20), "text": st.text(max_size=8)}), max_size=12)

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.launch import free_port, run_cli
+from tests.processes import free_port, run_cli
 from tests.training.test_metrics import log
 from tests.training.test_wandb_run import FACTS, launch, read_run, records_of
 from training import wandb_run

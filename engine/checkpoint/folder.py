@@ -1,0 +1,186 @@
+"""Checkpoints that prove themselves: `RUN/checkpoints/step-00001000/` is DeepSpeed's files and our manifest.
+
+1. All ranks write DeepSpeed's files into a hidden folder `.step-00001000.partial`.
+2. Every file is flushed to disk and hashed, each rank taking its share; the first rank writes `manifest.json` last.
+3. The folder is renamed. Only a `step-*` folder whose manifest matches every byte counts as a checkpoint, so whatever
+   is interrupted, the newest good one is found and a damaged one is skipped with a warning.
+"""
+
+import datetime
+import errno
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from engine.checkpoint.manifest import (
+    MANIFEST,
+    CheckpointManifest,
+    Layout,
+    digest_of_file,
+    folder_name,
+    folder_of,
+    read_manifest,
+    seal,
+    steps,
+    strangers,
+)
+from engine.checkpoint.retention import delete_folder, set_aside
+from engine.layout.names import named_parameters
+from launch.peers import FAILED_COLLECTIVE
+from training.manifest import publish, write_atomically
+from training.state import TrainState
+
+DISK_FAULT = re.compile("enforce fail|iostream|PytorchStreamWriter|write failed|No space left|Parent directory")
+"""Of the RuntimeErrors by which `torch.save` says that the file system refused."""
+
+
+def layout_of(engine) -> Layout:
+    """The layout of a live DeepSpeed engine."""
+    return Layout(
+        zero_stage=int(engine.zero_optimization_stage()),
+        world_size=dist.get_world_size(),
+        wrapper=type(engine.optimizer).__name__,
+        optimizer=type(engine.basic_optimizer).__name__,
+        stage_bounds=tuple(getattr(engine.module, "bounds", ())),
+        tensor=engine.mesh.tensor,
+    )
+
+
+def _parameter_order(engine) -> list[str]:
+    if engine.zero_optimization_stage() > 0:
+        return []
+    names = {id(parameter): name for name, parameter in named_parameters(engine.module)}
+    return [names[id(p)] for group in engine.basic_optimizer.param_groups for p in group["params"] if id(p) in names]
+
+
+def save(engine, run: Path, state: TrainState, facts: dict[str, Any]) -> Path:
+    """Write the checkpoint of this step. Collective over all ranks.
+
+    `facts`: recipe, ds_config, environment and data, as the manifest's fields. Raises ValueError on the rank on which
+    the file system refuses (a full disk, say); no `step-*` folder appears then, and the older ones are untouched.
+    """
+    try:
+        return _save(engine, run, state, facts)
+    except (OSError, RuntimeError) as error:
+        if FAILED_COLLECTIVE.search(str(error)):
+            raise  # another rank is the reason, not the disk
+        if not isinstance(error, OSError) and not DISK_FAULT.search(str(error)):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if isinstance(error, OSError):
+            reason = error.strerror or reason
+        elif shutil.disk_usage(run).free < 1 << 20:
+            reason = os.strerror(errno.ENOSPC)
+        earlier = "the earlier ones are as they were" if steps(run) else "there is no earlier one"
+        raise ValueError(
+            f"{run / 'checkpoints'}: the checkpoint of step {state.step} could not be written ({reason}); {earlier}: "
+            "make room or mend the file system and run the same command again"
+        ) from None
+
+
+def _save(engine, run: Path, state: TrainState, facts: dict[str, Any]) -> Path:
+    root = run / "checkpoints"
+    final = root / folder_name(state.step)
+    partial = root / f".{final.name}.partial"
+    first = dist.get_rank() == 0
+    if first:
+        shutil.rmtree(partial, ignore_errors=True)
+    dist.barrier()
+    client_state = {"longform": state.model_dump()}
+    engine.save_checkpoint(str(root), tag=partial.name, client_state=client_state, save_latest=False)
+    if engine.gradient_compression:
+        engine.gradient_compression.save(partial)
+    files = _sync_and_hash(partial)
+    if first:
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        place = {"layout": layout_of(engine), "parameters": _parameter_order(engine)}
+        manifest = CheckpointManifest(**place, state=state, files=files, created=now, **facts)
+        write_atomically(partial / MANIFEST, seal(manifest))
+        shutil.rmtree(final, ignore_errors=True)
+        publish(partial, final)
+    dist.barrier()
+    return final
+
+
+def newest_good(run: Path, full: bool = True) -> tuple[Path, CheckpointManifest, list[str]] | None:
+    """The newest intact checkpoint, and a sentence for each thing passed over; None when there is none at all.
+
+    `full`: as in `read_manifest`.
+    Raises ValueError when checkpoints exist but every one is damaged or renamed: starting afresh would throw a run away.
+    """
+    damaged = [
+        f"{path} is passed over: only folders with a name like {folder_name(10)} are checkpoints"
+        for path in strangers(run)
+    ]
+    for folder in steps(run):
+        try:
+            manifest = read_manifest(folder, full)
+            if manifest.format_version == 1:
+                damaged.append(f"{folder}: its manifest is of an older version, without a digest of its own")
+            return folder, manifest, damaged
+        except ValueError as error:
+            damaged.append(f"damaged checkpoint passed over: {error}")
+    if damaged:
+        raise ValueError(
+            f"{run}: every checkpoint is damaged or renamed; restore one or choose another --output\n"
+            + "\n".join(damaged)
+        )
+    return None
+
+
+def agree_on_checkpoint(
+    run: Path, resume_step: int | None = None
+) -> tuple[tuple[Path, CheckpointManifest] | None, list[str]]:
+    """The first rank's `newest_good`, told to all ranks; its ValueError is raised on all of them.
+
+    What an interrupted save left behind is deleted first; with `resume_step`, later checkpoints are set aside.
+    """
+    message: list = [None]
+    if dist.get_rank() == 0:
+        leftovers = sorted((run / "checkpoints").glob(".*.partial"))
+        words = [sentence for leftover in leftovers for sentence in delete_folder(leftover)]
+        try:
+            aside = set_aside(run, resume_step) if resume_step is not None else []
+            found = newest_good(run)
+            words += [f"moved out of the way: {folder}" for folder in aside]
+            message = [found and (*found[:2], [*found[2], *words])]
+        except ValueError as error:
+            message = [error]
+    dist.broadcast_object_list(message, src=0)
+    if isinstance(message[0], ValueError):
+        raise message[0]
+    return (message[0][:2], message[0][2]) if message[0] else (None, [])
+
+
+def find(run: Path, step: int | None = None) -> tuple[Path, CheckpointManifest]:
+    """A checkpoint to read from: the given step's, else the newest good one, with a warning on stderr for each damaged.
+
+    Raises ValueError when there is none.
+    """
+    if step is not None:
+        folder = folder_of(run, step)
+        return folder, read_manifest(folder)
+    if (found := newest_good(run)) is None:
+        raise ValueError(f"{run} has no checkpoint: give the --output folder of a training run")
+    for sentence in found[2]:
+        print(sentence, file=sys.stderr)
+    return found[0], found[1]
+
+
+def _sync_and_hash(folder: Path) -> dict[str, tuple[int, str]]:
+    """Sizes and digests of all files, the work shared between the ranks."""
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    mine = {}
+    for name in names[dist.get_rank() :: dist.get_world_size()]:
+        path = folder / name
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        mine[name] = (path.stat().st_size, digest_of_file(path))
+    shares: list[dict | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, mine)
+    return {name: entry for share in shares for name, entry in share.items()}

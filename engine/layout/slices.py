@@ -1,0 +1,77 @@
+"""Which dimension of which parameter tensor parallelism cuts, derived from the layer plan; how to cut and to join.
+
+A linear map into heads or into the feed-forward width is cut by its outputs, the one that leads back by its inputs, so each
+rank computes its heads and its part of that width from start to end (Shoeybi et al. 2019, section 3). Embedding and output
+head are cut by vocabulary. Norms, and biases added after the sum over ranks, are whole on every rank.
+"""
+
+import re
+
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.llama import Attention, Embedding, FeedForward, Head, layer_plan
+from model.positions import LearnedPositionEmbedding
+
+CUTS = {
+    Embedding: {"weight": 0},
+    Attention: {
+        **{f"{name}_proj.{kind}": 0 for name in "qkv" for kind in ("weight", "bias")},
+        "o_proj.weight": 1,
+    },
+    FeedForward: {
+        **{f"{name}_proj.{kind}": 0 for name in ("gate", "up") for kind in ("weight", "bias")},
+        "down_proj.weight": 1,
+    },
+    Head: {"weight": 0},
+}
+"""Of each kind of module: the parameters that are cut, and along which dimension."""
+
+
+def cut_dimensions(config: ModelConfig) -> dict[str, int | None]:
+    """Every parameter of the plan by name, a tied head's too: the dimension along which it is cut; None: not at all."""
+    dimensions = {}
+    with torch.device("meta"):
+        for entry in layer_plan(config):
+            layer = entry.build(seed=0)
+            inside = {
+                f"{path}.{name}".lstrip("."): dimension
+                for path, module in layer.named_modules()
+                for name, dimension in CUTS.get(type(module), {}).items()
+            }
+            names = ["weight"] if entry.tied_to else [name for name, _ in layer.named_parameters()]
+            dimensions |= {f"{entry.name}.{name}": inside.get(name) for name in names}
+    return dimensions
+
+
+def cut(whole: Tensor, dimension: int | None, rank: int, ranks: int) -> Tensor:
+    """The part of a parameter that one rank of a tensor-parallel group holds; a view. The first parts may be 1 longer."""
+    return whole if dimension is None else whole.tensor_split(ranks, dimension)[rank]
+
+
+def join(parts: list[Tensor], dimension: int | None) -> Tensor:
+    """The whole parameter from the parts of all ranks; what is not cut is the first rank's."""
+    return parts[0] if dimension is None or len(parts) == 1 else torch.cat(parts, dimension)
+
+
+def partition_spec(config: ModelConfig) -> dict:
+    """`tensor_parallel.partition_config` for DeepSpeed's AutoTP: a pattern for every matrix of the plan.
+
+    The tables are skipped: `engine.layout.tensor` cuts embedding and head, learned positions are whole. The weights of norms
+    inside attention are whole, but each rank's gradient comes from its own heads: they are summed over the group.
+    """
+    kept = Embedding, LearnedPositionEmbedding, Head
+    tables = {f"{entry.name}.weight" for entry in layer_plan(config) if entry.cls in kept}
+    kinds: dict[str, set[str]] = {"column": set(), "row": set(), "skip": set(), "sum": set()}
+    for name, dimension in cut_dimensions(config).items():
+        pattern = re.sub(r"\d+", r"\\d+", re.escape(name)) + "$"
+        if name in tables:
+            kinds["skip"].add(pattern)
+        elif dimension is not None and name.endswith("weight"):
+            kinds[("column", "row")[dimension]].add(pattern)
+        elif ".self_attn." in name and name.endswith("norm.weight"):
+            kinds["sum"].add(pattern)
+    specs = [{"patterns": sorted(kinds[kind]), "partition_type": kind} for kind in ("column", "row", "skip")]
+    specs.append({"patterns": sorted(kinds["sum"]), "partition_type": "skip", "grad_allreduce": True})
+    return {"use_default_specs": False, "strict_mode": True, "layer_specs": specs}

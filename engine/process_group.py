@@ -1,0 +1,35 @@
+"""The process group of a run, and what has to be set before it exists."""
+
+import datetime
+import warnings
+
+import torch
+
+from engine.safe_load import force_everywhere
+from launch.rank import PRESENT, meet
+from launch.topology import Topology, fill_environment
+
+
+def start_process_group(topology: Topology, collective_timeout_minutes: float = 30.0) -> None:
+    """Join the other ranks. Must come before anything that communicates, zero.Init included.
+
+    Raises LostPeer when a rank does not come.
+    """
+    fill_environment(topology)
+
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel("WARNING")
+    force_everywhere()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of names DeepSpeed uses
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # an inference collective, compiled at every start
+    backend = "gloo" if topology.device.type == "cpu" else "nccl"
+    timeout = datetime.timedelta(minutes=collective_timeout_minutes)
+    for constant in ("default_pg_timeout", "default_pg_nccl_timeout"):  # of the groups that DeepSpeed makes
+        setattr(torch.distributed.distributed_c10d, constant, timeout)
+    roll_call = meet(topology) if topology.world_size > 1 else None
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
+    if roll_call:
+        roll_call.read_places()
+        PRESENT.append(roll_call)

@@ -1,0 +1,139 @@
+"""`training.initial_weights`: where a run's first weights come from when they are not random.
+
+A Hugging Face folder, a run's folder (its newest good checkpoint) or one checkpoint of it, written in any layout. The
+recipe may ask for other positions than the source has, so that training goes on with longer rows.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import deepspeed
+import torch
+from deepspeed import comm as dist
+
+from engine.checkpoint.deepspeed_files import read_weights
+from engine.checkpoint.folder import find, newest_good
+from engine.checkpoint.manifest import CheckpointManifest, read_manifest
+from engine.layout.names import named_parameters
+from model.config import ROPE_EXTENDS_ORIGINAL, ModelConfig
+from model.hf import load_hf
+from model.positions import resize_positions
+from training.config import Recipe
+from training.manifest import TokenizerInfo
+
+MAY_DIFFER = {
+    # what shapes no weight and is changed on purpose, to train on with other rows or another visibility
+    "max_position_embeddings",
+    "rope_theta",
+    "rope_scaling",
+    "initializer_range",
+    "sliding_window",
+    "attention",
+    "chunk_size",
+    "is_causal",
+}
+
+
+class Source(NamedTuple):
+    model: ModelConfig
+    trained_length: int
+    """Longest row or document, in tokens, that the weights know."""
+    checkpoint: tuple[Path, CheckpointManifest] | None
+    """None: a Hugging Face folder."""
+
+
+def open_source(path: str, full: bool) -> Source:
+    """Read what the weights belong to. `full`: prove every byte of a checkpoint by its hash, not only by its size.
+
+    Raises ValueError when there is nothing to start from, or it is damaged.
+    """
+    folder = Path(path)
+    if (folder / "config.json").is_file():
+        model = ModelConfig.from_hf(folder)
+        return Source(model, model.max_position_embeddings, None)
+    if (folder / "checkpoints").is_dir():
+        found = find(folder) if full else newest_good(folder, full=False)
+    elif folder.is_dir() and folder.name.startswith("step-"):
+        found = folder, read_manifest(folder, full)
+    else:
+        raise ValueError(
+            f"{folder} is neither a Hugging Face folder (no config.json) nor a run (no checkpoints) nor a checkpoint "
+            "(checkpoints/step-...) of one"
+        )
+    if found is None:
+        raise ValueError(f"{folder} has no checkpoint yet")
+    checkpoint, manifest = found[:2]
+    model = ModelConfig.model_validate(manifest.recipe["model"])
+    lengths = [stage["seq_length"] for stage in manifest.data.get("stages", [manifest.data])]
+    return Source(model, max(lengths), (checkpoint, manifest))
+
+
+def initial_weights_problems(recipe: Recipe, tokenizer: TokenizerInfo, data: str) -> list[str]:
+    """Why the recipe's model cannot start from its `training.initial_weights`, one sentence each.
+
+    `tokenizer` is that of the training data, `data` their name.
+    """
+    path, ours = recipe.training.initial_weights, recipe.model
+    try:
+        source = open_source(path, full=False)
+    except ValueError as error:
+        return [f"training.initial_weights: {error}"]
+    theirs = source.model
+    problems = [
+        f"{path} has {key} {_filled(theirs, key)!r} but the recipe's model.{key} is {_filled(ours, key)!r}"
+        for key in ModelConfig.model_fields
+        if key not in MAY_DIFFER
+        and getattr(ours, key) != getattr(theirs, key)
+        and _filled(ours, key) != _filled(theirs, key)
+    ]
+    if source.checkpoint and source.checkpoint[1].data["tokenizer"]["sha256"] != tokenizer.sha256:
+        problems.append(
+            f"{path} was trained with another tokenizer than {data}: build the data with the run's tokenizer"
+        )
+    scaling, length = ours.rope_scaling or {}, source.trained_length
+    silent = scaling.get("rope_type") in ROPE_EXTENDS_ORIGINAL and "original_max_position_embeddings" not in scaling
+    if silent and scaling != theirs.rope_scaling and ours.max_position_embeddings != length:
+        problems.append(
+            f"model.rope_scaling lacks original_max_position_embeddings, which would be model.max_position_embeddings, "
+            f"{ours.max_position_embeddings}, but {path} was trained for {length} positions: give it"
+        )
+    return [f"training.initial_weights: {problem}" for problem in problems]
+
+
+def _filled(model: ModelConfig, key: str):
+    """The value of a field, with the defaults that depend on others filled in."""
+    return {"num_key_value_heads": model.kv_heads, "head_dim": model.head_width}.get(key, getattr(model, key))
+
+
+def load_initial_weights(model: torch.nn.Module, recipe: Recipe) -> None:
+    """Copy the source's weights into the model, one tensor at a time, partitioned or not. Collective over all ranks.
+
+    A table of learned positions takes the recipe's length (`resize_positions`). Raises ValueError, on all ranks, when
+    the source is damaged.
+    """
+    parameters = dict(named_parameters(model))
+    for name, tensor in _read(recipe.training.initial_weights):
+        if name not in parameters:  # on another pipeline stage
+            continue
+        if name == "embed_positions.weight":
+            tensor = resize_positions(tensor, recipe.model.max_position_embeddings)
+        parameter = parameters.pop(name)
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
+            if parameter.numel() and (not hasattr(parameter, "ds_id") or dist.get_rank() == 0):
+                parameter.copy_(tensor)
+    assert not parameters, f"{recipe.training.initial_weights} has no weights for {sorted(parameters)}"
+
+
+def _read(path: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names in the layer plan and whole tensors; of a run, from the checkpoint that the first rank has proved good."""
+    message: list = [None]
+    if dist.get_rank() == 0:
+        try:
+            message = [open_source(path, full=True).checkpoint]
+        except ValueError as error:
+            message = [error]
+    dist.broadcast_object_list(message, src=0)
+    if isinstance(message[0], ValueError):
+        raise message[0]
+    return load_hf(path)[1] if message[0] is None else read_weights(*message[0])

@@ -1,0 +1,242 @@
+"""What a run must hold in memory, by arithmetic over the layer plan and the filled JSON, before anything is built.
+
+Weights, gradients and optimizer states are cut as ZeRO (Rajbhandari et al. 2020, sections 3 and 5), the pipeline and the
+tensor-parallel ranks cut them; of activations, buffers and libraries only what is certain to be there is counted. So every
+figure is a lower bound: what does not fit by it does not fit.
+"""
+
+from dataclasses import replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from engine.ds_json.read import read_ds_config, resolve_ds_config
+from engine.layout.mesh import Mesh
+from engine.layout.pipeline import stage_bounds
+from engine.layout.sequence import sequence_problems
+from engine.layout.slices import cut, cut_dimensions
+from engine.run.plan import RunPlan
+from launch.topology import Topology
+from model.config import ModelConfig
+from model.llama import Block, layer_plan
+from training.environment import free_memory_bytes
+
+SHIPPED = Path(__file__).resolve().parents[2] / "ds_configs"
+MOST_HOSTS = 1024
+
+
+class Need(NamedTuple):
+    """Bytes that one rank cannot do without."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    """Moments and, where they are kept, the float32 copies of the weights."""
+    activations: int
+    """Of the residual stream alone, one tensor a block and micro-batch under way, where it outlasts the gradients."""
+    offloaded: int
+    """Of the above, what lies in the host's memory although the rank has a device of its own."""
+    building: int
+    """Of the host, while the model is built; the rest comes after it."""
+
+    @property
+    def training(self) -> int:
+        """On device and host together."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+    def of_host(self, device: torch.device) -> int:
+        return max(self.building, self.training if device.type == "cpu" else self.offloaded)
+
+    def of_device(self) -> int:
+        return self.training - self.offloaded
+
+
+def share(whole: int, parts: int, number: int) -> int:
+    """The size of one of so many parts of a whole, which differ by 1 at most."""
+    return whole * (number + 1) // parts - whole * number // parts
+
+
+def parameter_sizes(model: ModelConfig, bounds: list[int], mesh: Mesh) -> list[int]:
+    """Elements of every parameter that this rank's layers and tensor-parallel part hold, in the order of the layer plan.
+
+    `bounds`: of the pipeline's stages (see `engine.layout.pipeline`), or empty. A pipeline has a tied weight on both ends.
+    """
+    plan, small = layer_plan(model), model.model_copy(update={"num_hidden_layers": 1})
+    first, last = bounds[mesh.stage : mesh.stage + 2] if bounds else (0, len(plan))
+    dimensions, of_layer = cut_dimensions(small), {}
+    with torch.device("meta"):
+        for entry in layer_plan(small):
+            named = entry.build(seed=0).named_parameters()
+            parts = {f"{entry.name}.{name}": parameter for name, parameter in named}
+            of_layer[entry.name] = [
+                cut(whole, dimensions[name], mesh.tensor_rank, mesh.tensor).numel() for name, whole in parts.items()
+            ]
+    held = [entry.name if entry.cls is not Block else "layers.0" for entry in plan[first:last]]
+    held += [entry.tied_to for entry in plan[first:last] if entry.tied_to and entry.tied_to not in held]
+    return [size for name in held for size in of_layer[name]]
+
+
+def rank_need(plan: RunPlan, rank: int) -> Need:
+    """What the rank with this number has to hold."""
+    config, mesh, recipe = plan.ds_config, plan.mesh._replace(rank=rank), plan.recipe
+    zero, bf16 = config.get("zero_optimization", {}), config.get("bf16", {})
+    stage, half = zero.get("stage", 0), any(config.get(key, {}).get("enabled") for key in ("bf16", "fp16"))
+    sizes = parameter_sizes(recipe.model, plan.stage_bounds, mesh)
+    parameters, among = sum(sizes), mesh.data * mesh.sequence
+    part = share(parameters, among, mesh.data_rank * mesh.sequence + mesh.sequence_rank)
+
+    width = 2 if half else 4
+    sum_width = {"fp32": 4, None: width}.get(config.get("data_types", {}).get("grad_accum_dtype"), 2)
+    moments = 2 if recipe.optimizer.name == "adamw" else 1  # at least: under Muon some parameters have two
+    state_width = moments * (2 if bf16.get("bf16_optimizer_states") else 4)
+    master_width = 2 if bf16.get("bf16_master_weights_and_grads") else 4
+    to_host = {key: _share_on(zero, key, "cpu") for key in ("offload_optimizer", "offload_param")}
+    kept = {key: 1.0 - _share_on(zero, key, "nvme") for key in to_host}
+
+    weights = int(width * (part * kept["offload_param"] if stage == 3 else parameters))
+    optimizer = (
+        int((master_width + state_width) * part * kept["offload_optimizer"]) if stage else state_width * parameters
+    )
+    gradients = sum_width * part * kept["offload_optimizer"]
+    if stage == 0:
+        gradients = width * parameters
+    elif stage == 1 and half and sum_width > width and not zero.get("offload_optimizer"):
+        # DeepSpeed's bf16 optimizer: whole sums in float32 beside the gradients themselves
+        gradients = (sum_width + width * (not bf16.get("immediate_grad_update"))) * parameters
+    gradients = int(gradients)
+    offloaded = to_host["offload_optimizer"] * (optimizer + gradients) + to_host["offload_param"] * weights
+
+    rows = max(each.batch.micro_batch_samples * each.seq_length for each in plan.stages) * recipe.objective.copies
+    under_way = min(mesh.pipeline - mesh.stage, plan.batch.accumulation)
+    blocks = _blocks(recipe.model, plan.stage_bounds, mesh.stage)
+    activations = width * rows // mesh.sequence * recipe.model.hidden_size * blocks * under_way
+    if plan.batch.accumulation == 1:  # gradients come as activations go
+        activations = max(0, activations - gradients)
+    return Need(weights, gradients, optimizer, activations, int(offloaded), _building(plan, mesh, stage, width))
+
+
+def largest_need(plan: RunPlan) -> Need:
+    """That of the rank with most to hold: the stages of a pipeline differ, other layouts cut evenly."""
+    firsts = range(0, plan.mesh.world_size, plan.mesh.world_size // plan.mesh.pipeline)
+    return max((rank_need(plan, rank) for rank in firsts), key=lambda need: need.training)
+
+
+def _share_on(zero: dict[str, Any], section: str, device: str) -> float:
+    """How much of the optimizer's states or of the weights an `offload_*` section puts there."""
+    offload = zero.get(section) or {}
+    return float(offload.get("ratio", 1.0)) if offload.get("device") == device else 0.0
+
+
+def _blocks(model: ModelConfig, bounds: list[int], stage: int) -> int:
+    plan = layer_plan(model)
+    first, last = bounds[stage : stage + 2] if bounds else (0, len(plan))
+    return sum(entry.cls is Block for entry in plan[first:last])
+
+
+def _building(plan: RunPlan, mesh: Mesh, stage: int, width: int) -> int:
+    """The most that the host holds while layers are made one by one, each parameter drawn whole in float32 beside its own.
+
+    At stages 0 to 2 in float32 until DeepSpeed gets the model, which it cuts by tensors only then; at stage 3 cut at once.
+    """
+    whole = parameter_sizes(plan.recipe.model, plan.stage_bounds, mesh._replace(tensor=1))
+    if stage == 3:
+        return (4 + width) * max(whole)
+    return 4 * max(before + size for before, size in zip(accumulate(whole), whole, strict=True))
+
+
+def check_memory(plan: RunPlan, topology: Topology, overcommit: bool = False) -> str:
+    """One line about what a rank needs and this host has.
+
+    Raises ValueError when it cannot fit, naming the nearest shipped JSON and the number of hosts with which it may; not if
+    `overcommit`, for which the line says so.
+    """
+    need, free = largest_need(plan), free_memory(topology.device)
+    shortage = _shortage(plan, topology, free)
+    if shortage and not overcommit:
+        raise ValueError(f"{shortage}: {remedy(plan, topology, free)}, or go on with --allow_overcommit")
+    parts = [f"{name} {_gib(getattr(need, name))}" for name in ("weights", "gradients", "optimizer", "activations")]
+    peak = f"{_gib(need.training)} ({', '.join(parts)}), and {_gib(need.building)} of the host while the model is built"
+    rooms = " and ".join(f"{_gib(room)} of {place}" for place, room in free.items())
+    ranks = len(_ranks_here(topology))
+    return (
+        f"memory: {plan.recipe.model.num_parameters() / 1e6:,.1f}M parameters; a rank needs at least {peak}; "
+        f"{rooms} are free here"
+        + f", for {ranks} ranks" * (ranks > 1)
+        + f"; going on although {shortage}" * bool(shortage)
+    )
+
+
+def remedy(plan: RunPlan, topology: Topology, free: dict[str, int]) -> str:
+    """What to change so that the run may fit: the nearest shipped JSON, alike in ranks and precision if possible."""
+    fitting = []
+    for file in sorted(SHIPPED.glob("*.json")):
+        other = _with_config(plan, file, topology)
+        if other is not None and not _shortage(other, topology, free):
+            changes = len(_leaves(other.ds_config) ^ _leaves(plan.ds_config))
+            fitting.append((other.mesh != plan.mesh, other.half_precision != plan.half_precision, changes, file.name))
+    words = [f"take ds_configs/{min(fitting)[-1]}"] if fitting else []
+    hosts, ranks = -(-topology.world_size // topology.local_size), topology.local_size
+    while (hosts := hosts * 2) <= MOST_HOSTS:
+        wider = plan._replace(mesh=plan.mesh._replace(world_size=hosts * ranks))
+        if plan.batch.samples % wider.mesh.data:
+            continue
+        # the ends of a pipeline hold most, and all other layouts share evenly
+        ends = [
+            replace(topology, rank=first, local_rank=0, world_size=hosts * ranks) for first in (0, (hosts - 1) * ranks)
+        ]
+        if not any(_shortage(wider, end, free) for end in ends):
+            words.append(f"start {hosts} hosts like this one with {ranks} rank{'s' if ranks > 1 else ''} each")
+            break
+    return ", or ".join(words or ["take a smaller model: no shipped DeepSpeed config fits, on any number of hosts"])
+
+
+def _with_config(plan: RunPlan, file: Path, topology: Topology) -> RunPlan | None:
+    """The plan with another JSON; None where it is not legal on this launch."""
+    recipe, lengths = plan.recipe, [stage.seq_length for stage in plan.stages]
+    try:
+        resolved = resolve_ds_config(read_ds_config(file), file, recipe, lengths[0], topology)
+        if any(sequence_problems(recipe.model, resolved.mesh, length) for length in lengths):
+            return None
+        section = resolved.config.get("pipeline")
+        cut_at = (section["stages"], section["partition"], lengths[0], recipe.objective.copies) if section else None
+        bounds = stage_bounds(recipe.model, *cut_at) if cut_at else []
+    except ValueError:
+        return None
+    return plan._replace(ds_config=resolved.config, mesh=resolved.mesh, stage_bounds=bounds)
+
+
+def free_memory(device: torch.device) -> dict[str, int]:
+    """Bytes that can still be taken, by the words for the place."""
+    free = {"host memory": free_memory_bytes(torch.device("cpu"))}
+    return free | ({"GPU memory": free_memory_bytes(device)} if device.type == "cuda" else {})
+
+
+def _ranks_here(topology: Topology) -> range:
+    first = topology.rank - topology.local_rank
+    return range(first, min(first + topology.local_size, topology.world_size))
+
+
+def _shortage(plan: RunPlan, topology: Topology, free: dict[str, int]) -> str:
+    """A clause about what cannot fit; empty if all may."""
+    here, device = _ranks_here(topology), topology.device
+    needs = {rank: rank_need(plan, rank) for rank in here}
+    host = sum(need.of_host(device) for need in needs.values())
+    who = f"the {len(here)} ranks of this host need" if len(here) > 1 else "this rank needs"
+    if host > free["host memory"]:
+        return f"{who} at least {_gib(host)} of host memory and {_gib(free['host memory'])} are free"
+    own = needs[topology.rank].of_device()
+    if device.type == "cuda" and own > free["GPU memory"]:
+        return f"this rank needs at least {_gib(own)} of GPU memory and {_gib(free['GPU memory'])} are free"
+    return ""
+
+
+def _leaves(tree: Any, place: str = "") -> set[tuple[str, str]]:
+    if not isinstance(tree, dict):
+        return {(place, str(tree))}
+    return {leaf for key, value in tree.items() for leaf in _leaves(value, f"{place}.{key}")}
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:,.2f} GiB" if size < 10 * 2**30 else f"{size / 2**30:,.0f} GiB"

@@ -1,0 +1,127 @@
+"""Continue a run from its newest good checkpoint, in the same layout or in any other.
+
+The same layout loads DeepSpeed's own files and is exact to the bit. Another number of ranks, ZeRO stage, precision or
+offload reads the same files parameter by parameter, without a separate command, and is exact to rounding.
+"""
+
+import contextlib
+import pickle
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from engine.checkpoint.deepspeed_files import read_states
+from engine.checkpoint.folder import layout_of
+from engine.checkpoint.manifest import MANIFEST, CheckpointManifest, Layout, step_of, steps, unseal
+from engine.checkpoint.transplant import transplant
+from engine.run.plan import RunPlan
+from engine.safe_load import refusal
+from training.config import Recipe
+from training.state import TrainState
+
+
+def check_resumable(run: Path, plan: RunPlan, allow_data_change: bool, resume_step: int | None = None) -> list[str]:
+    """Compare today's recipe and data with those of the run's newest checkpoint (or that of `resume_step`).
+
+    Returns a sentence for each recipe key that changed and may. Raises ValueError naming those that may not.
+    """
+    manifest = _newest_manifest(run, resume_step)
+    if manifest is None:
+        return []
+    try:
+        before = Recipe.model_validate(manifest.recipe).model_dump()
+    except ValidationError:
+        return [f"{run}: its recipe is of another version, so what changed since cannot be said"]
+    changes = {
+        f"{section}.{key}": (before[section][key], value)
+        for section, keys in plan.recipe.model_dump(exclude={"stages"}).items()
+        for key, value in keys.items()
+        if before[section][key] != value
+    }
+    fixed = {key for key in changes if key.startswith("model.") or key in ("training.seed", "optimizer.name")}
+    if plan.recipe.model.position_embedding != "learned" and plan.recipe.model.rope_scaling is None:
+        fixed -= {"model.max_position_embeddings"}  # nothing is computed from it: a longer stage may be appended
+    problems = [f"{key} was {changes[key][0]!r} and is now {changes[key][1]!r}" for key in sorted(fixed)]
+    whole = {"fingerprint": manifest.state.data_fingerprint, "weights": before["data"]["weights"], "first_step": 1}
+    former = manifest.data.get("stages", [whole])  # the checkpoint may be older than stages are
+    problems += _stage_problems(former, plan, manifest.state.step, allow_data_change)
+    if problems:
+        raise ValueError(
+            f"the run in {run} cannot be continued: {'; '.join(problems)}. Restore the old values, choose another "
+            "--output or, for data only, pass --allow_data_change"
+        )
+    notices = [f"{key} changed from {old!r} to {new!r}" for key, (old, new) in changes.items()]
+    if plan.recipe.model_dump()["stages"] != before["stages"]:
+        words = [f"{s.name} to step {s.end} on {s.data}" for s in plan.stages if s.end > manifest.state.step]
+        notices.append(f"stages changed; after step {manifest.state.step} come: {', '.join(words) or 'none'}")
+    return notices
+
+
+def _newest_manifest(run: Path, step: int | None) -> CheckpointManifest | None:
+    """Without a look at other files: the search for a good checkpoint will say what is damaged."""
+    for folder in steps(run):
+        if step in (None, step_of(folder)):
+            with contextlib.suppress(OSError, ValueError):
+                manifest = unseal((folder / MANIFEST).read_bytes())
+                if step_of(folder) == manifest.state.step:
+                    return manifest
+    return None
+
+
+def _stage_problems(former: list[dict], plan: RunPlan, steps: int, allow_data_change: bool) -> list[str]:
+    """Why the stages of the plan cannot take the place of the former ones, of which `steps` steps are done.
+
+    Where a stage begins, its data and weights are fixed once it has begun; how long it still is, and what comes later, is not.
+    """
+    before = [stage for stage in former if stage["first_step"] <= steps]
+    now = [stage.describe() for stage in plan.stages if stage.begin < steps]
+    begins = [[stage["first_step"] for stage in stages] for stages in (before, now)]
+    if begins[0] != begins[1]:
+        return [f"until step {steps} stages began at steps {begins[0]}, in the recipe they begin at steps {begins[1]}"]
+    problems = []
+    for old, new in zip(before, now, strict=True):
+        label = f"stages: {new['name']}: " if plan.recipe.stages else ""
+        if old["weights"] != new["weights"]:
+            key = "weights" if label else "data.weights"
+            problems.append(f"{label}{key} was {old['weights']!r} and is now {new['weights']!r}")
+        if old["fingerprint"] != new["fingerprint"]:
+            problems.append(f"{label}the data set is another one (its fingerprint differs)")
+    return [] if allow_data_change else problems
+
+
+def restore(engine, folder: Path, manifest: CheckpointManifest) -> TrainState:
+    """Load weights and optimizer states into a fresh engine. Collective over all ranks.
+
+    Hyperparameters stay those of the recipe: they are put back after the load, which would overwrite them.
+    """
+    # DeepSpeed and the compressed reduction look for their files by pattern.
+    unnamed = sorted(path.name for path in folder.glob("*.pt") if path.name not in manifest.files)
+    if unnamed:
+        raise ValueError(f"{folder} holds {', '.join(unnamed)}, which its manifest does not name: move it elsewhere")
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
+    here = layout_of(engine)
+    if _loads_natively(manifest.layout, here):
+        _load_natively(engine, folder)
+    else:
+        transplant(engine, read_states(folder, manifest))
+        engine.global_steps, engine.global_samples = manifest.state.step, manifest.state.consumed_samples
+    for group, hyperparameters in zip(engine.optimizer.param_groups, groups, strict=True):
+        group.update(hyperparameters)
+    if engine.gradient_compression:
+        engine.gradient_compression.restore(folder)
+    return manifest.state
+
+
+def _load_natively(engine, folder: Path) -> None:
+    try:
+        path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    except pickle.UnpicklingError as error:
+        raise refusal(folder, error) from None
+    if path is None:
+        raise ValueError(f"{folder}: DeepSpeed could not load this checkpoint")
+
+
+def _loads_natively(there: Layout, here: Layout) -> bool:
+    """Whether DeepSpeed's files are cut as this engine's states are; stage 0 keeps them whole on every rank."""
+    whole = {"world_size": 1} if here.zero_stage == 0 else {}
+    return here.model_copy(update=whole) == there.model_copy(update=whole)
