@@ -3,7 +3,7 @@
 import re
 
 from tests.engine.programs import prepare
-from tests.launch import free_port, run_cli
+from tests.processes import free_port, run_cli
 from tests.training.test_wandb_sync import by_step, synced
 from training.metrics import METRICS_FILE
 from training.records import read_records
