@@ -141,7 +141,7 @@ def main() -> None:
     tokenizer = open_tokenizer(arguments.tokenizer)
     for notice in tokenizer.notices:
         say(notice)
-    plan = Plan(parse_sources(arguments.input, arguments.source), options, tokenizer)
+    plan = Plan(parse_sources(arguments.input, arguments.source), options, tokenizer, arguments.on_error)
     manifest = build(plan, tokenizer, arguments.output, arguments.workers, arguments.on_error, arguments.encoder)
     print_summary(manifest, arguments.output, time.monotonic() - started)
 

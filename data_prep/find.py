@@ -18,6 +18,8 @@ from data_prep.records import InputFile, LeftOut, printable
 UNKNOWN = "none of the known suffixes"
 HIDDEN = "hidden"
 UNLISTED = "no data file of the saved `datasets` folder"
+CLOSED_FOLDER = "a folder that cannot be opened (what it holds cannot be counted)"
+LINKS = {errno.ENOENT: "a link to nothing", errno.ELOOP: "a link that leads to itself"}
 STRANGE = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
 DATASETS_MARKS = {"state.json", "dataset_info.json"}
 OUR_MARKS = ({"plan.json", ".lock"}, {"manifest.json", "dataset_dict.json"})
@@ -31,8 +33,17 @@ class Source(NamedTuple):
     """Files, folders and globs."""
 
 
-def find_files(source: Source) -> tuple[list[InputFile], list[LeftOut]]:
-    """Supported files of a source in the order of their names, each real file once; and what else lies there."""
+Found = tuple[Path, str | LeftOut]
+"""A file with its format, or what is left out."""
+
+
+def find_files(source: Source, on_error: str = "fail") -> tuple[list[InputFile], list[LeftOut]]:
+    """Supported files of a source in the order of their names, each real file once; and what else lies there.
+
+    `on_error`: "fail" raises ValueError at a folder or a file that cannot be opened, "skip" leaves it out; what the source
+    names itself must be there.
+    """
+    walk = _Walk(on_error)
     chosen: dict[str, tuple[str, str, str]] = {}
     left_out: dict[str, LeftOut] = {}
     for place in source.places:
@@ -45,7 +56,8 @@ def find_files(source: Source) -> tuple[list[InputFile], list[LeftOut]]:
         here: list[LeftOut] = []
         for match in matches:
             anchor = fixed if matches != [place] else Path(match)
-            for path, verdict in _walk(Path(match), explicit=matches == [place]):
+            look = walk.named if matches == [place] else walk.met
+            for path, verdict in look(Path(match)):
                 if isinstance(verdict, LeftOut):
                     here.append(verdict)
                     continue
@@ -69,62 +81,108 @@ def find_files(source: Source) -> tuple[list[InputFile], list[LeftOut]]:
     ]
 
 
-def _walk(path: Path, explicit: bool) -> Iterator[tuple[Path, str | LeftOut]]:
-    """Every file at or below a place with its format, or why it is left out; an explicit one must have a format."""
-    if not path.is_dir():
-        verdict = _judge(path)
-        if explicit and isinstance(verdict, LeftOut):
+class _Walk:
+    """What lies at or below places; `on_error`: fail at what cannot be looked at, or skip it, named."""
+
+    def __init__(self, on_error: str):
+        self.on_error = on_error
+
+    def named(self, path: Path) -> Iterator[Found]:
+        """The place as it was given; if it is a file, it must be readable as documents."""
+        if path.is_dir():
+            try:
+                os.scandir(path).close()
+            except OSError as error:
+                raise ValueError(f"{path} cannot be opened: {error.strerror}") from None
+            yield from self.met(path)
+            return
+        verdict = self._judge(path)
+        if isinstance(verdict, LeftOut):
             known = f" ({KNOWN})" if verdict.reason == UNKNOWN else ""
             raise ValueError(f"{path} cannot be read as documents: {verdict.reason}{known}")
-        if explicit and not os.access(path, os.R_OK):
+        if not os.access(path, os.R_OK):
             raise ValueError(f"{path} cannot be opened: {os.strerror(errno.EACCES)}")
         yield path, verdict
-        return
-    visited: set[str] = set()
-    for folder, folders, names in os.walk(path, followlinks=True, onerror=_raise):
-        if os.path.realpath(folder) in visited:
-            folders.clear()
-            continue
-        visited.add(os.path.realpath(folder))
-        here = {*names}
-        if any(marks <= here for marks in OUR_MARKS):
-            folders.clear()
-            yield Path(folder), _folder_left_out(folder, "a data set of this program")
-        elif here >= DATASETS_MARKS:
-            listed = _dataset_files(Path(folder, "state.json"))
-            yield from ((Path(folder, name), "arrow") for name in listed)
-            yield from ((Path(folder, name), _left_out(Path(folder, name), UNLISTED)) for name in here - {*listed})
-            yield from ((Path(folder, name), _folder_left_out(f"{folder}/{name}", UNLISTED)) for name in folders)
-            folders.clear()
-        else:
-            hidden = [name for name in folders if name.startswith(".")]
-            yield from ((Path(folder, name), _folder_left_out(f"{folder}/{name}", HIDDEN)) for name in hidden)
-            folders[:] = sorted({*folders} - {*hidden})
-            yield from ((Path(folder, name), _judge_in_folder(Path(folder, name))) for name in sorted(names))
 
+    def met(self, path: Path) -> Iterator[Found]:
+        """A file or a folder that a pattern matches, or that lies in another."""
+        if not path.is_dir():
+            yield path, self._judge(path)
+            return
+        visited: set[str] = set()
+        closed: list[tuple[Path, LeftOut]] = []
 
-def _raise(error: OSError) -> None:
-    raise ValueError(f"{error.filename} cannot be opened: {error.strerror}")
+        def note(error: OSError) -> None:
+            closed.append((Path(error.filename), self._fault(Path(error.filename), CLOSED_FOLDER, error)))
 
+        for folder, folders, names in os.walk(path, followlinks=True, onerror=note):
+            if os.path.realpath(folder) in visited:
+                folders.clear()
+                continue
+            visited.add(os.path.realpath(folder))
+            found, folders[:] = self._look_into(Path(folder), folders, names)
+            yield from found
+        yield from closed
 
-def _judge_in_folder(path: Path) -> str | LeftOut:
-    if path.name.startswith("."):
-        return _left_out(path, HIDDEN)
-    if path.name == "dataset_dict.json":
-        return _left_out(path, "the list of a saved `datasets` folder")
-    return _judge(path)
+    def _look_into(self, folder: Path, folders: list[str], names: list[str]) -> tuple[list[Found], list[str]]:
+        """What lies in a folder, and those of its folders that are to be looked into."""
+        if any(marks <= {*names} for marks in OUR_MARKS):
+            return [(folder, _folder_left_out(folder, "a data set of this program"))], []
+        if {*names} >= DATASETS_MARKS:
+            return self._saved_datasets(folder, folders, names), []
+        hidden = [name for name in folders if name.startswith(".")]
+        found: list[Found] = [(folder / name, _folder_left_out(folder / name, HIDDEN)) for name in hidden]
+        found += [(folder / name, self._judge_in_folder(folder / name)) for name in sorted(names)]
+        return found, sorted({*folders} - {*hidden})
 
+    def _saved_datasets(self, folder: Path, folders: list[str], names: list[str]) -> list[Found]:
+        state = folder / "state.json"
+        try:
+            listed = _dataset_files(state)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            closed = isinstance(error, OSError)
+            if self.on_error == "fail":
+                words = (
+                    f"cannot be opened: {error.strerror}" if closed else "does not describe a saved `datasets` folder"
+                )
+                raise ValueError(f"{state} {words}; --on-error skip leaves the folder out") from None
+            reason = f"a saved `datasets` folder whose state.json {'cannot be opened' if closed else 'is damaged'}"
+            return [(folder, _folder_left_out(folder, reason))]
+        missing = [name for name in listed if not (folder / name).is_file()]
+        if missing and self.on_error == "fail":
+            raise ValueError(
+                f"{state} lists {missing[0]}, which is not there: restore it, or save the folder again; "
+                "--on-error skip reads the others"
+            )
+        found: list[Found] = [(folder / name, "arrow") for name in listed if name not in missing]
+        gone = [LeftOut(printable(f"{folder}/{name}"), "listed in state.json, not there", 0) for name in missing]
+        found += [(folder, entry) for entry in gone]
+        found += [(folder / name, _left_out(folder / name, UNLISTED)) for name in sorted({*names} - {*listed})]
+        return found + [(folder / name, _folder_left_out(folder / name, UNLISTED)) for name in folders]
 
-def _judge(path: Path) -> str | LeftOut:
-    """The format by the file's name, or why there is none."""
-    try:
-        mode = path.stat().st_mode
-    except OSError as error:
-        reason = {errno.ENOENT: "a link to nothing", errno.ELOOP: "a link that leads to itself"}
-        return _left_out(path, reason.get(error.errno, error.strerror or str(error)))
-    if not stat.S_ISREG(mode):
-        return _left_out(path, STRANGE.get(stat.S_IFMT(mode), "a device"))
-    return file_format(path.name) or _left_out(path, UNKNOWN)
+    def _judge_in_folder(self, path: Path) -> str | LeftOut:
+        if path.name.startswith("."):
+            return _left_out(path, HIDDEN)
+        if path.name == "dataset_dict.json":
+            return _left_out(path, "the list of a saved `datasets` folder")
+        return self._judge(path)
+
+    def _judge(self, path: Path) -> str | LeftOut:
+        """The format by the file's name, or why there is none."""
+        try:
+            mode = path.stat().st_mode
+        except OSError as error:
+            if error.errno in LINKS:
+                return _left_out(path, LINKS[error.errno])
+            return self._fault(path, "cannot be opened", error)
+        if not stat.S_ISREG(mode):
+            return _left_out(path, STRANGE.get(stat.S_IFMT(mode), "a device"))
+        return file_format(path.name) or _left_out(path, UNKNOWN)
+
+    def _fault(self, path: Path, reason: str, error: OSError) -> LeftOut:
+        if self.on_error == "fail":
+            raise ValueError(f"{path} cannot be opened: {error.strerror}; --on-error skip leaves it out")
+        return LeftOut(str(path), reason, 0)
 
 
 def _left_out(path: Path, reason: str) -> LeftOut:
@@ -135,19 +193,14 @@ def _left_out(path: Path, reason: str) -> LeftOut:
     return LeftOut(str(path), reason, facts.st_size if stat.S_ISREG(facts.st_mode) else 0)
 
 
-def _folder_left_out(folder: str, reason: str) -> LeftOut:
-    inside = [_left_out(Path(place, name), reason) for place, _, names in os.walk(folder) for name in names]
-    return LeftOut(folder, reason, sum(entry.size for entry in inside), len(inside))
+def _folder_left_out(folder: Path, reason: str) -> LeftOut:
+    closed: list[OSError] = []
+    places = [Path(place, name) for place, _, names in os.walk(folder, onerror=closed.append) for name in names]
+    size = sum(_left_out(path, reason).size for path in places)
+    more = " (not all of it can be opened and counted)" if closed else ""
+    return LeftOut(str(folder), reason + more, size, len(places) + len(closed))
 
 
 def _dataset_files(state: Path) -> list[str]:
-    try:
-        listed = [
-            entry["filename"] for entry in json.loads(state.read_bytes() if state.is_file() else b"")["_data_files"]
-        ]
-        missing = [name for name in listed if not (state.parent / name).is_file()]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{state} does not describe a saved `datasets` folder") from None
-    if missing:
-        raise ValueError(f"{state} lists {missing[0]}, which is not there: restore it, or save the folder again")
-    return listed
+    listed = [entry["filename"] for entry in json.loads(state.read_bytes())["_data_files"]]
+    return [str(Path(name)) for name in listed]

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from data_prep.find import Source
 from data_prep.ledger import has_documents, take_over_units
 from data_prep.progress import say
-from data_prep.records import InputFile, Unit
+from data_prep.records import InputFile, Unit, printable
 from data_prep.sources import plan_units
 from data_prep.tokenizer import Tokenizer
 from training.manifest import MANIFEST_FILE, PackingPolicy, write_atomically
@@ -141,8 +141,8 @@ class PackingPlan:
 class Plan(PackingPlan):
     """The plan of a build: the above and the units of work that its input is cut into."""
 
-    def __init__(self, sources: list[Source], options: BuildOptions, tokenizer: Tokenizer):
-        self.units, self.files, self.left_out = plan_units(sources, options.unit_bytes)
+    def __init__(self, sources: list[Source], options: BuildOptions, tokenizer: Tokenizer, on_error: str = "fail"):
+        self.units, self.files, self.left_out = plan_units(sources, options.unit_bytes, on_error)
         source_files = {source.name: self._files_of(source.name) for source in sources}
         content = {
             "version": PLAN_VERSION,
@@ -231,6 +231,8 @@ def _differences(there: dict, here: dict, place: str = "") -> Iterator[str]:
 @contextmanager
 def locked(output: Path) -> Iterator[None]:
     """Hold the output folder's lock; it goes when the process does, however that ends."""
+    if printable(str(output)) != str(output):
+        raise ValueError(f"--output {output}: a name that is not UTF-8 cannot be used; choose another --output")
     try:
         output.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):

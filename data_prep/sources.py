@@ -60,12 +60,12 @@ def _weight(text: str) -> float | None:
 
 
 def plan_units(
-    sources: list[Source], unit_bytes: int | None = None
+    sources: list[Source], unit_bytes: int | None = None, on_error: str = "fail"
 ) -> tuple[list[Unit], list[InputFile], list[LeftOut]]:
     """The units of work in document order, the files that they are cut from, sorted by name within each source, and
-    what lies among these without being read.
+    what lies among these without being read. `on_error`: as of `find_files`.
     """
-    found = [(source.name, *find_files(source)) for source in sources]
+    found = [(source.name, *find_files(source, on_error)) for source in sources]
     total = sum(file.size for _, files, _ in found for file in files)
     if unit_bytes is None:  # a power of two, so that growing inputs rarely change it
         wanted = 1 << max(0, (total // UNITS_WANTED).bit_length() - 1)

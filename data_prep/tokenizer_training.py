@@ -98,7 +98,7 @@ def main() -> None:
         )
 
     inputs = parse_sources(arguments.input, [])
-    units, files, left_out = plan_units(inputs)
+    units, files, left_out = plan_units(inputs, on_error=arguments.on_error)
     share = min(1.0, arguments.sample_megabytes * 1e6 / max(1, sum(file.size for file in files)))
     problems = Problems(arguments.on_error)
     sampled = 0

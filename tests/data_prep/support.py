@@ -5,6 +5,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -57,22 +59,34 @@ def build_here(
     chosen = BuildOptions(packing=PackingPolicy(**{"seq_length": 128} | packing), **options)
     opened = open_tokenizer(tokenizer)
     sources = parse_sources([str(path) for path in inputs], [])
-    return build(Plan(sources, chosen, opened), opened, output, workers, on_error, encoder)
+    return build(Plan(sources, chosen, opened, on_error), opened, output, workers, on_error, encoder)
 
 
 def read(
     *places, on_error="fail", unit_bytes=None, text_field="text", id_field=None
 ) -> tuple[list[Document], Problems]:
     """The documents of files and folders, in order."""
-    units, files, *_ = plan_units(parse_sources([str(place) for place in places], []), unit_bytes)
+    units, files, *_ = plan_units(parse_sources([str(place) for place in places], []), unit_bytes, on_error)
     problems = Problems(on_error)
     found = [d for unit in units for d in read_unit(unit, files, text_field, id_field, problems)]
     return found, problems
 
 
-def left_out_of(*places) -> list:
+def left_out_of(*places, on_error="fail") -> list:
     """What lies there and is not read."""
-    return plan_units(parse_sources([str(place) for place in places], []))[2]
+    return plan_units(parse_sources([str(place) for place in places], []), on_error=on_error)[2]
+
+
+@contextmanager
+def unprivileged() -> Iterator[None]:
+    """As a user for whom permissions hold; root reads everything."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
 
 
 def command(module: str, *arguments, **environment: str) -> tuple[list[str], dict]:
