@@ -1,5 +1,6 @@
 """Stopped, or left by its launcher, a run saves once, ends everywhere, and goes on by the same command."""
 
+import contextlib
 import os
 import re
 import signal
@@ -13,7 +14,7 @@ import pytest
 from engine.checkpoint.manifest import read_manifest, steps
 from tests.cluster.network import missing_device
 from tests.engine.programs import prepare
-from tests.processes import free_port, start_cli
+from tests.processes import ROOT, free_port, start_cli
 from tests.test_readme import README
 from training.records import read_records
 
@@ -134,7 +135,8 @@ def test_the_readme_script_is_the_first_process_of_a_container(setting, tmp_path
     script, changed = re.subn(r"deepspeed --num_gpus.*?\) &", ours, script, flags=re.DOTALL)
     assert changed == 1
     (tmp_path / "service").write_text(script)
-    with launch("unshare", "--pid", "--fork", "--mount-proc", "bash", str(tmp_path / "service")) as running:
+    container = ["unshare", "--pid", "--fork", "--mount-proc", "bash", str(tmp_path / "service")]
+    with launch(*container) as running:
         running.wait_for(lambda: len(records(run)) >= 2, 300)
         (first,) = psutil.Process(running.process.pid).children()
         first.send_signal(signal.SIGTERM)
@@ -142,6 +144,49 @@ def test_the_readme_script_is_the_first_process_of_a_container(setting, tmp_path
         wait_until_all_have_ended(running)
     assert [stop["reason"] for stop in named(run, "stop")] == ["SIGUSR1"]
     assert len(steps(run)) == 1
+
+    with launch(*container) as running:  # asked before there are ranks
+        running.wait_for(lambda: "deepspeed" in words_of_descendants(running.process.pid), 300)
+        running.kill_all(signal.SIGSTOP)
+        assert "train.py --local_rank" not in words_of_descendants(running.process.pid)
+        (first,) = psutil.Process(running.process.pid).children()
+        first.send_signal(signal.SIGTERM)
+        running.kill_all(signal.SIGCONT)
+        assert running.finish(90).returncode == 75
+        wait_until_all_have_ended(running)
+        assert "stopped (SIGUSR1) before the first step" in running.stderr
+
+
+def words_of_descendants(pid: int) -> str:
+    """The command lines of the processes that it and they started."""
+    lines = []
+    for process in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            lines.append(" ".join(process.cmdline()))
+    return "\n".join(lines)
+
+
+HELD = """
+import os, pathlib, sys
+if os.path.basename(sys.argv[0]) == "train.py":
+    pathlib.Path({folder!r}, "importing").touch()
+    os.open({fifo!r}, os.O_RDONLY)  # until somebody writes, which nobody does
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGHUP", 75), ("SIGINT", 130)])
+def test_an_import_that_does_not_end_is_no_reason_not_to_hear(tmp_path, name, code):
+    """Torch takes seconds to import, and minutes from a busy file system."""
+    (tmp_path / "torch").mkdir()
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "torch/__init__.py").write_text(HELD.format(folder=str(tmp_path), fifo=str(tmp_path / "fifo")))
+    flags = ["--recipe", "r.yaml", "--deepspeed_config", "d.json", "--data", "data", "--output", str(tmp_path / "run")]
+    with start_cli([sys.executable, "train.py", *flags], env={"PYTHONPATH": f"{tmp_path}:{ROOT}"}) as running:
+        running.wait_for((tmp_path / "importing").exists, 60)
+        running.send_signal(signal.Signals[name])
+        done = running.finish(20)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert done.stderr == f"stopped ({name}) before the first step: run the same command again\n"
 
 
 def test_a_folder_that_is_taken_away_ends_the_run(setting, tmp_path):
