@@ -43,6 +43,7 @@ from data_prep.plan import (
     unfinished,
 )
 from data_prep.progress import Progress, say
+from data_prep.records import BadInput
 from data_prep.sources import parse_sources
 from data_prep.summary import by_reason, left_out_words, print_summary
 from data_prep.tokenizer import Tokenizer, open_tokenizer
@@ -66,7 +67,11 @@ def build(
         remove_leftovers(tokens)
         own_code = foresee_export(tokenizer)
         tokenizer_file = tokenizer.save(output / TOKENIZER_FOLDER)
-        ledgers = _tokenize(plan, tokenizer, tokenizer_file, output, workers, on_error, encoder)
+        try:
+            ledgers = _tokenize(plan, tokenizer, tokenizer_file, output, workers, on_error, encoder)
+        except BadInput:
+            plan.note_failure(output)
+            raise
         made = Tokenized(
             ledgers=ledgers,
             unit_sources=plan.unit_sources(),

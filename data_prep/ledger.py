@@ -1,6 +1,5 @@
 """What is known of each unit of a token store that is finished: a file beside the unit's, written after it."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,11 +64,17 @@ def has_documents(folder: Path) -> bool:
     return any(ledger.documents for ledger in _ledgers(folder))
 
 
-def take_over_units(folder: Path, plan_before: str, plan_sha256: str | None) -> None:
-    """Give the finished units of one plan to another, which would make the same; None: remove them all."""
-    if plan_sha256 is None:
-        shutil.rmtree(folder, ignore_errors=True)
-        return
+def finished_units(folder: Path) -> set[int]:
+    """The units of a store, finished or not, that have a ledger, of whatever plan."""
+    return {ledger.unit for ledger in _ledgers(folder)}
+
+
+def take_over_units(folder: Path, plan_before: str, plan_sha256: str, kept: set[int]) -> None:
+    """Give the finished units `kept` of one plan to another, which would make the same; the others are removed."""
     for ledger in _ledgers(folder):
-        if ledger.plan_sha256 == plan_before:
+        if ledger.unit in kept and ledger.plan_sha256 == plan_before:
             write_ledger(folder, ledger.model_copy(update={"plan_sha256": plan_sha256}))
+    wanted = {path.stem for unit in kept for path in [unit_path(folder, unit)]}
+    for path in folder.glob("*"):
+        if path.stem not in wanted:
+            path.unlink(missing_ok=True)

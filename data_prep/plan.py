@@ -12,12 +12,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data_prep.find import Source
-from data_prep.ledger import has_documents, take_over_units
+from data_prep.ledger import finished_units, has_documents, take_over_units
 from data_prep.progress import say
 from data_prep.records import InputFile, Unit, printable
 from data_prep.sources import plan_units
@@ -89,8 +89,22 @@ def option_problems(error: ValidationError) -> str:
     )
 
 
+class StoredPlan(NamedTuple):
+    """What an output folder keeps of the plan that it was begun with."""
+
+    plan: dict[str, Any]
+    times: dict[str, int]
+    """Of the input files, by path."""
+    units: tuple[str, ...] = ()
+    """A hash of what each unit covers."""
+    failed: bool = False
+    """The last run ended at input that could not be read."""
+
+
 class PackingPlan:
     """All that decides a data set, without the input that its token store is made from."""
+
+    unit_hashes: tuple[str, ...] = ()
 
     def __init__(self, options: BuildOptions, sources: list[Source], content: dict[str, Any], times: dict[str, int]):
         self.options, self.sources, self.content, self.times = options, sources, content, times
@@ -100,10 +114,10 @@ class PackingPlan:
         """Take possession of an output folder: store the plan, or compare it with the one there.
 
         Units whose input was modified since, without its size changing, lose their ledger and are done again. An unfinished
-        data set takes another plan where nothing is lost by it: units are kept if only their packing or split is another.
+        data set takes another plan where nothing is lost by it (see `_kept_units`).
         """
         try:
-            there, before = read_plan(output)
+            stored = read_plan(output)
         except FileNotFoundError:
             strangers = sorted(
                 path.name for path in output.iterdir() if not path.name.startswith((LOCK_FILE, PLAN_FILE))
@@ -112,27 +126,56 @@ class PackingPlan:
                 raise ValueError(
                     f"{output} is not empty and no build of this program ({strangers[0]}): choose another --output"
                 ) from None
-            there, before = None, self.times
+            stored = None
         here = json.loads(json.dumps(self.content))
-        if there is not None and (differences := list(_differences(there, here))):
-            if not _gives_way(output, there, here):
+        if stored is not None and (differences := list(_differences(stored.plan, here))):
+            done, kept = finished_units(output / TOKENS_FOLDER), self._kept_units(output, stored, here)
+            if kept is None:
                 raise ValueError(
                     f"{output} was begun with another plan ({'; '.join(differences)}): "
                     "repeat that command to continue it, or choose another --output"
                 )
-            say(f"{output}, begun with another plan ({'; '.join(differences)}), takes this one")
-            take_over_units(output / TOKENS_FOLDER, plan_hash(there), self.sha256 if _same_units(there, here) else None)
+            stay = f": {len(done & kept):,} of its {len(done):,} finished units are kept" if done else ""
+            say(f"{output}, begun with another plan ({'; '.join(differences)}), takes this one{stay}")
+            take_over_units(output / TOKENS_FOLDER, plan_hash(stored.plan), self.sha256, kept)
             shutil.rmtree(output / TOKENIZER_FOLDER, ignore_errors=True)
-            there, before = None, self.times if not _same_units(there, here) else before
+        before = self.times if stored is None else stored.times
         changed = {path for path, time in self.times.items() if before.get(path, time) != time}
         if changed and (output / MANIFEST_FILE).exists():
             raise ValueError(
                 f"{min(changed)} was modified after {output} had been built from it: choose another --output"
             )
-        if there is None or self.times != before:
-            for unit in self._units_of(changed):
-                (output / TOKENS_FOLDER / f"unit-{unit:05d}.json").unlink(missing_ok=True)
-            write_atomically(output / PLAN_FILE, json.dumps({"plan": self.content, "times": self.times}).encode())
+        for unit in self._units_of(changed):
+            (output / TOKENS_FOLDER / f"unit-{unit:05d}.json").unlink(missing_ok=True)
+        if stored != (mine := StoredPlan(here, self.times, self.unit_hashes)):
+            write_plan(output, mine)
+
+    def note_failure(self, output: Path) -> None:
+        """Remember that this plan cannot be carried out with its input as it is."""
+        write_plan(output, StoredPlan(self.content, self.times, self.unit_hashes, failed=True))
+
+    def _kept_units(self, output: Path, stored: StoredPlan, here: dict[str, Any]) -> set[int] | None:
+        """The units of another plan that can stay; None: its data set is finished, or work would be lost by mistake.
+
+        All stay where only packing or split are another. Where input files have another size, or there are more of them, those of
+        the others stay. Where a run failed at its input, the fields to be read may be chosen anew.
+        """
+        if (output / MANIFEST_FILE).exists():
+            return None
+        keys = {key for key in {*stored.plan, *here} if stored.plan.get(key) != here.get(key)} - {*AFTER_UNITS}
+        if not keys:
+            return finished_units(output / TOKENS_FOLDER)
+        if not has_documents(output / TOKENS_FOLDER):
+            return set()
+        same_files = (
+            stored.times.keys() <= self.times.keys() and stored.plan["sources"].keys() <= here["sources"].keys()
+        )
+        if keys - {"sources", *(FIELDS if stored.failed else ())} or not same_files:
+            return None
+        if keys != {"sources"}:
+            return set()
+        pairs = enumerate(zip(stored.units, self.unit_hashes, strict=False))
+        return {unit for unit, (old, new) in pairs if old == new}
 
     def _units_of(self, paths: set[str]) -> set[int]:
         return set()
@@ -157,6 +200,12 @@ class Plan(PackingPlan):
             },
         }
         super().__init__(options, sources, content, {file.path: file.mtime_ns for file in self.files})
+        self.unit_hashes = tuple(self._unit_hash(unit) for unit in self.units)
+
+    def _unit_hash(self, unit: Unit) -> str:
+        files = [(file.name, file.format, file.size) for file in self.files[unit.first_file : unit.last_file]]
+        covers = unit.source, files, unit.start, unit.end, unit.first_row
+        return hashlib.sha256(json.dumps(covers).encode()).hexdigest()[:16]
 
     def _files_of(self, source: str) -> list[InputFile]:
         ranges = [(unit.first_file, unit.last_file) for unit in self.units if unit.source == source]
@@ -185,29 +234,26 @@ AFTER_UNITS = ("packing", "validation_fraction", "deduplicate")
 """What of a plan decides nothing about the units of its token store."""
 
 
-def _same_units(there: dict, here: dict) -> bool:
-    one, other = ({key: value for key, value in plan.items() if key not in AFTER_UNITS} for plan in (there, here))
-    return one == other
-
-
-def _gives_way(output: Path, there: dict, here: dict) -> bool:
-    """May a data set of another plan be replaced? Not a finished one, nor one whose units would be lost."""
-    if (output / MANIFEST_FILE).exists():
-        return False
-    return _same_units(there, here) or not has_documents(output / TOKENS_FOLDER)
+FIELDS = ("text_field", "id_field")
+"""What of a plan the sentences about unreadable input advise to change."""
 
 
 def plan_hash(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def read_plan(folder: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """The plan in an output folder and the times of its input files."""
+def read_plan(folder: Path) -> StoredPlan:
+    """The plan in an output folder."""
     try:
-        stored = json.loads((folder / PLAN_FILE).read_bytes())
-        return dict(stored["plan"]), dict(stored["times"])
-    except (ValueError, KeyError, TypeError):
+        content = json.loads((folder / PLAN_FILE).read_bytes())
+        units, failed = tuple(content.get("units", [])), bool(content.get("failed", False))
+        return StoredPlan(dict(content["plan"]), dict(content["times"]), units, failed)
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{folder / PLAN_FILE} is damaged: restore it, or build into another folder") from None
+
+
+def write_plan(folder: Path, plan: StoredPlan) -> None:
+    write_atomically(folder / PLAN_FILE, json.dumps(plan._asdict()).encode())
 
 
 def _differences(there: dict, here: dict, place: str = "") -> Iterator[str]:

@@ -59,6 +59,10 @@ class LeftOut(NamedTuple):
     files: int = 1
 
 
+class BadInput(ValueError):
+    """Something of the input cannot be read, and that was not to be left out."""
+
+
 class Problems:
     """What is wrong with the input: raised at once (`fail`) or counted by reason and left out (`skip`)."""
 
@@ -75,7 +79,7 @@ class Problems:
     def report(self, place: str, reason: str, detail: str = "") -> None:
         words = printable(f"{place}: {reason}" + (f" ({detail})" if detail else ""))
         if self.on_error == "fail":
-            raise ValueError(f"{words}; --on-error skip leaves such records out")
+            raise BadInput(f"{words}; --on-error skip leaves such records out")
         self.reasons[printable(reason)] += 1
         if len(self.examples) < EXAMPLES_KEPT:
             self.examples.append(words)

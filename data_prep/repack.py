@@ -80,7 +80,7 @@ def repack(data: Path, policy: PackingPolicy, output: Path) -> Manifest:
 def _plan_of(data: Path, policy: PackingPolicy) -> tuple[PackingPlan, str]:
     """The plan of `data` with another packing, and the hash of its own."""
     try:
-        before, times = read_plan(data)
+        before, times, *_ = read_plan(data)
     except FileNotFoundError:
         raise ValueError(f"{data / PLAN_FILE} is gone: restore it, or build from the documents") from None
     if before.get("version") != PLAN_VERSION:
