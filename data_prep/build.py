@@ -27,7 +27,8 @@ from pydantic import ValidationError
 
 from data_prep.command import CommandParser, run_command
 from data_prep.encode import Work, choose_encoder
-from data_prep.finish import Tokenized, finish, foresee_export
+from data_prep.finish import Tokenized, finish
+from data_prep.foresee import say_what_is_foreseen
 from data_prep.ledger import Ledger, read_ledger
 from data_prep.plan import (
     TOKENIZER_FOLDER,
@@ -65,7 +66,7 @@ def build(
         tokens = output / TOKENS_FOLDER
         tokens.mkdir(exist_ok=True)
         remove_leftovers(tokens)
-        own_code = foresee_export(tokenizer)
+        foreseen = say_what_is_foreseen(tokenizer)
         tokenizer_file = tokenizer.save(output / TOKENIZER_FOLDER)
         try:
             ledgers = _tokenize(plan, tokenizer, tokenizer_file, output, workers, on_error, encoder)
@@ -78,7 +79,7 @@ def build(
             inputs=plan.input_hashes([ledger.input_sha256 for ledger in ledgers]),
             left_out=by_reason([*plan.left_out, *(entry for ledger in ledgers for entry in ledger.left_out)]),
             created_by={name: importlib.metadata.version(name) for name in ("sentencepiece", "tokenizers")},
-            own_code=own_code,
+            foreseen=foreseen,
         )
         return finish(plan, tokenizer, tokenizer_file, output, made)
 

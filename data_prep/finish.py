@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from pydantic import JsonValue
 
 from data_prep.cut import Breaks, count_cuts, structure_windows
 from data_prep.ledger import Ledger
 from data_prep.pack import Packing, pack, write_split
 from data_prep.plan import TOKENS_FOLDER, PackingPlan
 from data_prep.progress import Progress, say
-from data_prep.sentencepiece_json import needs_own_code
 from data_prep.store import LEFT_OUT, SPLITS, Columns, TokenStore, read_columns, write_index
 from data_prep.summary import statistics
 from data_prep.token_bytes import token_bytes
@@ -38,28 +38,16 @@ class Tokenized(NamedTuple):
     inputs: dict[str, str]
     created_by: dict[str, str]
     left_out: dict[str, LeftOutFiles]
-    own_code: str | None
-    """Why an export of the tokenizer has to come with code that runs it, if it has to."""
+    foreseen: dict[str, JsonValue]
+    """What an export of the tokenizer will not keep as it is (data_prep/foresee.py)."""
     repacked_from: str | None = None
-
-
-def foresee_export(tokenizer: Tokenizer) -> str | None:
-    """Say, before any work, that an export of the tokenizer has to come with code; returns the reason if it has to."""
-    if reason := needs_own_code(tokenizer):
-        say(
-            f"{tokenizer.path} has no exact equivalent in transformers ({reason}): a model trained on these data is exported "
-            "with code for its tokenizer, which transformers runs with trust_remote_code=True"
-        )
-    return reason
 
 
 def finish(plan: PackingPlan, tokenizer: Tokenizer, tokenizer_file: Path, output: Path, made: Tokenized) -> Manifest:
     """Index the output folder's token store, pack it and write the manifest."""
     columns, split, duplicates = _index(plan, made, output / TOKENS_FOLDER)
     packings, cuts = _choose_rows(plan, tokenizer, output)
-    numbers = statistics(made.ledgers, columns, split, duplicates, packings, cuts)
-    if made.own_code:
-        numbers["tokenizer_needs_own_code"] = made.own_code
+    numbers = statistics(made.ledgers, columns, split, duplicates, packings, cuts) | made.foreseen
     manifest = Manifest(
         created_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         created_by=made.created_by | {"pyarrow": importlib.metadata.version("pyarrow")},

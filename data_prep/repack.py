@@ -22,7 +22,8 @@ from pydantic import ValidationError
 
 from data_prep.command import CommandParser, run_command
 from data_prep.find import Source
-from data_prep.finish import Tokenized, finish, foresee_export
+from data_prep.finish import Tokenized, finish
+from data_prep.foresee import say_what_is_foreseen
 from data_prep.ledger import Ledger, read_ledger, unit_path, write_ledger
 from data_prep.plan import (
     PLAN_FILE,
@@ -61,7 +62,7 @@ def repack(data: Path, policy: PackingPolicy, output: Path) -> Manifest:
         tokens.mkdir(exist_ok=True)
         remove_leftovers(tokens)
         tokenizer = open_tokenizer(data / origin.tokenizer.file)
-        own_code = foresee_export(tokenizer)
+        foreseen = say_what_is_foreseen(tokenizer)
         tokenizer_file = tokenizer.save(output / TOKENIZER_FOLDER)
         store = TokenStore.open(data / TOKENS_FOLDER)
         _check_index(store, origin, [source.name for source in plan.sources])
@@ -71,7 +72,7 @@ def repack(data: Path, policy: PackingPolicy, output: Path) -> Manifest:
             inputs=origin.inputs,
             created_by=origin.created_by,
             left_out=origin.left_out,
-            own_code=own_code,
+            foreseen=foreseen,
             repacked_from=origin.fingerprint,
         )
         return finish(plan, tokenizer, tokenizer_file, output, made)

@@ -30,7 +30,7 @@ Piece = ModelProto.SentencePiece
 
 def needs_own_code(tokenizer: Tokenizer) -> str | None:
     """Why an export of the tokenizer has to come with code that runs it, or None: what is said before any training."""
-    if tokenizer.type != "sentencepiece" or _as_given(tokenizer):
+    if tokenizer.type != "sentencepiece" or given_table(tokenizer):
         return None
     try:
         backend = from_sentencepiece(tokenizer.path)
@@ -42,13 +42,13 @@ def needs_own_code(tokenizer: Tokenizer) -> str | None:
     return None if found == _ids(tokenizer, texts) else OTHER_IDS
 
 
-def _as_given(tokenizer: Tokenizer) -> bool:
-    """Whether there is a tokenizer.json beside the model, with the same ids."""
+def given_table(tokenizer: Tokenizer) -> Tokenizer | None:
+    """The tokenizer.json beside the model, if there is one with the same ids."""
     try:
         given, texts = open_tokenizer(tokenizer.path.with_name(JSON_FILE)), awkward_texts(tokenizer)
-        return _ids(given, texts) == _ids(tokenizer, texts)
+        return given if _ids(given, texts) == _ids(tokenizer, texts) else None
     except ValueError:
-        return False
+        return None
 
 
 def _ids(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:

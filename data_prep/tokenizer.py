@@ -71,6 +71,10 @@ class Tokenizer(ABC):
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of the ids; control tokens are left out."""
 
+    @abstractmethod
+    def vocabulary(self) -> dict[str, int]:
+        """The id of every entry, added tokens included."""
+
     @property
     def sha256(self) -> str:
         return hashlib.sha256(self.path.read_bytes()).hexdigest()
@@ -182,6 +186,9 @@ class SentencePieceTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._model.decode([int(i) for i in ids])
 
+    def vocabulary(self) -> dict[str, int]:
+        return {self._model.id_to_piece(i): i for i in range(self.vocab_size)}
+
 
 class HuggingFaceTokenizer(Tokenizer):
     type = "huggingface"
@@ -225,6 +232,9 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._model.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def vocabulary(self) -> dict[str, int]:
+        return self._model.get_vocab(with_added_tokens=True)
 
     @property
     def identity(self) -> str:

@@ -141,6 +141,14 @@ def check_companions(folder: Path) -> TokenizerConfig:
     return TokenizerConfig.model_validate(by_map.model_dump(exclude_none=True) | given)
 
 
+def names_without_entry(folder: Path, vocabulary: dict[str, int]) -> list[str]:
+    """Spellings of tokens that the files in a folder name and that are no entries of a vocabulary."""
+    given = read_config(folder / MAP_FILE)[1] | read_config(folder / CONFIG_FILE)[1]
+    known = {key: value for key, value in given.items() if key in TokenizerConfig.model_fields and value is not None}
+    added = read_object(folder / ADDED_FILE) if (folder / ADDED_FILE).exists() else {}
+    return [*leave_out_unknown(known, vocabulary), *(token for token in added if token not in vocabulary)]
+
+
 def leave_out_unknown(config: dict[str, Any], vocabulary: dict[str, int]) -> list[str]:
     """Take out of a `tokenizer_config.json` what it says of tokens that are no entries; returns their spellings."""
     left_out: list[str] = []

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "model": (),
     "data_prep": ("training.shards", "training.manifest"),
     "training": ("model.config", "model.hf_config"),
-    "engine": ("launch", "model", "training"),
+    "engine": ("launch", "model", "training", "data_prep.foresee"),
 }
 MAY_NOT_IMPORT = {
     # path prefix: foreign modules it must do without

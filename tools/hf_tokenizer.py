@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import sentencepiece
 import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from data_prep.encode import awkward_texts
+from data_prep.foresee import absent_names
 from data_prep.sentencepiece_json import OTHER_IDS, from_sentencepiece
 from data_prep.tokenizer import USUAL_NAMES, Tokenizer, open_tokenizer
 from data_prep.tokenizer_files import (
@@ -99,7 +99,7 @@ def write_hf_tokenizer(
     problems = []
     for form in made(trained, model_max_length):
         if mask_id is not None and info.mask_id is None:
-            _add_mask(form.config, mask_id, _vocabulary(trained))
+            _add_mask(form.config, mask_id, trained.vocabulary())
         with tempfile.TemporaryDirectory() as folder:
             form.write(Path(folder))
             _tell_model_type(output, Path(folder))
@@ -127,15 +127,18 @@ def _given_forms(trained: Tokenizer, model_max_length: int) -> Iterator[Form]:
         yield Form(beside | {JSON_FILE: table}, {"tokenizer_class": FAST} | INPUTS | config | length)
     vocabulary = _table_vocabulary(table)
     config = _said_of_the_tokenizer(folder)
-    left_out = leave_out_unknown(config, vocabulary)
+    leave_out_unknown(config, vocabulary)
     padding = json.loads(table).get("padding")
     if padding and vocabulary.get(padding["pad_token"]) != padding["pad_id"]:
-        left_out.append(padding["pad_token"])
         table = _with(table, padding=None)
     config = (config if given or beside else DEFAULTS) | _names(trained, vocabulary, config)
     config = INPUTS | config | length | {"tokenizer_class": FAST}
-    notice = f"left out, being no entries of the tokenizer: {', '.join(dict.fromkeys(left_out))}" if left_out else None
-    yield Form(_templates(beside) | {JSON_FILE: table}, config, notice)
+    yield Form(_templates(beside) | {JSON_FILE: table}, config, _left_out(trained))
+
+
+def _left_out(trained: Tokenizer) -> str | None:
+    names = absent_names(trained)
+    return f"left out, being no entries of the tokenizer: {', '.join(names)}" if names else None
 
 
 def _sentencepiece_forms(trained: Tokenizer, model_max_length: int) -> Iterator[Form]:
@@ -144,7 +147,7 @@ def _sentencepiece_forms(trained: Tokenizer, model_max_length: int) -> Iterator[
     if trained.path.with_name(JSON_FILE).is_file():
         for form in _given_forms(trained, model_max_length):
             yield form._replace(files=form.files | {MODEL_FILE: model})
-    vocabulary = _vocabulary(trained)
+    vocabulary, left_out = trained.vocabulary(), _left_out(trained)
     kept, templates = _said_of_the_tokenizer(trained.path.parent), _templates(_companions(trained))
     leave_out_unknown(kept, vocabulary)
     surrounding = {"add_bos_token": trained.bos_id is not None, "add_eos_token": False}
@@ -157,7 +160,7 @@ def _sentencepiece_forms(trained: Tokenizer, model_max_length: int) -> Iterator[
     else:
         reason = OTHER_IDS
         table = _with(backend.to_str(), post_processor=_surrounding(trained, config, vocabulary))
-        yield Form(templates | {JSON_FILE: table, MODEL_FILE: model}, config | {"tokenizer_class": FAST})
+        yield Form(templates | {JSON_FILE: table, MODEL_FILE: model}, config | {"tokenizer_class": FAST}, left_out)
     name = tokenization_longform.LongformTokenizer.__name__
     special = {str(vocabulary[token]): _special(token) for token in trained.control_strings}
     own = {
@@ -167,7 +170,8 @@ def _sentencepiece_forms(trained: Tokenizer, model_max_length: int) -> Iterator[
     }
     code = {tokenization_longform.MODEL_FILE: model, CODE.name: CODE.read_bytes()}
     notice = f"{trained.path} has no exact equivalent in transformers ({reason}): {CODE.name} is put beside it, "
-    yield Form(templates | code, config | own, notice + "AutoTokenizer needs trust_remote_code=True")
+    notice += "AutoTokenizer needs trust_remote_code=True"
+    yield Form(templates | code, config | own, "; ".join(filter(None, [notice, left_out])))
 
 
 def _companions(trained: Tokenizer) -> dict[str, bytes]:
@@ -230,13 +234,6 @@ def _any_length(table: bytes) -> bytes:
 
 def _with(table: bytes | str, **changes: Any) -> bytes:
     return json.dumps(json.loads(table) | changes, ensure_ascii=False, separators=(",", ":")).encode()
-
-
-def _vocabulary(trained: Tokenizer) -> dict[str, int]:
-    if trained.type == "huggingface":
-        return _table_vocabulary(trained.path.read_bytes())
-    model = sentencepiece.SentencePieceProcessor(model_proto=trained.path.read_bytes())
-    return {model.id_to_piece(i): i for i in range(trained.vocab_size)}
 
 
 def _table_vocabulary(table: bytes) -> dict[str, int]:

@@ -15,6 +15,7 @@ from launch.topology import Topology
 from model.config import ModelConfig
 from training.config import Recipe, config_json_notices, load_recipe
 from training.data import TrainingData
+from training.manifest import Manifest
 from training.objective import recipe_masking
 from training.sampler import SampleOrder
 from training.schedule import landmarks, lr_factor
@@ -134,11 +135,7 @@ def make_plan(
         warnings.append(
             f"{recipe_file}: model.vocab_size has {unused} entries more than the tokenizer; they stay untrained"
         )
-    if reason := dataset.manifest.statistics.get("tokenizer_needs_own_code"):
-        warnings.append(
-            f"{data}: the tokenizer has no exact equivalent in transformers ({reason}): an export of the model comes with "
-            "code for it, which transformers runs with trust_remote_code=True"
-        )
+    warnings += export_notices(data, dataset.manifest, recipe.model.vocab_size, topology.is_first)
     if recipe.model.position_embedding != "rope":
         warnings.append(
             f"{recipe_file}: transformers has no LLaMA with model.position_embedding {recipe.model.position_embedding}: this "
@@ -154,6 +151,31 @@ def make_plan(
     if "gradient_compression" in resolved.config and topology.world_size == 1:
         warnings.append(f"{ds_config_file}: gradient_compression has no effect on one rank")
     return RunPlan(recipe, resolved.config, resolved.mesh, stages, sets, bounds, warnings)
+
+
+def export_notices(data: str, manifest: Manifest, vocab_size: int, first: bool) -> list[str]:
+    """What an export will not keep of the tokenizer, as the build found; of older data sets the `first` rank looks for it."""
+    found = manifest.statistics
+    if first and "tokenizer_names_without_entry" not in found:
+        from data_prep.foresee import foreseen_of
+
+        found = foreseen_of(Path(data) / manifest.tokenizer.file)
+    notices = []
+    if reason := found.get("tokenizer_needs_own_code"):
+        notices.append(
+            f"{data}: the tokenizer has no exact equivalent in transformers ({reason}): an export of the model comes with "
+            "code for it, which transformers runs with trust_remote_code=True"
+        )
+    if names := found.get("tokenizer_names_without_entry"):
+        spare = vocab_size - manifest.tokenizer.vocab_size
+        unless = (
+            f", unless it finds room for them in the {spare} entries that model.vocab_size has more" if spare else ""
+        )
+        notices.append(
+            f"{data}: the tokenizer has no entries for tokens that the files beside it name ({', '.join(names)}): an export of "
+            f"the model leaves them out{unless}"
+        )
+    return notices
 
 
 def model_data_problems(model: ModelConfig, dataset: ShardedDataset, data: str) -> list[str]:

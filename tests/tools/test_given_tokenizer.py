@@ -19,6 +19,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from data_prep.foresee import absent_names
 from data_prep.tokenizer import open_tokenizer
 from model.config import ModelConfig
 from model.hf import save_hf
@@ -170,6 +171,7 @@ def test_what_surrounds_a_text_stays_and_what_is_no_entry_is_left_out(tmp_path, 
     trained = open_tokenizer(tmp_path)
     written, loaded = export(tmp_path, tmp_path / "out")
     assert written.notice == "left out, being no entries of the tokenizer: <no>, [PAD]"
+    assert absent_names(trained) == ["<no>", "[PAD]"]  # as the build says
     assert loaded("a b c d e f g h")["input_ids"] == [1, *range(4, 12), 1]
     some = ["a<tag>b", "a<bos>b", "<tag> <bos> </s>", "a <bos> b", "a </s>", "z"]
     exact = [ids.tolist() for ids in trained.encode_batch(some)]
@@ -234,10 +236,13 @@ def test_what_can_be_trained_with_can_be_exported(plain, tmp_path_factory, files
     for name, content in files.items():
         (source / name).write_text(json.dumps(content))
     try:
-        open_tokenizer(source)
+        names = absent_names(open_tokenizer(source))
     except ValueError:  # said before any work
         return
-    export(source, place / "out")
+    written, loaded = export(source, place / "out")
+    assert {*names}.isdisjoint(loaded.get_vocab())
+    assert written.notice in (None, f"left out, being no entries of the tokenizer: {', '.join(names)}")
+    assert names or written.notice is None
     shutil.rmtree(place)
 
 
