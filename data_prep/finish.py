@@ -29,6 +29,9 @@ from data_prep.tokenizer import Tokenizer
 from training.manifest import LeftOutFiles, Manifest, SourceRows
 from training.shards import ShardWriter, write_manifest
 
+FEW_ROWS, FEW_TARGETS = 4, 1000
+"""Of a validation split; with fewer its loss says next to nothing."""
+
 
 class Tokenized(NamedTuple):
     """What is known of the complete token store in an output folder."""
@@ -47,6 +50,7 @@ def finish(plan: PackingPlan, tokenizer: Tokenizer, tokenizer_file: Path, output
     """Index the output folder's token store, pack it and write the manifest."""
     columns, split, duplicates = _index(plan, made, output / TOKENS_FOLDER)
     packings, cuts = _choose_rows(plan, tokenizer, output)
+    _say_if_few(list(packings.get("validation", {}).values()))
     numbers = statistics(made.ledgers, columns, split, duplicates, packings, cuts) | made.foreseen
     manifest = Manifest(
         created_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -137,6 +141,16 @@ def _choose_rows(
             cuts.setdefault(split, Counter()).update(count_cuts(documents, packing.piece_doc, ends, breaks, advance))
             packings.setdefault(split, {})[source] = packing
     return packings, cuts
+
+
+def _say_if_few(validation: list[Packing]) -> None:
+    """That a loss over so little text says next to nothing, while the data can still be built otherwise."""
+    rows, targets = sum(packing.rows for packing in validation), sum(packing.targets for packing in validation)
+    if rows and (rows < FEW_ROWS or targets < FEW_TARGETS):
+        say(
+            f"validation has {rows:,} {'row' if rows == 1 else 'rows'} with {targets:,} targets: its loss will be noise; build "
+            "with more documents or a larger --validation-fraction, into another --output"
+        )
 
 
 def _write_rows(

@@ -74,6 +74,27 @@ def test_few_documents_still_have_a_validation_split(tmp_path, tokenizer_folder)
     assert set(manifest.splits) == {"train"}
 
 
+def test_a_validation_split_of_next_to_nothing_is_said(tmp_path, tokenizer_folder, capsys):
+    texts = [f"text {number} of some words, and of some more" for number in range(200)]
+    path = write_lines(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    for number, (options, few) in enumerate(
+        (
+            ({}, True),
+            ({"seq_length": 8, "validation_fraction": 0.05}, True),
+            ({"validation_fraction": 0}, False),
+            ({"validation_fraction": 0.9}, False),
+        )
+    ):
+        capsys.readouterr()
+        manifest = build_here([path], tokenizer_folder, tmp_path / str(number), **options)
+        said = [line for line in capsys.readouterr().err.splitlines() if "its loss will be noise" in line]
+        assert len(said) == few
+        if few:
+            split = manifest.splits["validation"]["documents"]
+            assert said[0].startswith(f"validation has {split.rows} row")
+            assert f" with {split.targets} targets: " in said[0]
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
