@@ -34,7 +34,9 @@ from training.shards import ShardedDataset, open_split
 CUT_TOKENS = 16
 """Tokens shown on each side of a cut."""
 
-console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 140)
+console = Console(
+    soft_wrap=True, highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 140
+)
 
 
 def show_overview(directory: Path, manifest: Manifest) -> None:
@@ -59,7 +61,7 @@ def show_overview(directory: Path, manifest: Manifest) -> None:
         if any(rows.get("cuts", {}).values()):
             console.print(f"             {cut_words(rows['cuts'])}")
     for words in left_out_words(manifest.left_out):
-        console.print(words.replace(": ", "     ", 1), markup=False)
+        console.print(words.replace(": ", "     ", 1))
     console.print(f"tokenizer    {tokenizer.type}, {tokenizer.vocab_size:,} entries, ids as {manifest.dtype}")
     again = f", from the token store of {manifest.repacked_from}" if manifest.repacked_from else ""
     console.print(f"created      {manifest.created_at}{again}")

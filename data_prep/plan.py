@@ -247,6 +247,7 @@ def read_plan(folder: Path) -> StoredPlan:
     try:
         content = json.loads((folder / PLAN_FILE).read_bytes())
         units, failed = tuple(content.get("units", [])), bool(content.get("failed", False))
+        dict(content["plan"]["sources"])
         return StoredPlan(dict(content["plan"]), dict(content["times"]), units, failed)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{folder / PLAN_FILE} is damaged: restore it, or build into another folder") from None

@@ -7,12 +7,12 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+console = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
 LINE_SECONDS = 5.0
 
 
 def say(words: str) -> None:
-    console.print(words, markup=False)
+    console.print(words)
 
 
 class Progress:

@@ -140,7 +140,7 @@ def print_summary(manifest: Manifest, output: Path, seconds: float) -> None:
     if manifest.repacked_from:
         add("packed again from", manifest.repacked_from)
     add("fingerprint", manifest.fingerprint)
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)  # a name may look like either
     if console.is_terminal:
         console.print(table)
     else:

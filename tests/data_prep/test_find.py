@@ -182,6 +182,25 @@ def test_names_that_are_no_text(folder, tokenizer_folder):
     assert "--text-field" in failure(run("build", *words[:5], folder / "other", *words[6:], "--text-field", odd))
 
 
+def test_names_that_look_like_markup(folder, tokenizer_folder):
+    """On a terminal, too, they are shown as they are."""
+    odd = "[red]:smile:"
+    (folder / "x[").mkdir()
+    (folder / "x[" / f"b]{odd}.doc").write_text("not read")
+    (folder / f"{odd}.jsonl").write_text('{"[/b]": 1}\n')
+    words = ["--input", folder, "--tokenizer", tokenizer_folder, "--seq-length", 16, "--on-error", "skip"]
+    for terminal in ({"FORCE_COLOR": "1", "COLUMNS": "300"}, {}):
+        output = folder / f"{odd}{len(terminal)}"
+        done = run("build", *words, "--output", output, **terminal)
+        shown = run("inspect", output, **terminal)
+        assert (done.returncode, shown.returncode) == (0, 0), done.stderr + shown.stderr
+        for text in (done.stdout, done.stderr, shown.stdout):
+            assert f"{folder}/x[/b]{odd}.doc" in text
+        assert "no field 'text' (it has [/b])" in done.stdout
+        assert str(output) in done.stdout
+        assert str(output) in shown.stdout
+
+
 def test_columns_whose_names_are_no_text(folder):
     path = folder / "c.csv"
     path.write_bytes(b"\xff,text\n1,x\n")

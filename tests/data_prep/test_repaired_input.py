@@ -4,14 +4,23 @@ import gzip
 import json
 import os
 import re
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data_prep import build as building
+from data_prep import plan as planning
+from data_prep.ledger import Ledger
 from tests.data_prep.support import build_here, contents, failure, run, write_lines
+from training.manifest import PackingPolicy
 
+LEDGER = Ledger(unit=0, plan_sha256="0", input_sha256="0", sha256="0", file_bytes=0, documents=1).model_dump_json()
 TEXTS = [f"text {number} of some words" for number in range(40)]
 
 
@@ -157,3 +166,53 @@ def test_what_may_be_a_mistake_loses_nothing(tmp_path, tokenizer_folder):
         build_here([folder], tokenizer_folder, output, text_field="body")
     assert {unit: units_of(output)[unit] for unit in before} == before
     assert not json.loads((output / "plan.json").read_text())["failed"]
+
+
+@pytest.mark.parametrize("again", ["the new plan", "the old input"])
+def test_an_interruption_while_the_plan_is_exchanged(tmp_path, tokenizer_folder, monkeypatch, again):
+    folder, output = good_files(tmp_path / "documents"), tmp_path / "data"
+    (folder / "a0.jsonl").write_text("nonsense\n")
+    before = begun(folder, tokenizer_folder, output, "a0.jsonl line 1: invalid JSON")
+    repaired = '{"text": "repaired"}\n'
+    (folder / "a0.jsonl").write_text(repaired)
+    with monkeypatch.context() as patched:
+
+        def interrupted(*_):
+            raise KeyboardInterrupt
+
+        patched.setattr(planning, "write_plan", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            build_here([folder], tokenizer_folder, output)
+    if again == "the old input":
+        (folder / "a0.jsonl").write_text("nonsense\n")
+        begun(folder, tokenizer_folder, output, "a0.jsonl line 1: invalid JSON")
+        (folder / "a0.jsonl").write_text(repaired)
+    build_here([folder], tokenizer_folder, output)
+    if again == "the new plan":
+        assert {unit: units_of(output)[unit] for unit in before} == before
+    build_here([folder], tokenizer_folder, tmp_path / "fresh")
+    assert contents(output) == contents(tmp_path / "fresh")
+
+
+plans = st.recursive(
+    st.one_of(st.none(), st.integers(), st.text(max_size=3)),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(st.sampled_from(["plan", "times", "units", "failed", "sources", "version"]), inner, max_size=5),
+    ),
+    max_leaves=12,
+)
+
+
+@settings(deadline=None, max_examples=100)
+@given(content=plans)
+def test_any_plan_file_is_followed_or_refused(content):
+    with TemporaryDirectory() as folder:
+        Path(folder, "plan.json").write_text(json.dumps(content))
+        Path(folder, "tokens").mkdir()
+        Path(folder, "tokens", "unit-00000.json").write_text(LEDGER)
+        (path := Path(folder, "a.txt")).write_text("x")
+        options = planning.BuildOptions(packing=PackingPolicy(seq_length=8))
+        plan = planning.PackingPlan(options, [], {"sources": {}, "version": 1}, {str(path): 1})
+        with suppress(ValueError):  # nothing else
+            plan.adopt(Path(folder))
