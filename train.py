@@ -60,15 +60,17 @@ def main(arguments: argparse.Namespace, stop: StopSignal) -> int:
 
     topology = read_topology()
 
+    from engine.build import build_engine
     from engine.checkpoint.folder import agree_on_checkpoint
     from engine.checkpoint.manifest import steps
     from engine.process_group import start_process_group
     from engine.run.folder import claim_run, describe, fill_run, layout_facts
-    from engine.run.loop import new_state, open_outputs, train
+    from engine.run.initial_weights import read_initial_weights
+    from engine.run.loop import TrainingLoop, new_state, train
     from engine.run.memory import check_memory, largest_need
+    from engine.run.outputs import Outputs
     from engine.run.plan import make_plan
     from engine.run.resume import check_resumable, restore
-    from engine.step import build_engine
 
     overrides = {name: value for name, value in vars(arguments).items() if "." in name or name == "stages"}
 
@@ -86,21 +88,22 @@ def main(arguments: argparse.Namespace, stop: StopSignal) -> int:
 
     # Continue where the newest good checkpoint stopped, or begin.
     found, damaged = agree_on_checkpoint(run, arguments.resume_step)
-    engine = build_engine(plan, fresh=not found)
+    weights = None if found else read_initial_weights(plan.recipe)
+    engine = build_engine(plan.recipe, plan.ds_config, plan.mesh, plan.pipeline_bounds, weights)
     state = restore(engine, *found) if found else new_state(plan)
     if arguments.resume_step is not None:
         state.wandb_id = new_state(plan).wandb_id  # W&B takes no step back
     facts = describe(plan)
     if topology.is_first:
         fill_run(run, facts | {"layout": layout_facts(plan), "memory": largest_need(plan)._asdict()})
-    logger, clock = open_outputs(engine, plan, state, facts, run, topology)
-    with logger:
+    with Outputs(engine, plan, state, facts, run, lock) as outputs:
         for notice in [*notices, *damaged]:
-            logger.log_event(state.step, "notice", text=notice)
+            outputs.logger.log_event(state.step, "notice", text=notice)
         if found:
-            logger.log_event(state.step, "resume", checkpoint=found[0].name, written_by=str(found[1].layout))
-        code = train(engine, plan, state, logger, clock, stop, topology, run, facts, lock)
-        logger.close(code)
+            words = {"checkpoint": found[0].name, "written_by": str(found[1].layout)}
+            outputs.logger.log_event(state.step, "resume", **words)
+        code = train(TrainingLoop(engine, plan, state), outputs, stop)
+        outputs.logger.close(code)
     return code
 
 

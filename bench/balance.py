@@ -12,7 +12,6 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -60,11 +59,12 @@ def rank(folder: Path, steps: int) -> None:
 
     topology = read_topology()
 
+    from engine.build import build_engine
     from engine.process_group import start_process_group
-    from engine.run.loop import new_state, optimizer_steps
+    from engine.run.loop import TrainingLoop, new_state
     from engine.run.plan import make_plan
-    from engine.step import build_engine, train_step
     from launch.rank import leave
+    from training.throughput import StepClock
 
     runs = {}
     start_process_group(topology)
@@ -80,15 +80,17 @@ def rank(folder: Path, steps: int) -> None:
             "data.balance_attention": value,
         }
         plan = make_plan("recipes/tiny.yaml", overrides, str(folder / "zero1.json"), str(folder / "data"), topology)
-        state = new_state(plan)
-        runs[way] = plan, build_engine(plan), optimizer_steps(plan, state, topology)
+        engine = build_engine(plan.recipe, plan.ds_config, plan.mesh, plan.pipeline_bounds)
+        runs[way] = TrainingLoop(engine, plan, new_state(plan))
     results = {way: [] for way in WAYS}
     for step in range(steps + 1):
-        for way, (plan, engine, batches) in runs.items():
-            micro_batches, began = next(batches), time.perf_counter()
-            result = train_step(engine, micro_batches, plan.learning_rate(1), 0.0)
+        for way, loop in runs.items():
+            clock = StepClock(peak_flops_per_second=1.0)
+            result = loop.step(clock.waiting_for_data).result
+            clock.step_done(tokens=0)
+            rates = clock.read()
             record = {
-                "seconds": time.perf_counter() - began,
+                "seconds": rates.step_seconds * (1 - rates.data_wait_fraction),
                 "imbalance": result.attention_imbalance,
                 "loss": result.loss,
             }

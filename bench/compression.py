@@ -14,7 +14,6 @@ import statistics
 import sys
 import tempfile
 import time
-from itertools import islice
 from pathlib import Path
 
 from bench.corpus import pack
@@ -54,10 +53,10 @@ def rank(folder: Path, steps: int) -> None:
 
 
 def train(folder: Path, ds_config: dict, steps: int, topology) -> list[dict]:
+    from engine.build import build_engine
     from engine.reduction.wire import WireBytes
-    from engine.run.loop import new_state, optimizer_steps
+    from engine.run.loop import TrainingLoop, new_state
     from engine.run.plan import make_plan
-    from engine.step import build_engine, train_step
 
     file = folder / f"rank-{topology.rank}.json"
     file.write_text(json.dumps(ds_config))
@@ -69,14 +68,13 @@ def train(folder: Path, ds_config: dict, steps: int, topology) -> list[dict]:
         "validation.every_steps": "null",
     }
     plan = make_plan("recipes/tiny.yaml", overrides, str(file), str(folder / "data"), topology)
-    engine, state, records = build_engine(plan), new_state(plan), []
-    for micro_batches in islice(optimizer_steps(plan, state, topology), steps):
+    engine, records = build_engine(plan.recipe, plan.ds_config, plan.mesh, plan.pipeline_bounds), []
+    loop = TrainingLoop(engine, plan, new_state(plan))
+    for _ in range(steps):
         with WireBytes() as wire:
-            rate = plan.learning_rate(state.step + 1)
-            result = train_step(engine, micro_batches, rate, plan.recipe.training.z_loss_weight)
-        state.advance(plan.stage_of(state.step + 1).batch.samples, plan.step_tokens, result.applied)
+            result = loop.step().result
         records.append({"loss": result.loss, "bytes": wire.total, "ring": wire.ring_total})
-    engine.destroy()
+    engine.close()
     return records
 
 

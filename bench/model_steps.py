@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from engine.step import compile_blocks
+from engine.build import compile_blocks
 from model.config import ModelConfig
 from model.hf import to_hf_state
 from model.llama import Llama

@@ -3,8 +3,7 @@
 import datetime
 import warnings
 
-import torch
-
+from engine import internals
 from engine.safe_load import force_everywhere
 from launch.rank import PRESENT, meet
 from launch.topology import Topology, fill_environment
@@ -23,11 +22,10 @@ def start_process_group(topology: Topology, collective_timeout_minutes: float = 
     logger.setLevel("WARNING")
     force_everywhere()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of names DeepSpeed uses
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # an inference collective, compiled at every start
+    internals.leave_out_shared_memory_collective()
     backend = "gloo" if topology.device.type == "cpu" else "nccl"
     timeout = datetime.timedelta(minutes=collective_timeout_minutes)
-    for constant in ("default_pg_timeout", "default_pg_nccl_timeout"):  # of the groups that DeepSpeed makes
-        setattr(torch.distributed.distributed_c10d, constant, timeout)
+    internals.set_timeout_of_groups(timeout)
     roll_call = meet(topology) if topology.world_size > 1 else None
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
     if roll_call:

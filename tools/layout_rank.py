@@ -3,16 +3,13 @@
 import hashlib
 import json
 import time
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from data_prep.command import CommandParser
 
 if TYPE_CHECKING:
-    from engine.run.plan import RunPlan
-    from launch.topology import Topology
-    from training.state import TrainState
+    from engine.run.loop import TrainingLoop
 
 
 def main(folder: Path) -> int:
@@ -20,14 +17,15 @@ def main(folder: Path) -> int:
 
     topology = read_topology()
 
+    from engine.build import build_engine
     from engine.checkpoint.folder import agree_on_checkpoint, save
     from engine.process_group import start_process_group
     from engine.run.folder import describe
-    from engine.run.loop import new_state
+    from engine.run.initial_weights import read_initial_weights
+    from engine.run.loop import TrainingLoop, new_state
     from engine.run.memory import check_memory
     from engine.run.plan import make_plan
     from engine.run.resume import check_resumable, restore
-    from engine.step import build_engine
 
     job = json.loads((folder / "job.json").read_text())
     run = Path(job["run"])
@@ -35,34 +33,31 @@ def main(folder: Path) -> int:
     check_resumable(run, plan, allow_data_change=False)
     check_memory(plan, topology)
     start_process_group(topology)
-    engine = build_engine(plan)
     found, _ = agree_on_checkpoint(run)
+    weights = None if found else read_initial_weights(plan.recipe)
+    engine = build_engine(plan.recipe, plan.ds_config, plan.mesh, plan.pipeline_bounds, weights)
     state = restore(engine, *found) if found else new_state(plan)
     with (folder / f"rank-{topology.rank}.jsonl").open("w", buffering=1) as records:
-        train(engine, plan, state, job["last_step"], topology, records)
+        train(TrainingLoop(engine, plan, state), job["last_step"], records)
     save(engine, run, state, describe(plan))
     return 0
 
 
-def train(engine, plan: "RunPlan", state: "TrainState", last_step: int, topology: "Topology", records) -> None:
+def train(loop: "TrainingLoop", last_step: int, records: TextIO) -> None:
     """Train as train.py does; what each step of this rank was goes into `records` (see `tools.layouts.Step`)."""
     from engine.reduction.wire import WireBytes
-    from engine.run.loop import optimizer_steps
-    from engine.step import train_step
     from training.environment import peak_memory_bytes
 
     began = time.perf_counter()
-    for micro_batches in islice(optimizer_steps(plan, state, topology), last_step - state.step):
+    while loop.state.step < last_step:
         with WireBytes() as wire:
-            rate, z_loss_weight = plan.learning_rate(state.step + 1), plan.recipe.training.z_loss_weight
-            result = train_step(engine, micro_batches, rate, z_loss_weight)
+            done = loop.step()
         seconds = time.perf_counter() - began
-        state.advance(plan.stage_of(state.step + 1).batch.samples, plan.step_tokens, result.applied)
-        record = {key: getattr(result, key) for key in ("loss", "grad_norm", "applied")}
-        record |= {"step": state.step, "data_rank": plan.mesh.data_rank, "rows": digests(micro_batches)}
+        record = {key: getattr(done.result, key) for key in ("loss", "grad_norm", "applied")}
+        record |= {"step": loop.state.step, "data_rank": loop.plan.mesh.data_rank, "rows": digests(done.micro_batches)}
         record |= {
             "seconds": seconds,
-            "memory_bytes": peak_memory_bytes(topology.device),
+            "memory_bytes": peak_memory_bytes(loop.engine.device),
             "wire_bytes": wire.ring_total,
         }
         records.write(json.dumps(record) + "\n")

@@ -30,6 +30,7 @@ from engine.checkpoint.manifest import (
     strangers,
 )
 from engine.checkpoint.retention import delete_folder, set_aside
+from engine.engine import Engine
 from engine.layout.names import named_parameters
 from launch.peers import FAILED_COLLECTIVE
 from training.manifest import publish, write_atomically
@@ -39,26 +40,25 @@ DISK_FAULT = re.compile("enforce fail|iostream|PytorchStreamWriter|write failed|
 """Of the RuntimeErrors by which `torch.save` says that the file system refused."""
 
 
-def layout_of(engine) -> Layout:
-    """The layout of a live DeepSpeed engine."""
+def layout_of(engine: Engine) -> Layout:
     return Layout(
-        zero_stage=int(engine.zero_optimization_stage()),
+        zero_stage=engine.zero_stage,
         world_size=dist.get_world_size(),
         wrapper=type(engine.optimizer).__name__,
-        optimizer=type(engine.basic_optimizer).__name__,
-        stage_bounds=tuple(getattr(engine.module, "bounds", ())),
+        optimizer=type(engine.base_optimizer).__name__,
+        stage_bounds=engine.pipeline_bounds,
         tensor=engine.mesh.tensor,
     )
 
 
-def _parameter_order(engine) -> list[str]:
-    if engine.zero_optimization_stage() > 0:
+def _parameter_order(engine: Engine) -> list[str]:
+    if engine.zero_stage > 0:
         return []
     names = {id(parameter): name for name, parameter in named_parameters(engine.module)}
-    return [names[id(p)] for group in engine.basic_optimizer.param_groups for p in group["params"] if id(p) in names]
+    return [names[id(p)] for group in engine.base_optimizer.param_groups for p in group["params"] if id(p) in names]
 
 
-def save(engine, run: Path, state: TrainState, facts: dict[str, Any]) -> Path:
+def save(engine: Engine, run: Path, state: TrainState, facts: dict[str, Any]) -> Path:
     """Write the checkpoint of this step. Collective over all ranks.
 
     `facts`: recipe, ds_config, environment and data, as the manifest's fields. Raises ValueError on the rank on which
@@ -83,7 +83,7 @@ def save(engine, run: Path, state: TrainState, facts: dict[str, Any]) -> Path:
         ) from None
 
 
-def _save(engine, run: Path, state: TrainState, facts: dict[str, Any]) -> Path:
+def _save(engine: Engine, run: Path, state: TrainState, facts: dict[str, Any]) -> Path:
     root = run / "checkpoints"
     final = root / folder_name(state.step)
     partial = root / f".{final.name}.partial"
@@ -92,9 +92,9 @@ def _save(engine, run: Path, state: TrainState, facts: dict[str, Any]) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
     dist.barrier()
     client_state = {"longform": state.model_dump()}
-    engine.save_checkpoint(str(root), tag=partial.name, client_state=client_state, save_latest=False)
-    if engine.gradient_compression:
-        engine.gradient_compression.save(partial)
+    engine.deepspeed.save_checkpoint(str(root), tag=partial.name, client_state=client_state, save_latest=False)
+    if engine.reduction:
+        engine.reduction.save(partial)
     files = _sync_and_hash(partial)
     if first:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

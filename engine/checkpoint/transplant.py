@@ -14,12 +14,13 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from engine.checkpoint.deepspeed_files import ParameterState
+from engine.engine import Engine
 from engine.layout.names import named_parameters
 from engine.layout.slices import cut, cut_dimensions
 from engine.optimizer import Guarded
 
 
-def transplant(engine, states: Iterable[ParameterState]) -> None:
+def transplant(engine: Engine, states: Iterable[ParameterState]) -> None:
     """Overwrite all parameters and moments of a fresh engine. Every rank reads all states and keeps its part.
 
     Raises ValueError for an optimizer wrapper whose states this does not know (fp16 at stage 0, for example).
@@ -39,7 +40,7 @@ def transplant(engine, states: Iterable[ParameterState]) -> None:
         )
 
 
-def _parts(engine, states: Iterable[ParameterState]) -> Iterator[ParameterState]:
+def _parts(engine: Engine, states: Iterable[ParameterState]) -> Iterator[ParameterState]:
     """What this rank of a tensor-parallel group has of each parameter."""
     mesh, dimensions = engine.mesh, cut_dimensions(engine.module.config)
     for name, weight, moments, step in states:
@@ -47,7 +48,7 @@ def _parts(engine, states: Iterable[ParameterState]) -> Iterator[ParameterState]
         yield ParameterState(name, cut(weight, *place), {k: cut(m, *place) for k, m in moments.items()}, step)
 
 
-def _into_stage_0(engine, states: Iterable[ParameterState]) -> None:
+def _into_stage_0(engine: Engine, states: Iterable[ParameterState]) -> None:
     parameters = dict(named_parameters(engine.module))
     for state in states:
         parameter = parameters.pop(state.name)
@@ -58,7 +59,7 @@ def _into_stage_0(engine, states: Iterable[ParameterState]) -> None:
     assert not parameters, f"no states for {sorted(parameters)}"
 
 
-def _into_stages_1_and_2(engine, states: Iterable[ParameterState]) -> None:
+def _into_stages_1_and_2(engine: Engine, states: Iterable[ParameterState]) -> None:
     """A parameter's `_hp_mapping` says which of its elements lie where in this rank's flat vector; none: not here."""
     wrapper, parameters = engine.optimizer, dict(named_parameters(engine.module))
     groups = wrapper.bf16_groups if isinstance(wrapper, BF16_Optimizer) else wrapper.bit16_groups
@@ -66,7 +67,7 @@ def _into_stages_1_and_2(engine, states: Iterable[ParameterState]) -> None:
     for state in states:
         if (parameter := parameters.pop(state.name, None)) is None:
             continue  # of another pipeline stage
-        (flat,) = engine.basic_optimizer.param_groups[number[id(parameter)]]["params"]
+        (flat,) = engine.base_optimizer.param_groups[number[id(parameter)]]["params"]
         moments, mapping = _start(engine, flat, state), parameter._hp_mapping
         if mapping is None:
             continue
@@ -77,7 +78,7 @@ def _into_stages_1_and_2(engine, states: Iterable[ParameterState]) -> None:
     wrapper.update_lp_params()
 
 
-def _into_stage_3(engine, states: Iterable[ParameterState]) -> None:
+def _into_stage_3(engine: Engine, states: Iterable[ParameterState]) -> None:
     """Each rank's share of a parameter stands in the flat vector of its sub-group, in the order of the group."""
     wrapper = engine.optimizer
     rank = dist.get_rank(wrapper.dp_process_group)
@@ -108,9 +109,9 @@ def _into_stage_3(engine, states: Iterable[ParameterState]) -> None:
     wrapper.checkpoint_event_epilogue()
 
 
-def _start(engine, target: torch.Tensor, given: ParameterState) -> dict:
+def _start(engine: Engine, target: torch.Tensor, given: ParameterState) -> dict:
     """The base optimizer's state of one of its tensors, made if it is not there yet."""
-    optimizer = engine.basic_optimizer
+    optimizer = engine.base_optimizer
     state = optimizer.state[target]
     for key in given.moments:
         if key not in state:

@@ -4,12 +4,12 @@ from typing import Any, NamedTuple
 
 
 class Mesh(NamedTuple):
-    """Ranks count through the tensor or sequence group first, then data, then pipeline stages, as DeepSpeed orders them."""
+    """Ranks count through the tensor or sequence group first, then data, then pipeline, as DeepSpeed orders them."""
 
     rank: int
     world_size: int
     pipeline: int = 1
-    """Stages: consecutive layers on different ranks."""
+    """Ranks among which the layers are divided, consecutive ones to each."""
     tensor: int = 1
     """Ranks over which the matrices of every layer are split."""
     sequence: int = 1
@@ -21,7 +21,7 @@ class Mesh(NamedTuple):
         return self.world_size // (self.pipeline * self.tensor * self.sequence)
 
     @property
-    def stage(self) -> int:
+    def pipeline_rank(self) -> int:
         return self.rank // (self.world_size // self.pipeline)
 
     @property
@@ -39,7 +39,7 @@ class Mesh(NamedTuple):
     @property
     def counts(self) -> bool:
         """Whether this rank's loss sums belong in a total over all ranks, in which every token is counted once."""
-        return self.stage == self.pipeline - 1 and self.tensor_rank == 0
+        return self.pipeline_rank == self.pipeline - 1 and self.tensor_rank == 0
 
     def __str__(self) -> str:
         parts = {"pipeline stages": self.pipeline, "tensor": self.tensor, "sequence": self.sequence}

@@ -7,12 +7,11 @@ documents of its rows again. The last stage takes the loss in chunks, so no stag
 import contextlib
 import io
 import re
+import weakref
 from collections import deque
-from collections.abc import Iterator
 
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
-from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.utils import partition_balanced
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -24,26 +23,39 @@ from model.loss import linear_cross_entropy
 from training.config import Recipe
 
 
+class KnownDocuments:
+    """The documents of the rows that pass through this rank: one tensor of positions goes through all its layers."""
+
+    def __init__(self, copies: int):
+        self._copies = copies
+        self._last: tuple[weakref.ref[Tensor], Documents] | None = None
+
+    def of(self, position_ids: Tensor) -> Documents:
+        """Derived from positions [B, T], once for each tensor."""
+        if self._last is None or self._last[0]() is not position_ids:
+            documents = Documents.from_position_ids(position_ids, copies=self._copies)
+            self._last = weakref.ref(position_ids), documents
+        return self._last[1]
+
+
 class PipelineLayer(nn.Module):
     """One layer of the plan on (x, position_ids), which it hands on with its own output in the place of x."""
 
-    def __init__(self, entry: Layer, recipe: Recipe):
+    def __init__(self, entry: Layer, recipe: Recipe, known: KnownDocuments):
         super().__init__()
-        self.entry = entry
+        self.entry, self.known = entry, known
         self.layer = entry.build(recipe.training.seed)
-        self.copies = recipe.objective.copies
         self.recompute = recipe.training.activation_checkpointing and entry.cls is Block
 
     def forward(self, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         x, position_ids = inputs
-        if not hasattr(position_ids, "documents"):  # once a stage: the same tensor passes through all its layers
-            position_ids.documents = Documents.from_position_ids(position_ids, copies=self.copies)
+        documents = self.known.of(position_ids)
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self.layer, x, position_ids.documents, use_reentrant=False), position_ids
-        return self.layer(x, position_ids.documents), position_ids
+            return checkpoint(self.layer, x, documents, use_reentrant=False), position_ids
+        return self.layer(x, documents), position_ids
 
 
-class Loss:
+class QueuedLoss:
     """What the last stage computes instead of logits: its loss function, inside the forward pass.
 
     (DeepSpeed's bf16 optimizer clears the gradients of parameters that are used after the forward pass.) The stages see the
@@ -61,16 +73,20 @@ class Loss:
 
     def __call__(self, layer: PipelineLayer, inputs: tuple[Tensor, Tensor]) -> Tensor:
         x, (targets, weights) = inputs[0], self.targets.popleft()
-        weights = None if weights is None else weights.to(x.device)
-        problem = x, layer.layer.weight, targets.to(x.device), self.z_loss_weight
-        objective, loss = linear_cross_entropy(*problem, target_weights=weights)
+        objective, loss = linear_cross_entropy(
+            x,
+            layer.layer.weight,
+            targets.to(x.device),
+            self.z_loss_weight,
+            target_weights=None if weights is None else weights.to(x.device),
+        )
         self.sums = self.sums.to(x.device) + torch.stack([objective.detach(), loss.detach()]).double()
         return objective * self.weight
 
 
 class PipelineHead(PipelineLayer):
-    def __init__(self, entry: Layer, recipe: Recipe, loss: Loss):
-        super().__init__(entry, recipe)
+    def __init__(self, entry: Layer, recipe: Recipe, known: KnownDocuments, loss: QueuedLoss):
+        super().__init__(entry, recipe, known)
         self.loss = loss
 
     def forward(self, inputs: tuple[Tensor, Tensor]) -> Tensor:
@@ -78,38 +94,38 @@ class PipelineHead(PipelineLayer):
 
 
 class PipelinedLlama(PipelineModule):
-    """This rank's stage of the model, cut at `bounds` (see `stage_bounds`). The last stage returns the loss."""
+    """This rank's layers of the model, divided at `bounds` (see `pipeline_bounds`). The last rank returns the loss."""
 
-    def __init__(self, recipe: Recipe, bounds: list[int]):
-        self.bounds, self.loss = bounds, Loss()
+    def __init__(self, recipe: Recipe, bounds: list[int], loss: QueuedLoss):
+        self.bounds = bounds
         # DeepSpeed prints the seeds that it is not asked to set, and broadcasts tied weights
         with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
-            super().__init__(_specs(recipe, self.loss), num_stages=len(bounds) - 1)
+            super().__init__(_specs(recipe, loss), num_stages=len(bounds) - 1)
 
     def _partition_layers(self, method: str) -> None:
         self.parts = self.bounds
         self._set_bounds(*self.bounds[self.stage_id : self.stage_id + 2])
 
 
-def _specs(recipe: Recipe, loss: Loss) -> list[LayerSpec]:
+def _specs(recipe: Recipe, loss: QueuedLoss) -> list[LayerSpec]:
     plan, tied = layer_plan(recipe.model), recipe.model.tie_word_embeddings
-    specs = []
+    known, specs = KnownDocuments(recipe.objective.copies), []
     for entry in plan:
         if tied and entry.cls is Embedding:
-            spec = TiedLayerSpec(entry.name, PipelineLayer, entry, recipe, tied_weight_attr=["layer.weight"])
+            spec = TiedLayerSpec(entry.name, PipelineLayer, entry, recipe, known, tied_weight_attr=["layer.weight"])
         elif tied and entry.cls is Head:
             (source,) = (other for other in plan if other.name == entry.tied_to)
             arguments = {"forward_fn": loss, "tied_weight_attr": ["layer.weight"]}
-            spec = TiedLayerSpec(source.name, PipelineLayer, source, recipe, **arguments)
+            spec = TiedLayerSpec(source.name, PipelineLayer, source, recipe, known, **arguments)
         elif entry.cls is Head:
-            spec = LayerSpec(PipelineHead, entry, recipe, loss)
+            spec = LayerSpec(PipelineHead, entry, recipe, known, loss)
         else:
-            spec = LayerSpec(PipelineLayer, entry, recipe)
+            spec = LayerSpec(PipelineLayer, entry, recipe, known)
         specs.append(spec)
     return specs
 
 
-def stage_bounds(config: ModelConfig, stages: int, partition: str, seq_length: int, copies: int = 1) -> list[int]:
+def pipeline_bounds(config: ModelConfig, stages: int, partition: str, seq_length: int, copies: int = 1) -> list[int]:
     """Where to cut the plan: stage i holds layers bounds[i] .. bounds[i + 1] - 1, at least one block among them.
 
     `partition`: "flops" balances arithmetic, the output head's included (it costs as much as several blocks when the
@@ -145,31 +161,3 @@ def stage_bounds(config: ModelConfig, stages: int, partition: str, seq_length: i
     units[0] += sum(costs[:first])
     units[-1] += sum(costs[last:])
     return [0, *(first + int(bound) for bound in partition_balanced(units, stages)[1:-1]), len(plan)]
-
-
-def expect(engine: PipelineEngine, shape: tuple[int, int]) -> None:
-    """Prepare for micro-batches of [B, T]: the stages exchange their shapes anew when these are not those of the last step."""
-    if getattr(engine, "row_shape", shape) != shape:
-        engine.reset_activation_shape()
-    engine.row_shape, engine.micro_batch_size = shape, shape[0]
-
-
-def train_batch(engine: PipelineEngine, micro_batches: list[dict], z_loss_weight: float, weight: float) -> torch.Tensor:
-    """Forward, backward and update of a step. Returns the sums [objective, cross-entropy] on the last stage, else zeros."""
-    engine.module.loss.start(micro_batches, z_loss_weight, weight)
-    engine.train_batch(_items(micro_batches))
-    return engine.module.loss.sums
-
-
-def evaluate(engine: PipelineEngine, batches: list[dict]) -> torch.Tensor:
-    """The sums over batches of one shape, as `train_batch` returns them, without gradients."""
-    engine.module.loss.start(batches)
-    engine.reset_activation_shape()  # rows may have another length here than in training
-    engine.eval_batch(_items(batches), reduce_output=None, bcast_loss=False, num_micro_batches=len(batches))
-    engine.reset_activation_shape()
-    return engine.module.loss.sums
-
-
-def _items(batches: list[dict]) -> Iterator[tuple]:
-    """What the engine pulls on its first and last stage: inputs, and labels, which are none here (see `Loss`)."""
-    return (((batch["input_ids"], batch["position_ids"]), ()) for batch in batches)

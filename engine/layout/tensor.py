@@ -16,6 +16,7 @@ from deepspeed.module_inject.layers import LinearLayer, RowParallel
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
+from engine import internals
 from engine.layout.mesh import Mesh
 from engine.layout.slices import cut, partition_spec
 from model.config import ModelConfig
@@ -90,7 +91,7 @@ def for_autotp(ds_config: dict, model: ModelConfig) -> dict:
     return config
 
 
-def cut_vocabulary(model: Llama, mesh: Mesh) -> None:
+def divide_vocabulary(model: Llama, mesh: Mesh) -> None:
     """Replace embedding and head by this rank's part of them, before the optimizer sees their parameters.
 
     What else ZeRO-3 has partitioned over all ranks, and AutoTP will not replace, becomes whole again: ZeRO-3 then partitions
@@ -113,7 +114,7 @@ def cut_vocabulary(model: Llama, mesh: Mesh) -> None:
 def _part(parameter: nn.Parameter, mesh: Mesh) -> nn.Parameter:
     with deepspeed.zero.GatheredParameters([parameter]):
         part = nn.Parameter(cut(parameter.data, 0, mesh.tensor_rank, mesh.tensor).clone())
-    part.tensor_model_parallel = True  # DeepSpeed's mark of what adds up over the group in the gradient norm
+    internals.mark_as_part(part)
     return part
 
 
@@ -127,7 +128,7 @@ def sum_gradients_once(model: Llama) -> None:
             module.register_forward_pre_hook(lambda _, inputs: (_SumGradient.apply(inputs[0]), *inputs[1:]))
             for linear in module.children():
                 if isinstance(linear, LinearLayer):
-                    linear.forward = partial(_multiply, linear)
+                    internals.replace_forward(linear, partial(_multiply, linear))
 
 
 def _multiply(linear: LinearLayer, x: Tensor) -> Tensor:

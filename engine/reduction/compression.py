@@ -15,8 +15,10 @@ from typing import Literal, Self
 
 import torch
 import torch.distributed as dist
+from deepspeed import DeepSpeedEngine
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, model_validator
 
+from engine import internals
 from engine.reduction.compressors import OneBit, PowerSGD, all_finite, merged
 from engine.reduction.wire import WireBytes
 from engine.safe_load import load_file
@@ -46,17 +48,16 @@ class GradientCompression(BaseModel):
         return self
 
 
-def compress_gradients(engine, section: dict | None) -> None:
-    """Set `engine.gradient_compression`: the reduction from now on, or None where the JSON has no such section."""
-    config = GradientCompression(**section) if section is not None else None
-    engine.gradient_compression = config and CompressedReduction(engine, config)
+def compressed_reduction(engine: DeepSpeedEngine, section: dict | None) -> "CompressedReduction | None":
+    """The engine's reduction from now on, or None where the JSON has no section `gradient_compression`."""
+    return None if section is None else CompressedReduction(engine, GradientCompression(**section))
 
 
 class CompressedReduction:
     """Stands in for the method of a DeepSpeed engine that averages its gradients at stage 0."""
 
-    def __init__(self, engine, config: GradientCompression):
-        self._engine, self._average = engine, engine.buffered_allreduce_fallback
+    def __init__(self, engine: DeepSpeedEngine, config: GradientCompression):
+        self._engine = engine
         self._parameters = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
         self._warmup_steps = config.warmup_steps
         self._layout = config.model_dump() | {"world_size": dist.get_world_size()}
@@ -70,7 +71,7 @@ class CompressedReduction:
         """By name, in the parameter's shape: what this rank still owes."""
         self.wire_bytes = 0
         """Bytes that this rank handed to the last reduction's calls (see `engine.reduction.wire`)."""
-        engine.buffered_allreduce_fallback = self.reduce
+        self._average = internals.replace_average(engine, self.reduce)
 
     @torch.no_grad()
     def reduce(self, grads: None = None, elements_per_buffer: int = 500_000_000) -> None:

@@ -16,6 +16,8 @@ from typing import Any, Self
 import torch
 from torch.distributed import ProcessGroup
 
+from engine import internals
+
 OPERATIONS = {
     "all_reduce": ("allreduce", "allreduce_coalesced"),
     "all_gather": (
@@ -86,12 +88,13 @@ class WireBytes:
             for method in methods:
                 if method in vars(ProcessGroup):  # some are new or old names of others
                     self._originals[method] = vars(ProcessGroup)[method]
-                    setattr(ProcessGroup, method, self._counted(operation, getattr(ProcessGroup, method)))
+                    counted = self._counted(operation, getattr(ProcessGroup, method))
+                    internals.replace_collective(method, counted)
         return self
 
     def __exit__(self, *_: object) -> None:
         for method, original in self._originals.items():
-            setattr(ProcessGroup, method, original)
+            internals.replace_collective(method, original)
         self._originals.clear()
 
     def _counted(self, operation: str, original: Any) -> Any:

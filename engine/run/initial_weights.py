@@ -8,17 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import deepspeed
 import torch
-from deepspeed import comm as dist
+import torch.distributed as dist
 
 from engine.checkpoint.deepspeed_files import read_weights
 from engine.checkpoint.folder import find, newest_good
 from engine.checkpoint.manifest import CheckpointManifest, read_manifest
-from engine.layout.names import named_parameters
 from model.config import ROPE_EXTENDS_ORIGINAL, ModelConfig
 from model.hf import load_hf
-from model.positions import resize_positions
 from training.config import Recipe
 from training.manifest import TokenizerInfo
 
@@ -106,27 +103,14 @@ def _filled(model: ModelConfig, key: str):
     return {"num_key_value_heads": model.kv_heads, "head_dim": model.head_width}.get(key, getattr(model, key))
 
 
-def load_initial_weights(model: torch.nn.Module, recipe: Recipe) -> None:
-    """Copy the source's weights into the model, one tensor at a time, partitioned or not. Collective over all ranks.
+def read_initial_weights(recipe: Recipe) -> Iterator[tuple[str, torch.Tensor]] | None:
+    """Names in the layer plan and whole tensors; of a run, from the checkpoint that the first rank has proved good.
 
-    A table of learned positions takes the recipe's length (`resize_positions`). Raises ValueError, on all ranks, when
-    the source is damaged.
+    None where the recipe names no source. Collective over all ranks. Raises ValueError, on all ranks, when the source is
+    damaged.
     """
-    parameters = dict(named_parameters(model))
-    for name, tensor in _read(recipe.training.initial_weights):
-        if name not in parameters:  # on another pipeline stage
-            continue
-        if name == "embed_positions.weight":
-            tensor = resize_positions(tensor, recipe.model.max_position_embeddings)
-        parameter = parameters.pop(name)
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
-            if parameter.numel() and (not hasattr(parameter, "ds_id") or dist.get_rank() == 0):
-                parameter.copy_(tensor)
-    assert not parameters, f"{recipe.training.initial_weights} has no weights for {sorted(parameters)}"
-
-
-def _read(path: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names in the layer plan and whole tensors; of a run, from the checkpoint that the first rank has proved good."""
+    if (path := recipe.training.initial_weights) is None:
+        return None
     message: list = [None]
     if dist.get_rank() == 0:
         try:

@@ -14,7 +14,7 @@ import torch
 
 from engine.ds_json.read import read_ds_config, resolve_ds_config
 from engine.layout.mesh import Mesh
-from engine.layout.pipeline import stage_bounds
+from engine.layout.pipeline import pipeline_bounds
 from engine.layout.sequence import sequence_problems
 from engine.layout.slices import cut, cut_dimensions
 from engine.run.plan import RunPlan
@@ -64,7 +64,7 @@ def parameter_sizes(model: ModelConfig, bounds: list[int], mesh: Mesh) -> list[i
     `bounds`: of the pipeline's stages (see `engine.layout.pipeline`), or empty. A pipeline has a tied weight on both ends.
     """
     plan, small = layer_plan(model), model.model_copy(update={"num_hidden_layers": 1})
-    first, last = bounds[mesh.stage : mesh.stage + 2] if bounds else (0, len(plan))
+    first, last = bounds[mesh.pipeline_rank : mesh.pipeline_rank + 2] if bounds else (0, len(plan))
     dimensions, of_layer = cut_dimensions(small), {}
     with torch.device("meta"):
         for entry in layer_plan(small):
@@ -83,7 +83,7 @@ def rank_need(plan: RunPlan, rank: int) -> Need:
     config, mesh, recipe = plan.ds_config, plan.mesh._replace(rank=rank), plan.recipe
     zero, bf16 = config.get("zero_optimization", {}), config.get("bf16", {})
     stage, half = zero.get("stage", 0), any(config.get(key, {}).get("enabled") for key in ("bf16", "fp16"))
-    sizes = parameter_sizes(recipe.model, plan.stage_bounds, mesh)
+    sizes = parameter_sizes(recipe.model, plan.pipeline_bounds, mesh)
     parameters, among = sum(sizes), mesh.data * mesh.sequence
     part = share(parameters, among, mesh.data_rank * mesh.sequence + mesh.sequence_rank)
 
@@ -109,8 +109,8 @@ def rank_need(plan: RunPlan, rank: int) -> Need:
     offloaded = to_host["offload_optimizer"] * (optimizer + gradients) + to_host["offload_param"] * weights
 
     rows = max(each.batch.micro_batch_samples * each.seq_length for each in plan.stages) * recipe.objective.copies
-    under_way = min(mesh.pipeline - mesh.stage, plan.batch.accumulation)
-    blocks = _blocks(recipe.model, plan.stage_bounds, mesh.stage)
+    under_way = min(mesh.pipeline - mesh.pipeline_rank, plan.batch.accumulation)
+    blocks = _blocks(recipe.model, plan.pipeline_bounds, mesh.pipeline_rank)
     activations = width * rows // mesh.sequence * recipe.model.hidden_size * blocks * under_way
     if plan.batch.accumulation == 1:  # gradients come as activations go
         activations = max(0, activations - gradients)
@@ -140,7 +140,7 @@ def _building(plan: RunPlan, mesh: Mesh, stage: int, width: int) -> int:
 
     At stages 0 to 2 in float32 until DeepSpeed gets the model, which it cuts by tensors only then; at stage 3 cut at once.
     """
-    whole = parameter_sizes(plan.recipe.model, plan.stage_bounds, mesh._replace(tensor=1))
+    whole = parameter_sizes(plan.recipe.model, plan.pipeline_bounds, mesh._replace(tensor=1))
     if stage == 3:
         return (4 + width) * max(whole)
     return 4 * max(before + size for before, size in zip(accumulate(whole), whole, strict=True))
@@ -201,10 +201,10 @@ def _with_config(plan: RunPlan, file: Path, topology: Topology) -> RunPlan | Non
             return None
         section = resolved.config.get("pipeline")
         cut_at = (section["stages"], section["partition"], lengths[0], recipe.objective.copies) if section else None
-        bounds = stage_bounds(recipe.model, *cut_at) if cut_at else []
+        bounds = pipeline_bounds(recipe.model, *cut_at) if cut_at else []
     except ValueError:
         return None
-    return plan._replace(ds_config=resolved.config, mesh=resolved.mesh, stage_bounds=bounds)
+    return plan._replace(ds_config=resolved.config, mesh=resolved.mesh, pipeline_bounds=bounds)
 
 
 def free_memory(device: torch.device) -> dict[str, int]:

@@ -7,7 +7,7 @@ from engine.ds_json.keys import key_problems
 from engine.ds_json.legality import illegal_combinations
 from engine.ds_json.read import Batch, read_ds_config, resolve_ds_config
 from engine.layout.mesh import Mesh
-from engine.layout.pipeline import stage_bounds
+from engine.layout.pipeline import pipeline_bounds
 from engine.layout.sequence import sequence_problems
 from engine.run.initial_weights import initial_weights_problems
 from engine.run.stages import Stage, plan_stages
@@ -32,7 +32,7 @@ class RunPlan(NamedTuple):
     stages: list[Stage]
     """Of the training, in order; one where the recipe has none."""
     validation_sets: dict[str, ShardedDataset]
-    stage_bounds: list[int]
+    pipeline_bounds: list[int]
     """Where the layer plan is cut into pipeline stages; empty without a pipeline."""
     warnings: list[str]
 
@@ -108,7 +108,7 @@ def make_plan(
     if resolved is not None and "pipeline" in resolved.config:
         section = resolved.config["pipeline"]
         cut = (recipe.model, section["stages"], section["partition"], seq_length, recipe.objective.copies)
-        bounds = _collect(problems, stage_bounds, *cut)
+        bounds = _collect(problems, pipeline_bounds, *cut)
     stages, stage_problems = plan_stages(recipe, folders, datasets, resolved)
     for stage in stages:
         stage_problems += model_data_problems(recipe.model, stage.dataset, stage.data)

@@ -10,10 +10,12 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from engine import internals
 from engine.checkpoint.deepspeed_files import read_states
 from engine.checkpoint.folder import layout_of
 from engine.checkpoint.manifest import MANIFEST, CheckpointManifest, Layout, step_of, steps, unseal
 from engine.checkpoint.transplant import transplant
+from engine.engine import Engine
 from engine.run.plan import RunPlan
 from engine.safe_load import refusal
 from training.config import Recipe
@@ -89,7 +91,7 @@ def _stage_problems(former: list[dict], plan: RunPlan, steps: int, allow_data_ch
     return [] if allow_data_change else problems
 
 
-def restore(engine, folder: Path, manifest: CheckpointManifest) -> TrainState:
+def restore(engine: Engine, folder: Path, manifest: CheckpointManifest) -> TrainState:
     """Load weights and optimizer states into a fresh engine. Collective over all ranks.
 
     Hyperparameters stay those of the recipe: they are put back after the load, which would overwrite them.
@@ -104,17 +106,17 @@ def restore(engine, folder: Path, manifest: CheckpointManifest) -> TrainState:
         _load_natively(engine, folder)
     else:
         transplant(engine, read_states(folder, manifest))
-        engine.global_steps, engine.global_samples = manifest.state.step, manifest.state.consumed_samples
+        internals.continue_from(engine.deepspeed, manifest.state.step, manifest.state.consumed_samples)
     for group, hyperparameters in zip(engine.optimizer.param_groups, groups, strict=True):
         group.update(hyperparameters)
-    if engine.gradient_compression:
-        engine.gradient_compression.restore(folder)
+    if engine.reduction:
+        engine.reduction.restore(folder)
     return manifest.state
 
 
-def _load_natively(engine, folder: Path) -> None:
+def _load_natively(engine: Engine, folder: Path) -> None:
     try:
-        path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        path, _ = engine.deepspeed.load_checkpoint(str(folder.parent), tag=folder.name)
     except pickle.UnpicklingError as error:
         raise refusal(folder, error) from None
     if path is None:

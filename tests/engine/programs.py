@@ -12,19 +12,21 @@ import numpy as np
 import torch
 import yaml
 
+from engine.build import build_engine
 from engine.checkpoint.folder import agree_on_checkpoint, save
 from engine.layout.names import named_parameters
 from engine.layout.slices import cut_dimensions, join
 from engine.process_group import start_process_group
 from engine.run.folder import describe
-from engine.run.loop import new_state, optimizer_steps
+from engine.run.initial_weights import read_initial_weights
+from engine.run.loop import TrainingLoop, new_state
 from engine.run.plan import make_plan
 from engine.run.resume import restore
-from engine.step import build_engine, close_engine, train_step
-from engine.validation import validate_all
+from engine.run.validation import validate_all
 from launch.topology import read_topology
 from model.llama import RMSNorm
 from tests.training.corpus import build
+from training.state import TrainState
 
 RECIPE = {
     "model": {
@@ -113,32 +115,33 @@ class Run:
         self.plan = make_plan(recipe, overrides or {}, str(file), data, self.topology)
         if not torch.distributed.is_initialized():
             start_process_group(self.topology)
-        self.engine = build_engine(self.plan)
-        self.state = new_state(self.plan)
+        plan, weights = self.plan, read_initial_weights(self.plan.recipe)
+        self.engine = build_engine(plan.recipe, plan.ds_config, plan.mesh, plan.pipeline_bounds, weights)
+        self.loop = TrainingLoop(self.engine, plan, new_state(plan))
 
     def steps(self, count: int, poison: "Poison | None" = None) -> list[dict]:
         """Train, the activations or gradients of every step poisoned if so asked."""
-        history, recipe = [], self.plan.recipe
-        batches = optimizer_steps(self.plan, self.state, self.topology)
+        history = []
         for _ in range(count):
-            number = self.state.step + 1
-            rate = self.plan.learning_rate(number)
-            micro_batches = next(batches)
+            micro_batches = self.plan.stage_of(self.state.step + 1).batch.accumulation
             poisoned = poison is not None and self.topology.rank == poison.rank % self.topology.world_size
-            with poison.given_to(self.engine, len(micro_batches)) if poisoned else contextlib.nullcontext():
-                result = train_step(self.engine, micro_batches, rate, recipe.training.z_loss_weight)
-            self.state.advance(self.plan.stage_of(number).batch.samples, self.plan.step_tokens, result.applied)
-            rows = torch.cat([batch["input_ids"] for batch in micro_batches]).numpy()
+            with poison.given_to(self.engine, micro_batches) if poisoned else contextlib.nullcontext():
+                done = self.loop.step()
+            rows = torch.cat([batch["input_ids"] for batch in done.micro_batches]).numpy()
             ids = sorted(hashlib.blake2b(row.tobytes(), digest_size=8).hexdigest() for row in rows)
-            history.append(result._asdict() | {"step": self.state.step, "rows": ids})
+            history.append(done.result._asdict() | {"step": self.state.step, "rows": ids})
         return history
+
+    @property
+    def state(self) -> TrainState:
+        return self.loop.state
 
     def weights(self) -> dict[str, np.ndarray]:
         """Full float32 weights by name, whatever the stage; in a pipeline those of this rank's layers."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         named = named_parameters(self.engine.module)
-        partitioned = self.engine.zero_optimization_stage() > 0
+        partitioned = self.engine.zero_stage > 0
         full = {name: safe_get_full_fp32_param(p) if partitioned else p.detach() for name, p in named}
         held = {name: tensor.float().cpu().clone() for name, tensor in full.items()}
         parts, mesh, dimensions = [held], self.plan.mesh, cut_dimensions(self.plan.recipe.model)
@@ -154,10 +157,10 @@ class Run:
     def restore(self, folder: Path | None = None) -> None:
         found, damaged = agree_on_checkpoint(folder or self.folder)
         assert not damaged
-        self.state = restore(self.engine, *found)
+        self.loop.state = restore(self.engine, *found)
 
     def close(self) -> None:
-        close_engine(self.engine)
+        self.engine.close()
 
 
 def stopped(

@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import torch._dynamo.utils
 
-from engine import step
+from engine import build
 from tests.engine.programs import histories, prepare, zero
 from tests.processes import run_ranks
 
@@ -20,7 +20,7 @@ RECOMPUTED = COMPILED | {"training.activation_checkpointing": "true"}
 
 def compiled_histories(*arguments) -> tuple[dict, int]:
     """`histories` with a backend that captures graphs and differentiates them like the default one, but needs no C++."""
-    step.compile_blocks = partial(step.compile_blocks, backend="aot_eager")
+    build.compile_blocks = partial(build.compile_blocks, backend="aot_eager")
     return histories(*arguments), torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 

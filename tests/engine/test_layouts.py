@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from engine.ds_json.read import read_ds_config
-from engine.run.loop import new_state, optimizer_steps
+from engine.run.loop import StepSamples, new_state
 from engine.run.plan import make_plan
 from launch.topology import Topology
 from model.hf import save_hf
@@ -136,7 +136,10 @@ def plain_torch(setting, overrides: dict):
     else:
         optimizer = torch.optim.AdamW(groups, lr=1.0, betas=config.betas, eps=config.eps)
     history = []
-    for step, micro_batches in zip(range(STEPS), optimizer_steps(plan, new_state(plan), alone), strict=False):
+    state, samples = new_state(plan), StepSamples(plan)
+    for step in range(STEPS):
+        micro_batches = samples.after(state)
+        state.advance(plan.batch.samples, plan.step_tokens, applied=True)
         tensors = [key for key, value in micro_batches[0].items() if isinstance(value, torch.Tensor)]
         batch = {key: torch.cat([micro_batch[key] for micro_batch in micro_batches]) for key in tensors}
         targets = sum(micro_batch["num_targets"] for micro_batch in micro_batches)

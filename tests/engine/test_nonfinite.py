@@ -52,9 +52,9 @@ def held(run: Run) -> list[bytes]:
     """Bytes of all that this rank carries from step to step: weights, their float32 copies, moments, residuals."""
     engine, leaves = run.engine, []
     leaves += [getattr(parameter, "ds_tensor", parameter) for parameter in engine.module.parameters()]
-    for master, moments in engine.basic_optimizer.state.items():
+    for master, moments in engine.base_optimizer.state.items():
         leaves += [master, *(moments[key] for key in sorted(moments))]
-    if compression := engine.gradient_compression:
+    if compression := engine.reduction:
         trees = [compression.residuals, compression._compressor.state()]
         leaves += torch.utils._pytree.tree_leaves(trees)
     tensors = [torch.as_tensor(leaf).detach() for leaf in leaves if leaf is not None]

@@ -23,7 +23,8 @@ from engine.checkpoint.folder import find
 from engine.checkpoint.manifest import MANIFEST, read_manifest, seal, steps
 from engine.ds_json.read import read_ds_config
 from engine.run.folder import claim_run, describe, fill_run
-from engine.run.loop import open_outputs, train
+from engine.run.loop import train
+from engine.run.outputs import Outputs
 from launch.signals import StopSignal
 from model.config import ModelConfig
 from model.llama import Llama
@@ -94,11 +95,9 @@ def train_all(folder: str, recipe: str, data: str) -> dict[str, dict[str, np.nda
         if run.topology.is_first:
             lock = claim_run(run.folder)
             fill_run(run.folder, facts)
-        logger, clock = open_outputs(run.engine, run.plan, run.state, facts, run.folder, run.topology)
-        with logger:
-            outputs = logger, clock, stop, run.topology, run.folder, facts, lock
-            code = train(run.engine, run.plan, run.state, *outputs)
-            logger.close(code)
+        with Outputs(run.engine, run.plan, run.loop.state, facts, run.folder, lock) as outputs:
+            code = train(run.loop, outputs, stop)
+            outputs.logger.close(code)
         assert code == 0
         weights[name] = run.weights()
         run.close()

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.layout.pipeline import stage_bounds
+from engine.layout.pipeline import pipeline_bounds
 from model.config import ModelConfig
 from model.llama import Block, layer_plan
 
@@ -29,9 +29,9 @@ def test_every_stage_has_a_block_and_every_layer_a_stage(blocks, stages, partiti
     model = config(blocks, vocab_size, tied)
     if stages > blocks:
         with pytest.raises(ValueError, match=f"use at most {blocks} stages"):
-            stage_bounds(model, stages, partition, 64)
+            pipeline_bounds(model, stages, partition, 64)
         return
-    bounds, plan = stage_bounds(model, stages, partition, 64), layer_plan(model)
+    bounds, plan = pipeline_bounds(model, stages, partition, 64), layer_plan(model)
     assert (bounds[0], bounds[-1], len(bounds)) == (0, len(plan), stages + 1)
     for begin, end in pairwise(bounds):
         assert any(entry.cls is Block for entry in plan[begin:end])
@@ -39,20 +39,20 @@ def test_every_stage_has_a_block_and_every_layer_a_stage(blocks, stages, partiti
 
 def test_the_head_counts_as_much_as_its_arithmetic():
     """A head worth some blocks leaves the last stage fewer of them; without its cost the cut is in the middle."""
-    assert stage_bounds(config(8, vocab_size=16), 2, "flops", 64)[1] == 5
+    assert pipeline_bounds(config(8, vocab_size=16), 2, "flops", 64)[1] == 5
     model = config(8, vocab_size=1000)
     block = (model.flops_per_token(64) - 6 * 1000 * 32) / 8
     assert 2 < 6 * 1000 * 32 / block < 4
-    assert stage_bounds(model, 2, "flops", 64)[1] == 6 or stage_bounds(model, 2, "flops", 64)[1] == 7
-    assert stage_bounds(model, 2, "type:block", 64)[1] == 5
+    assert pipeline_bounds(model, 2, "flops", 64)[1] == 6 or pipeline_bounds(model, 2, "flops", 64)[1] == 7
+    assert pipeline_bounds(model, 2, "type:block", 64)[1] == 5
 
 
 def test_two_copies_of_a_token_pass_through_the_blocks_and_one_through_the_head():
-    half = stage_bounds(config(24, vocab_size=1500), 4, "flops", 64)
-    assert stage_bounds(config(24, vocab_size=3000), 4, "flops", 64, copies=2) == half
-    assert stage_bounds(config(24, vocab_size=3000), 4, "flops", 64) != half
+    half = pipeline_bounds(config(24, vocab_size=1500), 4, "flops", 64)
+    assert pipeline_bounds(config(24, vocab_size=3000), 4, "flops", 64, copies=2) == half
+    assert pipeline_bounds(config(24, vocab_size=3000), 4, "flops", 64) != half
 
 
 def test_an_expression_that_matches_nothing_is_refused():
     with pytest.raises(ValueError, match="matches none of the layer classes Embedding, Block, RMSNorm, Head"):
-        stage_bounds(config(2), 2, "type:decoder", 64)
+        pipeline_bounds(config(2), 2, "type:decoder", 64)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from engine.reduction.compression import compress_gradients
+from engine.reduction.compression import compressed_reduction
 from engine.reduction.compressors import merged
 from engine.reduction.wire import WireBytes
 
@@ -29,7 +29,7 @@ class StandIn:
         self.module = torch.nn.ParameterDict({name: torch.zeros(shape) for name, shape in SHAPES.items()})
         self.global_steps = 0
         self.generator = torch.Generator().manual_seed(1000 * seed + dist.get_rank())
-        compress_gradients(self, section)
+        self.reduction = compressed_reduction(self, section)
 
     def buffered_allreduce_fallback(self, grads=None, elements_per_buffer=500_000_000):
         grads = [p.grad for p in self.module.values()] if grads is None else grads
@@ -64,7 +64,7 @@ class StandIn:
 def saved_states(engine, folder: Path) -> list[dict]:
     """The states of the compressed reduction on all ranks, as a checkpoint has them."""
     folder.mkdir(parents=True, exist_ok=True)
-    engine.gradient_compression.save(folder)
+    engine.reduction.save(folder)
     return [torch.load(file) for file in sorted(folder.glob("gradient_compression_*.pt"))]
 
 
@@ -89,7 +89,7 @@ def reduced(folder: str, sections: dict[str, dict], steps: int) -> dict[str, dic
                 true[key] += value
                 applied[key] += engine.module[key].grad
             digests.append(engine.digest())
-            wire_bytes.append(engine.gradient_compression.wire_bytes)
+            wire_bytes.append(engine.reduction.wire_bytes)
         before = saved_states(engine, path)
         owed = merged(before)
         scale = max(float(value.abs().max()) for value in true.values())
@@ -105,7 +105,7 @@ def reduced(folder: str, sections: dict[str, dict], steps: int) -> dict[str, dic
             all_nan.append(all(bool(torch.isnan(p.grad).all()) for p in engine.module.values()))
             untouched.append(equal(saved_states(engine, path / "poisoned"), before))
         twin = StandIn(section)
-        twin.gradient_compression.restore(path)
+        twin.reduction.restore(path)
         twin.global_steps = engine.global_steps
         twin.generator.set_state(engine.generator.get_state())
         continued = []
@@ -113,11 +113,11 @@ def reduced(folder: str, sections: dict[str, dict], steps: int) -> dict[str, dic
             one.step()
             continued.append(one.digest())
         with WireBytes() as wire:
-            engine.gradient_compression.reduce()
+            engine.reduction.reduce()
         results[name] = {
             "digests": digests,
             "wire_bytes": wire_bytes,
-            "counted_outside": wire.total == engine.gradient_compression.wire_bytes,
+            "counted_outside": wire.total == engine.reduction.wire_bytes,
             "ring_bytes": wire.ring_total,
             "residuals": sorted(before[0]["residuals"]),
             "lost": lost,
@@ -136,7 +136,7 @@ def moved(folder: str, pairs: list[tuple[str, dict, str]]) -> list[dict]:
     for checkpoint, section, name in pairs:
         owed = merged([torch.load(file) for file in sorted((Path(folder) / checkpoint).glob("*.pt"))])
         engine = StandIn(section, seed=1)
-        engine.gradient_compression.restore(Path(folder) / checkpoint)
+        engine.reduction.restore(Path(folder) / checkpoint)
         engine.global_steps = 100
         path = Path(folder) / name
         kept = merged(saved_states(engine, path / "restored"))

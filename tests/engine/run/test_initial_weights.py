@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from engine.checkpoint.folder import find
 from engine.checkpoint.manifest import MANIFEST, seal, steps, unseal
 from engine.run.initial_weights import open_source
-from engine.run.loop import new_state, optimizer_steps
+from engine.run.loop import StepSamples, new_state
 from engine.run.plan import make_plan
 from launch.topology import Topology
 from model.config import ModelConfig
@@ -128,7 +128,7 @@ class Continued(NamedTuple):
     def first_batch(self, overrides: dict[str, str]) -> dict[str, torch.Tensor]:
         """All rows of the first optimizer step on the longer data."""
         plan = self.plan(overrides)
-        micro_batches = next(optimizer_steps(plan, new_state(plan), Topology(0, 0, 1, torch.device("cpu"))))
+        micro_batches = StepSamples(plan).after(new_state(plan))
         return {key: torch.cat([m[key] for m in micro_batches]) for key in ("input_ids", "position_ids", "targets")}
 
 

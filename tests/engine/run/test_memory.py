@@ -13,9 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import engine.step
+import engine.build
 from engine.layout.mesh import Mesh
-from engine.layout.pipeline import stage_bounds
+from engine.layout.pipeline import pipeline_bounds
 from engine.run import memory
 from engine.run.plan import RunPlan, make_plan
 from launch.topology import Topology
@@ -58,7 +58,7 @@ def models(draw) -> ModelConfig:
 @given(models(), st.integers(1, 5), st.sampled_from(["uniform", "parameters"]))
 def test_the_stages_of_a_pipeline_hold_every_parameter(model, stages, partition):
     stages = min(stages, model.num_hidden_layers)
-    bounds = stage_bounds(model, stages, partition, 16)
+    bounds = pipeline_bounds(model, stages, partition, 16)
     held = [sum(memory.parameter_sizes(model, bounds, Mesh(rank, stages, stages))) for rank in range(stages)]
     second_copy = model.vocab_size * model.hidden_size if model.tie_word_embeddings and stages > 1 else 0
     assert sum(held) == model.num_parameters() + second_copy
@@ -119,7 +119,7 @@ def test_higher_stages_more_ranks_offload_and_less_precision_need_less(setting):
 
 def growth(folder: str, recipe: str, data: str) -> dict[str, dict]:
     """Bytes by which this rank's resident memory grew at most from before an engine was built to after two steps."""
-    engine.step.ANNOUNCED_SECONDS, libc, results = 0.0, ctypes.CDLL(None), {}
+    engine.build.ANNOUNCED_SECONDS, libc, results = 0.0, ctypes.CDLL(None), {}
     for name in ["zero3", *MEASURED]:  # what libraries take once is taken by the first
         gc.collect()
         libc.malloc_trim(0)

@@ -3,11 +3,9 @@
 from collections.abc import Callable
 from itertools import islice
 
-import torch
-
-from engine.layout import pipeline
+from engine.engine import Engine
 from engine.run.plan import RunPlan
-from engine.step import forward, sum_over_tokens, survey
+from engine.step import survey
 from training.data import validation_batches
 from training.objective import Masking, recipe_masking
 from training.scores import scores
@@ -17,7 +15,7 @@ BATCHES_AT_ONCE = 32
 
 
 def validate_all(
-    engine, plan: RunPlan, stopping: Callable[[], bool] = lambda: False
+    engine: Engine, plan: RunPlan, stopping: Callable[[], bool] = lambda: False
 ) -> dict[str, dict[str, float]] | None:
     """`validate` on every set of the plan, by name, with as many tokens in a forward pass as the first stage trains on."""
     limit = plan.recipe.validation.max_samples
@@ -34,7 +32,7 @@ def validate_all(
 
 
 def validate(
-    engine,
+    engine: Engine,
     dataset: ShardedDataset,
     micro_batch_samples: int,
     max_samples: int | None = None,
@@ -48,16 +46,9 @@ def validate(
     mesh = engine.mesh
     batches = validation_batches(dataset, micro_batch_samples, mesh.data, mesh.data_rank, max_samples, masking)
     loss_sum, targets = 0.0, 0
-    engine.eval()
     while some := list(islice(batches, BATCHES_AT_ONCE)):
         if stopping():
-            engine.train()
             return None
         targets += survey(engine, some)[0]
-        if isinstance(engine, pipeline.PipelineEngine):
-            loss_sum += float(pipeline.evaluate(engine, some)[1])
-            continue
-        with torch.no_grad():
-            loss_sum += sum(float(forward(engine, batch, 0.0)[1]) for batch in some)
-    engine.train()
-    return scores(dataset, *sum_over_tokens(engine, [loss_sum]), targets, masking=masking)
+        loss_sum += engine.evaluate(some)
+    return scores(dataset, *engine.sum_over_tokens([loss_sum]), targets, masking=masking)

@@ -1,0 +1,160 @@
+"""What trains: a DeepSpeed engine and, as fields beside it, all that is ours."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from deepspeed import DeepSpeedEngine
+from deepspeed import comm as dist
+from torch import Tensor, nn
+from torch.distributed import distributed_c10d as c10d
+
+from engine import internals
+from engine.layout.mesh import Mesh
+from engine.layout.pipeline import QueuedLoss
+from engine.reduction.compression import CompressedReduction
+from model.visibility import Visibility
+
+
+class Engine:
+    """A model in a layout without a pipeline. What takes batches or sums up is collective over all ranks."""
+
+    pipeline_bounds: tuple[int, ...] = ()
+    """Where the layer plan is divided into pipeline ranks."""
+
+    def __init__(
+        self, deepspeed: DeepSpeedEngine, mesh: Mesh, visibility: Visibility, reduction: CompressedReduction | None
+    ):
+        self.deepspeed, self.mesh, self.visibility = deepspeed, mesh, visibility
+        self.reduction = reduction
+        """Of the gradients, where it is compressed; None where DeepSpeed reduces."""
+
+    @property
+    def module(self) -> nn.Module:
+        return self.deepspeed.module
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """DeepSpeed's wrapper, or the base optimizer where it has none."""
+        return self.deepspeed.optimizer
+
+    @property
+    def base_optimizer(self) -> torch.optim.Optimizer:
+        return self.deepspeed.basic_optimizer
+
+    @property
+    def device(self) -> torch.device:
+        return self.deepspeed.device
+
+    @property
+    def zero_stage(self) -> int:
+        return int(self.deepspeed.zero_optimization_stage())
+
+    def fit(self, shape: tuple[int, int], micro_batches: int) -> None:
+        """Prepare for a step of so many micro-batches of [B, T], where a new stage divides it otherwise."""
+        rows, engine = shape[0], self.deepspeed
+        if (rows, micro_batches) != (engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()):
+            engine.set_train_micro_batch_size(rows)
+            engine.set_train_batch_size(math.prod((rows, micro_batches, engine.dp_world_size)))
+            internals.restart_accumulation(engine)
+
+    def update(self, micro_batches: list[dict], z_loss_weight: float, weight: float) -> Tensor:
+        """Forward, backward and update of a step. Returns this rank's sums [objective, cross-entropy], in float64.
+
+        `weight`: of the objective's sum in the loss that DeepSpeed averages.
+        """
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for batch in micro_batches:
+            objective_sum, loss_sum = self.forward(batch, z_loss_weight)
+            sums += torch.stack([objective_sum.detach(), loss_sum.detach()]).double()
+            self.deepspeed.backward(objective_sum * weight)
+            self.deepspeed.step()
+        return sums
+
+    def evaluate(self, batches: list[dict]) -> float:
+        """This rank's sum of the cross-entropy over batches of one shape, without gradients."""
+        self.deepspeed.eval()
+        with torch.no_grad():
+            loss_sum = sum(float(self.forward(batch, 0.0)[1]) for batch in batches)
+        self.deepspeed.train()
+        return loss_sum
+
+    def forward(self, batch: dict, z_loss_weight: float) -> tuple[Tensor, Tensor]:
+        """The sums (objective, cross-entropy) over this rank's tokens of one micro-batch."""
+        share = batch["input_ids"].shape[1] // self.mesh.sequence
+        columns = slice(self.mesh.sequence_rank * share, (self.mesh.sequence_rank + 1) * share)
+        here = {
+            key: batch[key][:, columns].to(self.device, non_blocking=True)
+            for key in ("input_ids", "targets", "target_weights")
+            if key in batch
+        }
+        return self.deepspeed(
+            position_ids=batch["position_ids"],
+            z_loss_weight=z_loss_weight,
+            columns=columns,
+            copies=batch.get("copies", 1),
+            **here,
+        )
+
+    def sum_over_ranks(self, values: list[float]) -> list[float]:
+        """Element by element, in float64."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def sum_over_tokens(self, values: list[float]) -> list[float]:
+        """Over all ranks, each token counted once where several ranks compute the same."""
+        return self.sum_over_ranks(values if self.mesh.counts else [0.0] * len(values))
+
+    def close(self) -> None:
+        """Let go of the process groups and of what DeepSpeed remembers, so that the process may build another engine.
+
+        An idle gloo group costs two threads that wake a hundred times a second.
+        """
+        self.deepspeed.destroy()
+        internals.release_groups()
+        dist.barrier()  # a rank that still receives would lose its peer
+        for group in internals.process_groups():
+            c10d.destroy_process_group(group)
+
+
+class PipelineEngine(Engine):
+    """Consecutive layers of the model on different ranks, which DeepSpeed's schedule drives."""
+
+    def __init__(
+        self,
+        deepspeed: DeepSpeedEngine,
+        mesh: Mesh,
+        visibility: Visibility,
+        reduction: CompressedReduction | None,
+        loss: QueuedLoss,
+        bounds: list[int],
+    ):
+        super().__init__(deepspeed, mesh, visibility, reduction)
+        self.loss, self.pipeline_bounds = loss, tuple(bounds)
+        self._shape: tuple[int, int] | None = None
+
+    def fit(self, shape: tuple[int, int], micro_batches: int) -> None:
+        super().fit(shape, micro_batches)
+        if self._shape not in (None, shape):  # the ranks exchange the shapes of activations anew
+            self.deepspeed.reset_activation_shape()
+        self._shape = shape
+        internals.set_micro_batch_size(self.deepspeed, shape[0])
+
+    def update(self, micro_batches: list[dict], z_loss_weight: float, weight: float) -> Tensor:
+        """As in `Engine`; zeros on all ranks but the last of the pipeline."""
+        self.loss.start(micro_batches, z_loss_weight, weight)
+        self.deepspeed.train_batch(_items(micro_batches))
+        return self.loss.sums
+
+    def evaluate(self, batches: list[dict]) -> float:
+        self.loss.start(batches)
+        self.deepspeed.reset_activation_shape()  # rows may have another length here than in training
+        self.deepspeed.eval_batch(_items(batches), reduce_output=None, bcast_loss=False, num_micro_batches=len(batches))
+        self.deepspeed.reset_activation_shape()
+        return float(self.loss.sums[1])
+
+
+def _items(batches: list[dict]) -> Iterator[tuple]:
+    """What DeepSpeed pulls on the first and the last rank: inputs, and labels, which are none here (see `QueuedLoss`)."""
+    return (((batch["input_ids"], batch["position_ids"]), ()) for batch in batches)

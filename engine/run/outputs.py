@@ -1,0 +1,100 @@
+"""Where a run's figures, events and checkpoints go."""
+
+from pathlib import Path
+from typing import IO, Any, Self
+
+import torch
+
+from engine.checkpoint.folder import save
+from engine.checkpoint.retention import Retention
+from engine.engine import Engine
+from engine.run.folder import check_claim
+from engine.run.plan import RunPlan
+from engine.run.stages import Stage
+from engine.step import StepResult
+from launch.signals import StopSignal
+from launch.topology import wandb_mode
+from training.environment import peak_memory_bytes
+from training.metrics import MetricsLogger
+from training.state import TrainState
+from training.throughput import StepClock, peak_rate
+
+
+class Outputs:
+    """The logger (silent on all ranks but the first), the clock that knows the hardware's peak rate, and the run's folder.
+
+    `lock`: what `claim_run` gave to the first rank. Collective over all ranks to make.
+    """
+
+    def __init__(
+        self, engine: Engine, plan: RunPlan, state: TrainState, facts: dict[str, Any], run: Path, lock: IO | None
+    ):
+        self.plan, self.facts, self.run, self.lock = plan, facts, run, lock
+        peak = peak_rate(engine.device, torch.bfloat16 if plan.half_precision else torch.float32)
+        self.clock = StepClock(engine.sum_over_ranks([peak.flops_per_second])[0])
+        self.logger = MetricsLogger(
+            run,
+            plan.recipe.logging,
+            is_first_rank=plan.mesh.rank == 0,
+            total_steps=plan.total_steps,
+            resumed_step=state.step,
+            run_id=state.wandb_id,
+            facts=facts,
+            peak_label=peak.label,
+            wandb_mode=wandb_mode(),
+        )
+        self._device = engine.device
+        self._retention = Retention(run, plan.recipe.checkpoint)
+
+    def __enter__(self) -> Self:
+        self.logger.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.logger.__exit__(*exception)
+
+    def announce(self, stage: Stage, step: int) -> None:
+        """What is trained on from here, and what a token of it costs."""
+        recipe = self.plan.recipe
+        self.clock.flops_per_token = recipe.model.flops_per_token(stage.mean_document_tokens, recipe.objective.copies)
+        if recipe.stages:
+            self.logger.log_event(step, "stage", name=stage.name, seq_length=stage.seq_length, data=stage.data)
+
+    def report(self, result: StepResult, learning_rate: float, state: TrainState) -> None:
+        """`state`: after the step."""
+        self.clock.step_done(self.plan.step_tokens)
+        if not result.applied:
+            self.logger.log_event(state.step, "skip", loss=result.loss, grad_norm=result.grad_norm)
+        if self.logger.due(state.step):
+            self.logger.log_step(
+                state.step,
+                samples=state.consumed_samples,
+                tokens=state.consumed_tokens,
+                loss=result.loss,
+                objective=result.objective,
+                learning_rate=learning_rate,
+                grad_norm=result.grad_norm,
+                skipped_steps=state.skipped_steps,
+                rates=self.clock.read(),
+                attention_imbalance=result.attention_imbalance,
+                memory_bytes=peak_memory_bytes(self._device),
+                wire_bytes=result.wire_bytes,
+            )
+
+    def validated(self, scores: dict[str, dict[str, float]] | None, step: int) -> None:
+        if scores:
+            self.logger.log_validation(step, scores)
+        else:
+            self.logger.log_event(step, "notice", text="validation was left out: asked to stop")
+
+    def save(self, engine: Engine, state: TrainState) -> None:
+        """Write a checkpoint and let go of those that are no longer kept. Collective over all ranks."""
+        if self.lock:
+            check_claim(self.run, self.lock)
+        folder = save(engine, self.run, state, self.facts)
+        self.logger.log_event(state.step, "checkpoint", name=folder.name)
+        for sentence in self._retention.retire(folder) if self.plan.mesh.rank == 0 else ():
+            self.logger.log_event(state.step, "notice", text=sentence)
+
+    def stopped(self, stop: StopSignal, step: int) -> None:
+        self.logger.log_event(step, "stop", reason=stop.name, next="run the same command to continue")
