@@ -6,7 +6,6 @@ Parameter names are those of transformers' LlamaForCausalLM without the prefix `
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,38 +22,7 @@ from .loss import linear_cross_entropy
 from .norm import rms_norm
 from .positions import POSITION_LAYERS
 from .rope import rotary_tables, rotate
-
-
-@dataclass(frozen=True)
-class Seed:
-    """Where initial values come from: the run's seed, the index of the layer in the plan, and the parameter's name."""
-
-    run: int
-    layer: int
-
-    @torch.no_grad()
-    def normal_(self, parameter: Tensor, name: str, std: float) -> None:
-        """Fill with N(0, std^2), drawn in float32 on the CPU whatever the parameter's dtype, device or the defaults."""
-        if parameter.is_meta:
-            return
-        digest = hashlib.blake2b(f"{self.run}/{self.layer}/{name}".encode(), digest_size=8).digest()
-        generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
-        # torch.normal is not among the constructors that zero.Init replaces
-        shape = tuple(parameter.shape)
-        parameter.copy_(torch.normal(0.0, std, shape, generator=generator, dtype=torch.float32, device="cpu"))
-
-
-class Linear(nn.Linear):
-    """`nn.Linear` whose weight is drawn here, in the constructor: later passes would find it partitioned by ZeRO-3."""
-
-    def __init__(self, inputs: int, outputs: int, bias: bool, std: float, seed: Seed, name: str):
-        super().__init__(inputs, outputs, bias=bias)
-        seed.normal_(self.weight, name, std)
-        if bias:
-            nn.init.zeros_(self.bias)
-
-    def reset_parameters(self) -> None:
-        """Left to the constructor, which knows the seed."""
+from .seeded import Linear, Seed
 
 
 class Embedding(nn.Module):

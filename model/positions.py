@@ -6,7 +6,6 @@ Positions restart at 0 in each document of a packed row. Legend: B batch, T toke
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +13,7 @@ from torch import Tensor, nn
 
 from .config import ModelConfig
 from .documents import Documents
-
-if TYPE_CHECKING:
-    from .llama import Seed
+from .seeded import Seed
 
 
 class SinusoidalPositionEmbedding(nn.Module):

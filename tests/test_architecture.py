@@ -1,6 +1,7 @@
 """The rules of the repository's layout, checked over every Python file."""
 
 import ast
+import graphlib
 import sys
 from pathlib import Path
 
@@ -20,6 +21,16 @@ MAY_IMPORT = {
     "training": ("model.config", "model.hf_config"),
     "engine": ("launch", "model", "training", "data_prep.foresee"),
 }
+ENGINE_MAY_IMPORT = {
+    # folder of the engine ("": its own files): the other folders of it; all may import `OF_ALL_ENGINE`
+    "layout": (),
+    "reduction": (),
+    "ds_json": ("layout", "reduction"),
+    "": ("layout", "reduction"),
+    "checkpoint": ("", "layout"),
+    "run": ("", "layout", "ds_json", "checkpoint"),
+}
+OF_ALL_ENGINE = ("engine.internals", "engine.safe_load")
 MAY_NOT_IMPORT = {
     # path prefix: foreign modules it must do without
     "model/": ("deepspeed", "torch.distributed"),
@@ -57,6 +68,16 @@ def imports(file: Path, tree: ast.AST) -> set[str]:
     return found - {""}
 
 
+def modules_of(names: set[str]) -> set[str]:
+    """Those of the names that are files of ours."""
+    return {name for name in names if (ROOT / f"{name.replace('.', '/')}.py").is_file()}
+
+
+def wing_of(module: str) -> str:
+    """`engine.layout.mesh` -> `layout`, `engine.step` -> the empty string."""
+    return ".".join(module.split(".")[1:-1])
+
+
 def inside(name: str, modules) -> bool:
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
@@ -84,6 +105,14 @@ def broken_rules(file: Path, text: str) -> list[str]:
         # `from training import shards` names `training` too: the package itself is empty
         ours -= {name for name in ours if name in PACKAGES and any(o.startswith(f"{name}.") for o in ours)}
         problems += [f"imports {name}" for name in sorted(ours) if not inside(name, MAY_IMPORT[top])]
+    if top == "engine":
+        wing = path.split("/")[1] if path.count("/") == 2 else ""
+        problems += [
+            f"imports {name}"
+            for name in sorted(modules_of(names))
+            if name.startswith("engine.") and name not in OF_ALL_ENGINE
+            if wing_of(name) not in (wing, *ENGINE_MAY_IMPORT[wing])
+        ]
     for prefix, forbidden in MAY_NOT_IMPORT.items():
         if path.startswith(prefix):
             problems += [f"imports {name}" for name in sorted(names) if inside(name, forbidden)]
@@ -119,6 +148,10 @@ def test_every_file_keeps_the_rules(file):
         ("training/x.py", "from engine import optimizer"),
         ("launch/x.py", "from engine.layout.mesh import Mesh"),
         ("launch/x.py", "import deepspeed"),
+        ("engine/layout/x.py", "from engine.reduction import wire"),
+        ("engine/checkpoint/x.py", "from engine.run.plan import RunPlan"),
+        ("engine/x.py", "from engine.run.plan import RunPlan"),
+        ("engine/ds_json/x.py", "import engine.step"),
         ("tools/x.py", "import deepspeed.comm as dist"),
         ("train.py", "from deepspeed import initialize"),
         ("engine/x.py", "import os\nos.environ['RANK']"),
@@ -139,12 +172,23 @@ def test_a_breach_is_seen(path, text):
         ("training/x.py", "from model.config import ModelConfig\nfrom . import shards\nimport torch.distributed"),
         ("launch/topology.py", "import os\nos.environ['RANK']\nfrom console.output import outlive_readers"),
         ("engine/x.py", "import deepspeed\nfrom model.llama import Llama\nfrom launch.topology import Topology"),
+        ("engine/run/x.py", "from engine.step import train_step\nfrom engine.checkpoint.folder import save"),
+        ("engine/layout/x.py", "from engine import internals\nfrom engine.layout.mesh import Mesh"),
         ("data_prep/inspect.py", ""),
         ("data_prep/x.py", "import os\nos.environ['TOKENIZERS_PARALLELISM'] = 'false'"),
     ],
 )
 def test_what_is_allowed_passes(path, text):
     assert broken_rules(ROOT / path, text) == []
+
+
+def test_no_files_import_each_other_in_a_circle():
+    """Imports for a type only, and inside functions, count too."""
+    ours = {relative(file).removesuffix(".py").replace("/", "."): file for file in FILES}
+    arrows = {
+        module: modules_of(imports(file, ast.parse(file.read_text()))) & ours.keys() for module, file in ours.items()
+    }
+    graphlib.TopologicalSorter({module: found - {module} for module, found in arrows.items()}).prepare()
 
 
 def test_every_test_folder_is_a_package():

@@ -67,6 +67,17 @@ def test_line_counts_are_about_right():
         assert lines == pytest.approx(int(stated), rel=0.1), names
 
 
+def test_one_step_can_be_read_in_one_sitting():
+    (names, stated) = re.search(
+        r"^((?:`[^`]+`[, and]*)+) .*one optimizer step is made of, have (\d+)", README, re.M
+    ).groups()
+    files = [ROOT / name for name in re.findall(r"`([^`]+)`", names)]
+    lines = sum(len(file.read_text().splitlines()) for file in files)
+    assert [file.name for file in files] == ["train.py", "loop.py", "step.py", "llama.py"]
+    assert lines <= 550
+    assert lines == pytest.approx(int(stated), abs=10)
+
+
 SRUN = """#!/bin/bash
 # Two tasks on this machine, with the variables that srun sets and its exit code: the largest of the tasks.
 while [[ $1 == --* ]]; do shift; done

@@ -10,9 +10,10 @@ from engine.engine import Engine
 from engine.run.outputs import Outputs
 from engine.run.plan import RunPlan
 from engine.run.stages import Stage
+from engine.run.stopping import agree_to_stop, give_up_after_skips
 from engine.run.validation import validate_all
 from engine.step import StepResult, train_step
-from launch.signals import REASONS, StopSignal
+from launch.signals import StopSignal
 from training.data import train_loader
 from training.stages import stage_order
 from training.state import TrainState
@@ -115,20 +116,3 @@ def train(loop: TrainingLoop, outputs: Outputs, stop: StopSignal) -> int:
                     outputs.stopped(stop, state.step)
                     return stop.exit_code
     return 0
-
-
-def agree_to_stop(engine: Engine, stop: StopSignal, out_of_time: bool) -> bool:
-    """Whether any rank was asked to stop or is out of time; then all have the same reason, and so the same exit code."""
-    own = stop.name or ("time limit" if out_of_time else None)
-    counts = engine.sum_over_ranks([float(own == reason) for reason in REASONS])
-    agreed = [reason for reason, count in zip(REASONS, counts, strict=True) if count]
-    stop.name = agreed[0] if agreed else stop.name
-    return bool(agreed)
-
-
-def give_up_after_skips(state: TrainState, most: int) -> None:
-    if state.consecutive_skipped_steps >= most:
-        raise ValueError(
-            f"{most} steps in a row had a loss or gradient that is not finite (the last is step {state.step}); the weights "
-            "are those of before: lower optimizer.lr, lengthen the warmup, or look at the samples of these steps"
-        )
