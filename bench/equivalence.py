@@ -37,7 +37,7 @@ from data_prep.command import run_command
 from data_prep.progress import say
 from tools.comparison import (
     Difference,
-    Progress,
+    LaunchProgress,
     Tolerance,
     add_flags,
     check_steps,
@@ -49,7 +49,7 @@ from tools.comparison import (
     tolerance_between,
     workspace,
 )
-from tools.layouts import LaunchFailed, Layout, Setting, Step, gpus, launch, parse_layout, plan_layout
+from tools.layouts import LaunchFailed, Layout, Setting, StepRecord, gpus, launch, parse_layout, plan_layout
 from training.manifest import write_atomically
 from training.records import finite
 
@@ -83,7 +83,7 @@ class Result(NamedTuple):
     verdict: str
     """same, differs, refused (by the plan) or failed (in its launch)."""
     reason: str = ""
-    steps: Sequence[Step] = ()
+    steps: Sequence[StepRecord] = ()
     difference: Difference | None = None
     tolerance: Tolerance | None = None
     tokens_per_second: float = 0.0
@@ -147,7 +147,7 @@ def compare_all(
         try:
             if isinstance(plan, ValueError):
                 raise plan
-            with Progress(label, arguments.steps) as progress:
+            with LaunchProgress(label, arguments.steps) as progress:
                 steps = launch(layout, setting, folder / "run", arguments.steps, folder, progress)
             weights = weights or Weights(folder / "run", work / "weights")
             difference = compare(steps, results[0].steps if results else steps, weights.difference(folder / "run"))
@@ -163,7 +163,7 @@ def compare_all(
     return results
 
 
-def speed(steps: list[Step], plan: "RunPlan") -> tuple[float, int, float]:
+def speed(steps: list[StepRecord], plan: "RunPlan") -> tuple[float, int, float]:
     """Tokens a second, bytes of memory and bytes on the wire; the first step, which sets things up, counts for memory only."""
     usual = steps[1:] or steps
     seconds, wire = (statistics.median(getattr(step, key) for step in usual) for key in ("seconds", "wire_bytes"))

@@ -51,7 +51,7 @@ class Windows(NamedTuple):
     ctx: np.ndarray  # int64 [pieces]: leading tokens that the piece before ends with
 
 
-class Documents(Protocol):
+class MeasuredDocuments(Protocol):
     length: np.ndarray
     """int64 [N]"""
 
@@ -128,7 +128,7 @@ def fixed_windows(lengths: np.ndarray, policy: PackingPolicy) -> Windows:
 
 
 def structure_windows(
-    documents: Documents, policy: PackingPolicy, breaks: Breaks, advance: Callable[[int], None] | None = None
+    documents: MeasuredDocuments, policy: PackingPolicy, breaks: Breaks, advance: Callable[[int], None] | None = None
 ) -> Windows:
     """Windows of at most `row_tokens` that end at the best cut within the policy's tolerance.
 
@@ -162,7 +162,11 @@ def _cut(ids: np.ndarray, policy: PackingPolicy, breaks: Breaks) -> Iterator[tup
 
 
 def count_cuts(
-    documents: Documents, doc: np.ndarray, end: np.ndarray, breaks: Breaks, advance: Callable[[int], None] | None = None
+    documents: MeasuredDocuments,
+    doc: np.ndarray,
+    end: np.ndarray,
+    breaks: Breaks,
+    advance: Callable[[int], None] | None = None,
 ) -> dict[str, int]:
     """Cuts by kind, of pieces of the documents `doc` that end before token `end`: those that are not their last."""
     inside = np.flatnonzero(end < np.asarray(documents.length)[doc])

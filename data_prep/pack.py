@@ -20,7 +20,7 @@ from training.shards import RowBlock, ShardWriter
 GROUP_TOKENS = 1 << 28
 
 
-class Documents(Protocol):
+class PackedDocuments(Protocol):
     """What is packed: N documents in the token store, or anything like it."""
 
     doc: np.ndarray
@@ -210,7 +210,7 @@ def _concat_groups(lengths: np.ndarray, policy: PackingPolicy) -> Iterator[_Rows
 
 
 def write_split(
-    documents: Documents,
+    documents: PackedDocuments,
     packing: Packing,
     writer: ShardWriter,
     pad_id: int,

@@ -24,7 +24,7 @@ _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-class Block(NamedTuple):
+class QueryBlock(NamedTuple):
     """Queries and the keys that they see, as places in the flattened rows."""
 
     queries: slice
@@ -36,7 +36,7 @@ class Block(NamedTuple):
     """bool [b, keys of `near`]; None: all see all."""
 
 
-def plan_blocks(documents: Documents, visibility: Visibility) -> list[Block]:
+def plan_blocks(documents: Documents, visibility: Visibility) -> list[QueryBlock]:
     """The blocks of a batch of rows, in the order of their queries."""
     assert visibility.window is None, "windows are for causal attention"
     tokens, blocks, start = documents.tokens(), [], 0
@@ -55,7 +55,7 @@ def plan_blocks(documents: Documents, visibility: Visibility) -> list[Block]:
                     near = (slice(clean + first, clean + last), queries)
                 keys = Tokens(*(torch.cat([column[keys] for keys in near]) for column in tokens))
                 mask = visibility.sees(Tokens(*(column[queries].unsqueeze(1) for column in tokens)), keys)
-            blocks.append(Block(queries, prefix, near, mask))
+            blocks.append(QueryBlock(queries, prefix, near, mask))
         start += length
     return blocks
 
@@ -76,7 +76,7 @@ class _BlockAttention(torch.autograd.Function):
     which makes its probabilities those of the whole."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, blocks: list[Block]) -> Tensor:
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, blocks: list[QueryBlock]) -> Tensor:
         out = torch.empty_like(q)
         logsumexp = q.new_empty(q.shape[:3], dtype=_wide(q.dtype))
         for block in blocks:
@@ -110,7 +110,7 @@ class _BlockAttention(torch.autograd.Function):
         return *(x.to(q.dtype) for x in grads), None
 
 
-def _places(block: Block) -> list[tuple[slice, ...]]:
+def _places(block: QueryBlock) -> list[tuple[slice, ...]]:
     """Where the keys of each call of the kernel are; a prefix and an unmasked neighbourhood that touch are one call."""
     if block.prefix.start == block.prefix.stop:
         return [block.near]
@@ -119,7 +119,7 @@ def _places(block: Block) -> list[tuple[slice, ...]]:
     return [(block.prefix,), block.near]
 
 
-def _parts(k: Tensor, v: Tensor, block: Block, dtype: torch.dtype) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+def _parts(k: Tensor, v: Tensor, block: QueryBlock, dtype: torch.dtype) -> list[tuple[Tensor, Tensor, Tensor | None]]:
     parts = []
     for places in _places(block):
         keys, values = (

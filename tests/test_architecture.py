@@ -1,6 +1,7 @@
 """The rules of the repository's layout, checked over every Python file."""
 
 import ast
+import collections
 import graphlib
 import sys
 from pathlib import Path
@@ -180,6 +181,16 @@ def test_a_breach_is_seen(path, text):
 )
 def test_what_is_allowed_passes(path, text):
     assert broken_rules(ROOT / path, text) == []
+
+
+def test_no_two_classes_share_a_name():
+    places = collections.defaultdict(list)
+    for file in FILES:
+        if not relative(file).startswith("tests/"):
+            classes = (node.name for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ClassDef))
+            for name in classes:
+                places[name].append(relative(file))
+    assert {name: files for name, files in places.items() if len(files) > 1} == {}
 
 
 def test_no_files_import_each_other_in_a_circle():

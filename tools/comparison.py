@@ -19,7 +19,7 @@ from rich.progress import Progress as Bars
 
 from data_prep.command import CommandParser
 from data_prep.progress import LINE_SECONDS, console, say
-from tools.layouts import LaunchFailed, Setting, Step, rounds_more
+from tools.layouts import LaunchFailed, Setting, StepRecord, rounds_more
 from training.config import add_recipe_flags, hints_for_flags
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def tolerance_between(arguments: argparse.Namespace, *plans: "RunPlan") -> Toler
     return Tolerance(arguments.tolerance, NEXT_TO_LOSS * arguments.tolerance)
 
 
-def compare(steps: list[Step], expected: list[Step], weights: float | None = None) -> Difference:
+def compare(steps: list[StepRecord], expected: list[StepRecord], weights: float | None = None) -> Difference:
     """Raises LaunchFailed when the two are not about the same steps."""
     numbers, due = ([step.step for step in run] for run in (steps, expected))
     if numbers != due:
@@ -176,14 +176,14 @@ def compare(steps: list[Step], expected: list[Step], weights: float | None = Non
     return Difference(float(loss), float(norm), samples, weights)
 
 
-class Progress:
+class LaunchProgress:
     """Steps done in the launch that is running: a bar on a terminal, a plain line every few seconds elsewhere (stderr)."""
 
     def __init__(self, label: str, steps: int):
         self.label, self.steps, self.shown = label, steps, time.monotonic()
         self.bars: Bars | None = None
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "LaunchProgress":
         if console.is_terminal:
             columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
             self.bars = Bars(*columns, console=console, transient=True)

@@ -44,7 +44,7 @@ def main(folder: Path) -> int:
 
 
 def train(loop: "TrainingLoop", last_step: int, records: TextIO) -> None:
-    """Train as train.py does; what each step of this rank was goes into `records` (see `tools.layouts.Step`)."""
+    """Train as train.py does; what each step of this rank was goes into `records` (see `tools.layouts.StepRecord`)."""
     from engine.reduction.wire import WireBytes
     from training.environment import peak_memory_bytes
 

@@ -72,7 +72,7 @@ class Setting(NamedTuple):
     data: str
 
 
-class Step(NamedTuple):
+class StepRecord(NamedTuple):
     """One optimizer step of a whole launch."""
 
     step: int
@@ -152,7 +152,7 @@ def rounds_more(plan: "RunPlan") -> bool:
 
 def launch(
     layout: Layout, setting: Setting, run: Path, last_step: int, folder: Path, progress: Callable[[int], None]
-) -> list[Step]:
+) -> list[StepRecord]:
     """Train up to `last_step` in a launch of its own, from the newest checkpoint in `run` or the start; save one at the end.
 
     `folder` takes logs and records; `progress` is told the steps done so far. Raises LaunchFailed.
@@ -217,7 +217,7 @@ def _reason(folder: Path, code: int) -> str:
     return f"ended with exit code {code}" + (f": {found[0]}" if found else "; its last output is above")
 
 
-def _over_ranks(ranks: list[list[dict]]) -> list[Step]:
+def _over_ranks(ranks: list[list[dict]]) -> list[StepRecord]:
     steps = []
     for records in zip(*ranks, strict=True):
         by_data_rank = {record["data_rank"]: record["rows"] for record in records}
@@ -226,7 +226,7 @@ def _over_ranks(ranks: list[list[dict]]) -> list[Step]:
         rows = sorted(row for rows in by_data_rank.values() for row in rows)
         worst = (max(record[key] for record in records) for key in ("seconds", "memory_bytes", "wire_bytes"))
         same = (records[0][key] for key in ("step", "loss", "grad_norm", "applied"))
-        steps.append(Step(*same, hashlib.blake2b("".join(rows).encode(), digest_size=8).hexdigest(), *worst))
+        steps.append(StepRecord(*same, hashlib.blake2b("".join(rows).encode(), digest_size=8).hexdigest(), *worst))
     return steps
 
 

@@ -18,7 +18,7 @@ from rich.table import Table
 from data_prep.command import run_command
 from tools.comparison import (
     Difference,
-    Progress,
+    LaunchProgress,
     Tolerance,
     add_flags,
     check_steps,
@@ -30,7 +30,7 @@ from tools.comparison import (
     tolerance_between,
     workspace,
 )
-from tools.layouts import Layout, Setting, Step, launch, parse_layout, plan_layout
+from tools.layouts import Layout, Setting, StepRecord, launch, parse_layout, plan_layout
 from training.manifest import write_atomically
 from training.records import finite
 
@@ -83,7 +83,7 @@ def main() -> None:
 
 def run_all(
     source: Layout, target: Layout, setting: Setting, arguments: argparse.Namespace, work: Path
-) -> list[list[Step]]:
+) -> list[list[StepRecord]]:
     """The steps of the uninterrupted run, of the stopped one and of its continuation."""
     stop, last = arguments.stop_at, arguments.steps
     launches = [  # what it is, where it runs, folder, first and last step
@@ -93,7 +93,7 @@ def run_all(
     ]
     results = []
     for number, (words, layout, run, begin, end) in enumerate(launches, start=1):
-        with Progress(f"[{number}/3] {words}, {layout.name}", end - begin + 1) as progress:
+        with LaunchProgress(f"[{number}/3] {words}, {layout.name}", end - begin + 1) as progress:
             results.append(launch(layout, setting, work / run, end, work / f"launch-{number}", progress))
     return results
 

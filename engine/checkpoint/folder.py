@@ -20,7 +20,7 @@ import torch.distributed as dist
 from engine.checkpoint.manifest import (
     MANIFEST,
     CheckpointManifest,
-    Layout,
+    StateLayout,
     digest_of_file,
     folder_name,
     folder_of,
@@ -40,8 +40,8 @@ DISK_FAULT = re.compile("enforce fail|iostream|PytorchStreamWriter|write failed|
 """Of the RuntimeErrors by which `torch.save` says that the file system refused."""
 
 
-def layout_of(engine: Engine) -> Layout:
-    return Layout(
+def layout_of(engine: Engine) -> StateLayout:
+    return StateLayout(
         zero_stage=engine.zero_stage,
         world_size=dist.get_world_size(),
         wrapper=type(engine.optimizer).__name__,

@@ -20,7 +20,7 @@ MANIFEST = "manifest.json"
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
 
-class Layout(BaseModel):
+class StateLayout(BaseModel):
     """What a native load needs to find equal: how the states of this checkpoint are cut over its files."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -52,7 +52,7 @@ class CheckpointManifest(BaseModel):
 
     format_version: int = 2
     """2: the file carries a digest of all the rest; 1: it does not, and is read all the same."""
-    layout: Layout
+    layout: StateLayout
     parameters: list[str] = []
     """Names in the order of the optimizer's state, where DeepSpeed's files do not say it (stage 0)."""
     state: TrainState

@@ -22,7 +22,7 @@ OPTIMIZER_PARAMS = {"lr", "betas", "eps", "weight_decay", "torch_adam", "adam_w_
 NEVER_AUTO = "; DeepSpeed would read the word itself: write a value or leave the key out"
 
 
-class Batch(NamedTuple):
+class StepDivision(NamedTuple):
     """How one optimizer step is cut: `samples = micro_batch_samples * accumulation * data-parallel ranks`."""
 
     samples: int
@@ -33,7 +33,7 @@ class Batch(NamedTuple):
 class Resolved(NamedTuple):
     config: dict[str, Any]
     """To hand to `deepspeed.initialize`."""
-    batch: Batch
+    batch: StepDivision
     mesh: Mesh
     notices: list[str]
     """What a value was resolved to, and which keys have no effect."""
@@ -193,7 +193,9 @@ def without_effect(config: dict[str, Any]) -> list[str]:
     return found
 
 
-def _fill_batch(config: dict[str, Any], recipe: Recipe, seq_length: int, data_ranks: int) -> tuple[Batch, list[str]]:
+def _fill_batch(
+    config: dict[str, Any], recipe: Recipe, seq_length: int, data_ranks: int
+) -> tuple[StepDivision, list[str]]:
     """Solve `train_batch_size = micro_batch * accumulation * data_ranks` for what the JSON leaves open."""
     tokens = recipe.training.global_batch_tokens
     micro_key, accumulation_key = "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"
@@ -229,7 +231,7 @@ def _fill_batch(config: dict[str, Any], recipe: Recipe, seq_length: int, data_ra
             f"{data_ranks} data-parallel ranks with {accumulation} accumulation steps: set training.global_batch_tokens to "
             f"{' or '.join(str(n * seq_length) for n in near)}, or choose another micro-batch size"
         )
-    return Batch(samples, micro, accumulation), problems
+    return StepDivision(samples, micro, accumulation), problems
 
 
 def _fill_zero(config: dict[str, Any], recipe: Recipe, device: torch.device) -> None:

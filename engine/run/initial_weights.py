@@ -32,7 +32,7 @@ MAY_DIFFER = {
 }
 
 
-class Source(NamedTuple):
+class WeightSource(NamedTuple):
     model: ModelConfig
     trained_length: int
     """Longest row or document, in tokens, that the weights know."""
@@ -40,7 +40,7 @@ class Source(NamedTuple):
     """None: a Hugging Face folder."""
 
 
-def open_source(path: str, full: bool) -> Source:
+def open_source(path: str, full: bool) -> WeightSource:
     """Read what the weights belong to. `full`: prove every byte of a checkpoint by its hash, not only by its size.
 
     Raises ValueError when there is nothing to start from, or it is damaged.
@@ -48,7 +48,7 @@ def open_source(path: str, full: bool) -> Source:
     folder = Path(path)
     if (folder / "config.json").is_file():
         model = ModelConfig.from_hf(folder)
-        return Source(model, model.max_position_embeddings, None)
+        return WeightSource(model, model.max_position_embeddings, None)
     if (folder / "checkpoints").is_dir():
         found = find(folder) if full else newest_good(folder, full=False)
     elif folder.is_dir() and folder.name.startswith("step-"):
@@ -63,7 +63,7 @@ def open_source(path: str, full: bool) -> Source:
     checkpoint, manifest = found[:2]
     model = ModelConfig.model_validate(manifest.recipe["model"])
     lengths = [stage["seq_length"] for stage in manifest.data.get("stages", [manifest.data])]
-    return Source(model, max(lengths), (checkpoint, manifest))
+    return WeightSource(model, max(lengths), (checkpoint, manifest))
 
 
 def initial_weights_problems(recipe: Recipe, tokenizer: TokenizerInfo, data: str) -> list[str]:

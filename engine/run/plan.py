@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from engine.ds_json.keys import key_problems
 from engine.ds_json.legality import illegal_combinations
-from engine.ds_json.read import Batch, read_ds_config, resolve_ds_config
+from engine.ds_json.read import StepDivision, read_ds_config, resolve_ds_config
 from engine.layout.mesh import Mesh
 from engine.layout.pipeline import pipeline_bounds
 from engine.layout.sequence import sequence_problems
@@ -51,7 +51,7 @@ class RunPlan(NamedTuple):
         return self.stages[0].dataset
 
     @property
-    def batch(self) -> Batch:
+    def batch(self) -> StepDivision:
         """How a step of the first stage is cut, as the DeepSpeed config says."""
         return self.stages[0].batch
 

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from engine import internals
 from engine.checkpoint.deepspeed_files import read_states
 from engine.checkpoint.folder import layout_of
-from engine.checkpoint.manifest import MANIFEST, CheckpointManifest, Layout, step_of, steps, unseal
+from engine.checkpoint.manifest import MANIFEST, CheckpointManifest, StateLayout, step_of, steps, unseal
 from engine.checkpoint.transplant import transplant
 from engine.engine import Engine
 from engine.run.plan import RunPlan
@@ -123,7 +123,7 @@ def _load_natively(engine: Engine, folder: Path) -> None:
         raise ValueError(f"{folder}: DeepSpeed could not load this checkpoint")
 
 
-def _loads_natively(there: Layout, here: Layout) -> bool:
+def _loads_natively(there: StateLayout, here: StateLayout) -> bool:
     """Whether DeepSpeed's files are cut as this engine's states are; stage 0 keeps them whole on every rank."""
     whole = {"world_size": 1} if here.zero_stage == 0 else {}
     return here.model_copy(update=whole) == there.model_copy(update=whole)

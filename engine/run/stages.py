@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from engine.ds_json.read import Batch, Resolved
+from engine.ds_json.read import Resolved, StepDivision
 from training.config import Recipe
 from training.data import training_order
 from training.sections import DataConfig
@@ -20,7 +20,7 @@ class Stage(NamedTuple):
     config: DataConfig
     begin: int
     end: int
-    batch: Batch
+    batch: StepDivision
 
     @property
     def seq_length(self) -> int:
@@ -62,7 +62,7 @@ def plan_stages(
     stages, problems, begin = [], [], 0
     step_tokens = recipe.training.global_batch_tokens
     lengths = [dataset.manifest.seq_length for dataset in datasets]
-    batch = resolved.batch if resolved else Batch(0, 0, 0)
+    batch = resolved.batch if resolved else StepDivision(0, 0, 0)
     micro_tokens = batch.micro_batch_samples * lengths[0]
     for number, (part, folder, dataset) in enumerate(zip(recipe.all_stages, folders, datasets, strict=True)):
         label = f"stages: {part.name}: " if recipe.stages else ""
@@ -89,19 +89,19 @@ def plan_stages(
     return stages, problems
 
 
-def _cut(samples: int, micro: int | None, at_most: int, data_ranks: int) -> tuple[Batch, str]:
+def _cut(samples: int, micro: int | None, at_most: int, data_ranks: int) -> tuple[StepDivision, str]:
     """A step of so many rows as micro-batches of `micro` rows, else of up to `at_most`; and why it cannot be cut so."""
     share, rest = divmod(samples, data_ranks)
     if rest:
-        return Batch(samples, 1, 1), (
+        return StepDivision(samples, 1, 1), (
             f"a step of {samples} rows cannot be shared evenly by {data_ranks} data-parallel ranks: raise "
             "training.global_batch_tokens or use fewer ranks"
         )
     if micro is None:
         micro = next(size for size in range(max(1, min(at_most, share)), 0, -1) if share % size == 0)
     if share % micro:
-        return Batch(samples, 1, share), (
+        return StepDivision(samples, 1, share), (
             f"micro_batch_samples {micro} does not divide the {share} rows that each data-parallel rank has of a step: "
             "use a divisor of it"
         )
-    return Batch(samples, micro, share // micro), ""
+    return StepDivision(samples, micro, share // micro), ""

@@ -11,10 +11,10 @@ from tests.engine.programs import prepare
 from tools import final_weights
 from tools.comparison import DEFAULT_OVERRIDES, DEFAULT_RECIPE, Difference, Tolerance, compare
 from tools.final_weights import Weights
-from tools.layouts import LaunchFailed, Layout, Setting, Step, parse_layout, plan_layout, rounds_more
+from tools.layouts import LaunchFailed, Layout, Setting, StepRecord, parse_layout, plan_layout, rounds_more
 
 FILE = "ds_configs/zero2_fp32.json"
-STEP = Step(1, 2.0, 0.5, True, "rows", 1.0, 10**9, 0.0)
+STEP = StepRecord(1, 2.0, 0.5, True, "rows", 1.0, 10**9, 0.0)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from engine.checkpoint.folder import find, newest_good
 from engine.checkpoint.manifest import (
     CheckpointManifest,
-    Layout,
+    StateLayout,
     folder_name,
     read_manifest,
     seal,
@@ -45,7 +45,7 @@ def write(run: Path, step: int, skips: int = 0) -> Path:
     for name, content in contents.items():
         (folder / name).write_bytes(content)
     manifest = CheckpointManifest(
-        layout=Layout(zero_stage=2, world_size=2, wrapper="W", optimizer="O"),
+        layout=StateLayout(zero_stage=2, world_size=2, wrapper="W", optimizer="O"),
         state=TrainState(
             data_fingerprint="f",
             seed=0,
