@@ -11,7 +11,15 @@ import sys
 from pathlib import Path
 
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "pyarrow", "pydantic")
-CODE = ("train.py", "engine/*.py", "model/*.py", "training/*.py", "ds_configs/*.json", "recipes/*.yaml")
+CODE = (
+    "train.py",
+    "engine/**/*.py",
+    "launch/*.py",
+    "model/*.py",
+    "training/*.py",
+    "ds_configs/*.json",
+    "recipes/*.yaml",
+)
 MARK = "longform-host-facts "
 """Begins the line with the facts; a login shell may print before it."""
 

@@ -156,16 +156,17 @@ def test_comparing_hosts(capsys):
 
 
 def test_facts_are_collected_with_the_standard_library_only(tmp_path):
-    (tmp_path / "engine").mkdir()
+    (tmp_path / "engine/layout").mkdir(parents=True)
+    (tmp_path / "engine/layout/mesh.py").write_text("z")
     (tmp_path / "train.py").write_text("x")
     (tmp_path / "engine/step.py").write_text("y")
     (tmp_path / "token").touch()
     found = host_facts.collect(str(tmp_path), str(tmp_path), "token", "127.0.0.1", 1)
-    assert sorted(found["code"]) == ["engine/step.py", "train.py"]
+    assert sorted(found["code"]) == ["engine/layout/mesh.py", "engine/step.py", "train.py"]
     assert (found["folder"], found["token"], found["port"]) == (True, True, "refused")
     assert host_facts.code_hashes(tmp_path / "absent") is None
     lines = Path(host_facts.__file__).read_text().splitlines()
-    ours = ("from data_prep", "from engine", "from model", "from tools", "from training")
+    ours = ("from console", "from data_prep", "from engine", "from launch", "from model", "from tools", "from training")
     assert not [line for line in lines if line.startswith(ours)]
 
 
