@@ -121,7 +121,7 @@ def test_run_cli_uses_this_interpreter_and_repository():
 
 
 def test_run_cli_timeout_kills_the_whole_tree(tmp_path):
-    script = f"from tests.test_launch import run_hang; run_hang({str(tmp_path)!r})"
+    script = f"from tests.test_processes import run_hang; run_hang({str(tmp_path)!r})"
     with pytest.raises(TimeoutError, match="in run_hang"):
         run_cli(["python", "-c", script], env={"RANK": "0"}, timeout=3)
     assert_gone([int((tmp_path / "0").read_text())])

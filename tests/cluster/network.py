@@ -172,10 +172,16 @@ def _make_keys(folder: Path) -> None:
     (folder / "sshd_config").write_text(
         f"HostKey {folder}/host\nAuthorizedKeysFile {folder}/user.pub\nStrictModes no\nUsePAM no\nPidFile none\n"
         "PermitRootLogin prohibit-password\nPasswordAuthentication no\nMaxStartups 100\n"
+        f"SetEnv PATH={folder}/host_bin:{SYSTEM_PATH}\n"
     )
     (folder / "bin").mkdir()
-    wrapper = folder / "bin" / "ssh"
-    wrapper.write_text(f'#!/bin/sh\nexec {_program("ssh")} -F {folder}/ssh_config "$@"\n')
+    _wrap(folder / "bin" / "ssh", f"-F {folder}/ssh_config")
+    (folder / "host_bin").mkdir()
+    _wrap(folder / "host_bin" / "pkill", "--ns $$ --nslist net")  # by which `deepspeed` ends what runs on a host
+
+
+def _wrap(wrapper: Path, options: str) -> None:
+    wrapper.write_text(f'#!/bin/sh\nexec {_program(wrapper.name)} {options} "$@"\n')
     wrapper.chmod(0o755)
 
 
