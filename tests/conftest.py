@@ -1,6 +1,7 @@
 """Properties are checked for what they say, not for how long a busy machine takes; a file of tests starts its ranks once."""
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,6 +14,12 @@ from tests.processes import Ranks
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before anything imports DeepSpeed, which would look for a GPU
 settings.register_profile("longform", deadline=None, derandomize=True)
 settings.load_profile("longform")
+
+
+@pytest.fixture(autouse=True)
+def _no_lines_of_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a command says on stderr does not depend on how busy the machine is."""
+    monkeypatch.setattr("data_prep.progress.LINE_SECONDS", math.inf)
 
 
 @pytest.fixture(scope="module")

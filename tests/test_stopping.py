@@ -93,9 +93,10 @@ def hearing(launcher: int) -> list[psutil.Process]:
     """The ranks of a launcher that have a handler for SIGUSR1."""
     ranks = []
     for process in psutil.Process(launcher).children(recursive=True):
-        caught = int(re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())[1], 16)
-        if "train.py" in process.cmdline()[:3] and caught >> (signal.SIGUSR1 - 1) & 1:
-            ranks.append(process)
+        with contextlib.suppress(psutil.Error, OSError):  # one that has just ended
+            caught = int(re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())[1], 16)
+            if "train.py" in process.cmdline()[:3] and caught >> (signal.SIGUSR1 - 1) & 1:
+                ranks.append(process)
     return ranks
 
 
