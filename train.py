@@ -26,7 +26,7 @@ FLAGS_OF_OTHERS = {
 
 def new_parser(every_flag: bool) -> argparse.ArgumentParser:
     """`every_flag`: whether the help explains each recipe key, or the sections in a line each."""
-    from data_prep.command import CommandParser
+    from console.command import CommandParser
     from training.config import add_recipe_flags, hints_for_flags
 
     paragraphs = __doc__.split("\n\n")

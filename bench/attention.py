@@ -18,7 +18,7 @@ longer than `--seconds`.
 import math
 import multiprocessing
 
-from data_prep.command import CommandParser
+from console.command import CommandParser
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from model.attention import attend
 from model.config import ModelConfig
-from model.hf import to_hf_state
+from model.hf.weights import to_hf_state
 from model.llama import Llama
 
 CONFIG = ModelConfig(

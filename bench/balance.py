@@ -18,9 +18,9 @@ import numpy as np
 
 from bench.corpus import PLAYS, pack
 from bench.ranks import run_ranks
-from data_prep.command import CommandParser
+from console.command import CommandParser
+from storage.shards import open_split
 from training.config import load_recipe
-from training.shards import open_split
 
 RANKS, ROWS_A_STEP, ROW_TOKENS = 2, 8, 4096
 WAYS = {"in order": "false", "by attention": "true"}

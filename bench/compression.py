@@ -18,7 +18,7 @@ from pathlib import Path
 
 from bench.corpus import pack
 from bench.ranks import run_ranks
-from data_prep.command import CommandParser
+from console.command import CommandParser
 
 RANKS, STEP_TOKENS, ROW_TOKENS, WARMUP_STEPS, MEAN_OF = 2, 2048, 256, 10, 5
 BASE = {"zero_optimization": {"stage": 0}}

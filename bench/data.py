@@ -24,7 +24,7 @@ import time
 from itertools import chain
 from pathlib import Path
 
-from data_prep.command import CommandParser
+from console.command import CommandParser
 
 SEQ_LENGTH = 4096
 VOCAB_SIZE = 32000
@@ -115,7 +115,7 @@ def run_build(folder: Path, name: str, workers: int, encoder: str) -> dict:
     from data_prep.plan import BuildOptions, Plan
     from data_prep.sources import Source
     from data_prep.tokenizer import open_tokenizer
-    from training.manifest import PackingPolicy
+    from storage.manifest import PackingPolicy
 
     if encoder == "accelerated":
         import awkward  # noqa: F401
@@ -140,7 +140,7 @@ def run_repack(folder: Path, name: str, **packing) -> dict:
     from data_prep.repack import repack
     from data_prep.sources import Source
     from data_prep.tokenizer import open_tokenizer
-    from training.manifest import PackingPolicy
+    from storage.manifest import PackingPolicy
 
     tokenizer = open_tokenizer(folder / "tokenizer")
     options = BuildOptions(packing=PackingPolicy(seq_length=SEQ_LENGTH), validation_fraction=0)

@@ -33,9 +33,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from rich.table import Table
 
-from data_prep.command import run_command
-from data_prep.progress import say
-from tools.comparison import (
+from console.command import run_command
+from console.progress import say
+from storage.atomic import write_atomically
+from tools.layouts.comparison import (
     Difference,
     LaunchProgress,
     Tolerance,
@@ -49,8 +50,7 @@ from tools.comparison import (
     tolerance_between,
     workspace,
 )
-from tools.layouts import LaunchFailed, Layout, Setting, StepRecord, gpus, launch, parse_layout, plan_layout
-from training.manifest import write_atomically
+from tools.layouts.layout import LaunchFailed, Layout, Setting, StepRecord, gpus, launch, parse_layout, plan_layout
 from training.records import finite
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def compare_all(
     reference: Layout, layouts: list[Layout], setting: Setting, arguments: argparse.Namespace, work: Path
 ) -> list[Result]:
     """The reference first. Raises ValueError when it cannot run, for then nothing can be said."""
-    from tools.final_weights import Weights
+    from tools.layouts.final_weights import Weights
 
     plans: dict[str, RunPlan | ValueError] = {}
     for number, layout in enumerate([reference, *layouts]):

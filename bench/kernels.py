@@ -11,7 +11,7 @@ model/attention.py uses what wins here.
 import functools
 import math
 
-from data_prep.command import CommandParser
+from console.command import CommandParser
 
 
 def main() -> None:

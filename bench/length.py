@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.corpus import PLAYS
-from data_prep.command import CommandParser, run_command
+from console.command import CommandParser, run_command
 
 PACKAGE = "https://registry.npmjs.org/chinese-poetry/-/chinese-poetry-2.0.1.tgz"
 SHA256 = "25b549e46919c3a0569db6b68ddc96956b04a484ea4518ad2bbd4f137e307e86"

@@ -16,8 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from data_prep.command import CommandParser
-from training.shards import open_split
+from console.command import CommandParser
+from storage.shards import open_split
 
 
 def main() -> None:

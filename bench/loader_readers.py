@@ -17,10 +17,10 @@ from datasets import load_from_disk
 from torch.utils.data import DistributedSampler
 
 from data_prep.pack import pack, write_split
+from storage.manifest import Manifest, PackingPolicy, SourceRows, TokenizerInfo
+from storage.shards import ShardedDataset, ShardWriter, open_split, write_manifest
 from training.data import TrainingData, make_batch, train_loader, training_order
-from training.manifest import Manifest, PackingPolicy, SourceRows, TokenizerInfo
 from training.sections import DataConfig
-from training.shards import ShardedDataset, ShardWriter, open_split, write_manifest
 
 SEQ_LENGTH, BATCH_ROWS, ROUNDS, SAMPLES = 4096, 8, 30, 512
 TARGET_RATIO, TARGET_SECONDS = 1.5, 1.0

@@ -8,7 +8,7 @@ a GPU of known peak, elsewhere of the best matrix-product rate measured in the s
 OMP_NUM_THREADS=1.
 """
 
-from data_prep.command import CommandParser
+from console.command import CommandParser
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine.build import compile_blocks
 from model.config import ModelConfig
-from model.hf import to_hf_state
+from model.hf.weights import to_hf_state
 from model.llama import Llama
 from training.throughput import peak_rate
 

@@ -14,7 +14,7 @@ same command continues: finished units are kept, the rest is done, packing (seco
 """
 
 if __name__ == "__main__":
-    from data_prep.command import end_at_ctrl_c
+    from console.command import end_at_ctrl_c
 
     end_at_ctrl_c()
 
@@ -25,7 +25,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from data_prep.command import CommandParser, run_command
+from console.command import CommandParser, run_command
+from console.progress import Progress, say
 from data_prep.encode import Work, choose_encoder
 from data_prep.finish import Tokenized, finish
 from data_prep.foresee import say_what_is_foreseen
@@ -43,13 +44,12 @@ from data_prep.plan import (
     remove_leftovers,
     unfinished,
 )
-from data_prep.progress import Progress, say
 from data_prep.records import BadInput
 from data_prep.sources import parse_sources
 from data_prep.summary import by_reason, left_out_words, print_summary
 from data_prep.tokenizer import Tokenizer, open_tokenizer
 from data_prep.workers import encode_units
-from training.manifest import MANIFEST_FILE, Manifest, read_manifest
+from storage.manifest import MANIFEST_FILE, Manifest, read_manifest
 
 
 def build(

@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from training.manifest import PackingPolicy
+from storage.manifest import PackingPolicy
 
 KINDS = ("paragraph", "line", "sentence", "hard")
 

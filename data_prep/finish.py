@@ -2,7 +2,7 @@
 
 index     decide duplicates and the split, by document order and hash only
 choose    per split and source, documents to windows (cut.py), windows to rows (pack.py)
-write     rows to shards (training/shards.py)
+write     rows to shards (storage/shards.py)
 manifest  last; without it the folder is not a data set
 """
 
@@ -17,17 +17,17 @@ from typing import NamedTuple
 import numpy as np
 from pydantic import JsonValue
 
+from console.progress import Progress, say
 from data_prep.cut import Breaks, count_cuts, structure_windows
 from data_prep.ledger import Ledger
 from data_prep.pack import Packing, pack, write_split
 from data_prep.plan import TOKENS_FOLDER, PackingPlan
-from data_prep.progress import Progress, say
 from data_prep.store import LEFT_OUT, SPLITS, Columns, TokenStore, read_columns, write_index
 from data_prep.summary import statistics
 from data_prep.token_bytes import token_bytes
 from data_prep.tokenizer import Tokenizer
-from training.manifest import LeftOutFiles, Manifest, SourceRows
-from training.shards import ShardWriter, write_manifest
+from storage.manifest import LeftOutFiles, Manifest, SourceRows
+from storage.shards import ShardWriter, write_manifest
 
 FEW_ROWS, FEW_TARGETS = 4, 1000
 """Of a validation split; with fewer its loss says next to nothing."""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from data_prep.progress import say
+from console.progress import say
 from data_prep.sentencepiece_json import given_table, needs_own_code
 from data_prep.tokenizer import Tokenizer, open_tokenizer
 from data_prep.tokenizer_files import names_without_entry

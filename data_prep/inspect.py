@@ -10,7 +10,7 @@ within --source. Every cut is shown with its kind (data_prep/cut.py) and the tex
 """
 
 if __name__ == "__main__":
-    from data_prep.command import end_at_ctrl_c
+    from console.command import end_at_ctrl_c
 
     end_at_ctrl_c()
 
@@ -22,14 +22,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from data_prep.command import CommandParser, run_command
+from console.command import CommandParser, run_command
 from data_prep.cut import Breaks
 from data_prep.store import TokenStore
 from data_prep.summary import cut_words, left_out_words
 from data_prep.token_bytes import token_bytes
 from data_prep.tokenizer import Tokenizer, open_tokenizer
-from training.manifest import Manifest, read_manifest
-from training.shards import ShardedDataset, open_split
+from storage.manifest import Manifest, read_manifest
+from storage.shards import ShardedDataset, open_split
 
 CUT_TOKENS = 16
 """Tokens shown on each side of a cut."""

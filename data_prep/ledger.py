@@ -6,7 +6,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from data_prep.records import LeftOut
-from training.manifest import write_atomically
+from storage.atomic import write_atomically
 
 
 class Ledger(BaseModel):

@@ -14,8 +14,8 @@ from typing import Protocol
 import numpy as np
 
 from data_prep.cut import Windows, fixed_windows
-from training.manifest import PackingPolicy, Shard
-from training.shards import RowBlock, ShardWriter
+from storage.manifest import PackingPolicy, Shard
+from storage.shards import RowBlock, ShardWriter
 
 GROUP_TOKENS = 1 << 28
 

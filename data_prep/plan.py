@@ -4,7 +4,6 @@ The same command run again finds its own plan and continues; a command that woul
 """
 
 import argparse
-import fcntl
 import hashlib
 import json
 import os
@@ -16,13 +15,15 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from console.progress import say
 from data_prep.find import Source
 from data_prep.ledger import finished_units, has_documents, take_over_units
-from data_prep.progress import say
 from data_prep.records import InputFile, Unit, printable
 from data_prep.sources import plan_units
 from data_prep.tokenizer import Tokenizer
-from training.manifest import MANIFEST_FILE, PackingPolicy, write_atomically
+from storage.atomic import write_atomically
+from storage.locks import lock
+from storage.manifest import MANIFEST_FILE, PackingPolicy
 
 PLAN_FILE, LOCK_FILE, TOKENIZER_FOLDER, TOKENS_FOLDER = "plan.json", ".lock", "tokenizer", "tokens"
 PLAN_VERSION = 1
@@ -284,11 +285,11 @@ def locked(output: Path) -> Iterator[None]:
         output.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise ValueError(f"--output {output} is not a folder") from None
-    with (output / LOCK_FILE).open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"another build is writing to {output}: wait for it or choose another --output") from None
+    try:
+        held = lock(output / LOCK_FILE)
+    except BlockingIOError:
+        raise ValueError(f"another build is writing to {output}: wait for it or choose another --output") from None
+    with held:
         yield
 
 

@@ -9,7 +9,7 @@ a damaged store is refused. After an interruption the same command continues.
 """
 
 if __name__ == "__main__":
-    from data_prep.command import end_at_ctrl_c
+    from console.command import end_at_ctrl_c
 
     end_at_ctrl_c()
 
@@ -20,7 +20,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from data_prep.command import CommandParser, run_command
+from console.command import CommandParser, run_command
+from console.progress import Progress, say
 from data_prep.find import Source
 from data_prep.finish import Tokenized, finish
 from data_prep.foresee import say_what_is_foreseen
@@ -39,12 +40,12 @@ from data_prep.plan import (
     read_plan,
     remove_leftovers,
 )
-from data_prep.progress import Progress, say
 from data_prep.store import INDEX_FILE, TokenStore
 from data_prep.summary import print_summary
 from data_prep.tokenizer import open_tokenizer
 from data_prep.verify import tokenizer_problem, unit_problem
-from training.manifest import MANIFEST_FILE, Manifest, PackingPolicy, publish, read_manifest
+from storage.atomic import publish
+from storage.manifest import MANIFEST_FILE, Manifest, PackingPolicy, read_manifest
 
 
 def repack(data: Path, policy: PackingPolicy, output: Path) -> Manifest:

@@ -29,7 +29,7 @@ import numpy as np
 import pyarrow as pa
 
 from data_prep.ledger import unit_path
-from training.manifest import publish
+from storage.atomic import publish
 
 INDEX_FILE = "index.arrow"
 SPLITS = ("train", "validation")

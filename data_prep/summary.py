@@ -14,7 +14,7 @@ from data_prep.ledger import Ledger
 from data_prep.pack import Packing
 from data_prep.records import LeftOut, printable
 from data_prep.store import LEFT_OUT, Columns
-from training.manifest import LeftOutFiles, Manifest
+from storage.manifest import LeftOutFiles, Manifest
 
 PERCENTILES = (1, 10, 50, 90, 99)
 EXAMPLES = 5

@@ -7,7 +7,7 @@ spells a control token, such as `</s>`, is encoded as the characters it consists
 """
 
 if __name__ == "__main__":
-    from data_prep.command import end_at_ctrl_c
+    from console.command import end_at_ctrl_c
 
     end_at_ctrl_c()
 
@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from data_prep.command import run_command
+from console.command import run_command
 from data_prep.tokenizer_files import (
     CONFIG_FILE,
     JSON_FILE,
@@ -31,7 +31,8 @@ from data_prep.tokenizer_files import (
     read_config,
 )
 from data_prep.tokenizer_training import main
-from training.manifest import TokenizerInfo, token_dtype, write_atomically
+from storage.atomic import write_atomically
+from storage.manifest import TokenizerInfo, token_dtype
 
 LONG_TEXT_CHARACTERS = 1 << 12
 """From here on SentencePiece encodes faster in pieces, with the same ids."""

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import sentencepiece
 
-from data_prep.command import CommandParser, DefaultsInHelp
+from console.command import CommandParser, DefaultsInHelp
+from console.progress import Progress, say
 from data_prep.documents import read_unit
-from data_prep.progress import Progress, say
 from data_prep.records import Problems
 from data_prep.sources import hash64, parse_sources, plan_units
 from data_prep.summary import by_reason, left_out_words
 from data_prep.tokenizer_files import MODEL_FILE
-from training.manifest import write_atomically
+from storage.atomic import write_atomically
 
 CHARACTER_COVERAGE = 0.99995
 SENTENCE_BYTES = 4096

@@ -8,7 +8,7 @@ the exit code is 0 only if there is none.
 """
 
 if __name__ == "__main__":
-    from data_prep.command import end_at_ctrl_c
+    from console.command import end_at_ctrl_c
 
     end_at_ctrl_c()
 
@@ -18,13 +18,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_prep.command import CommandParser, run_command
+from console.command import CommandParser, run_command
+from console.progress import Progress
 from data_prep.ledger import Ledger
 from data_prep.plan import TOKENS_FOLDER
-from data_prep.progress import Progress
 from data_prep.store import INDEX_FILE, TokenStore
-from training.manifest import Manifest, read_manifest
-from training.shards import ShardedDataset
+from storage.manifest import Manifest, read_manifest
+from storage.shards import ShardedDataset
 
 
 def problems(directory: Path, full: bool = False) -> Iterator[tuple[int, str | None]]:

@@ -10,9 +10,9 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager
 
+from console.progress import Progress
 from data_prep.encode import UnitEncoder, Work
 from data_prep.ledger import Ledger
-from data_prep.progress import Progress
 from data_prep.records import Unit
 
 _encoder: UnitEncoder | None = None  # of a worker process

@@ -101,7 +101,7 @@ INTERNALS = [
         (
             "_attn_implementation",
             "transformers",
-            "model/modeling_longform.py",
+            "model/hf/modeling_longform.py",
             "which kernel a user asked for",
             "tests/model",
         ),

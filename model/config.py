@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
-from .hf_config import CHUNKED_PREFIX, fields_from_hf, read_hf_config
+from .hf.config import CHUNKED_PREFIX, fields_from_hf, read_hf_config
 from .visibility import Visibility
 
 ROPE_KEYS = {
@@ -188,7 +188,7 @@ class ModelConfig(BaseModel):
 
         `token_ids`: `bos_token_id`, `eos_token_id`, `pad_token_id` of the tokenizer. The architecture is
         LlamaForCausalLM; with `qk_norm` Qwen3ForCausalLM; with `sliding_window` alone MistralForCausalLM. Of models that
-        are not causal, modeling_longform.py, which `hf.save_hf` puts into the folder, makes the first two masked language
+        are not causal, modeling_longform.py, which `hf.weights.save_hf` puts into the folder, makes the first two masked language
         models, and adds `chunked` attention. Raises ValueError where no architecture has the combination.
         """
         if self.position_embedding != "rope":

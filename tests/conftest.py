@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from tests.processes import Ranks
+from tests.ranks import Ranks
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before anything imports DeepSpeed, which would look for a GPU
 settings.register_profile("longform", deadline=None, derandomize=True)
@@ -19,7 +19,7 @@ settings.load_profile("longform")
 @pytest.fixture(autouse=True)
 def _no_lines_of_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a command says on stderr does not depend on how busy the machine is."""
-    monkeypatch.setattr("data_prep.progress.LINE_SECONDS", math.inf)
+    monkeypatch.setattr("console.progress.LINE_SECONDS", math.inf)
 
 
 @pytest.fixture(scope="module")

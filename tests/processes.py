@@ -1,4 +1,4 @@
-"""Real processes for tests: `run_ranks` for a function on every rank, `run_cli` for a command as a user types it.
+"""Real processes for tests: `run_cli` for a command as a user types it; `tests.ranks` for a function on every rank.
 
 Every process gets an environment made from a short allow list (no RANK, WANDB_* or CUDA_* leaks in), the
 CPU accelerator, one thread, and a mark by which it and all it started are found and killed: nothing outlives a test.
@@ -7,7 +7,6 @@ CPU accelerator, one thread, and a mark by which it and all it started are found
 import contextlib
 import ctypes
 import os
-import pickle
 import resource
 import secrets
 import signal
@@ -23,16 +22,15 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
-CODE = ("console", "data_prep", "ds_configs", "engine", "launch", "model", "recipes", "tools", "train.py", "training")
+CODE = (
+    *("console", "data_prep", "ds_configs", "engine", "launch", "model"),
+    *("recipes", "storage", "tools", "train.py", "training"),
+)
 """What a folder must hold for the commands to run in it."""
 KEPT_VARIABLES = ("HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR", "TORCH_EXTENSIONS_DIR", "USER")
 MARK = "LONGFORM_TEST_PROCESS"
 OUTPUT_TAIL_CHARACTERS = 6000
 LIBC = ctypes.CDLL(None)
-
-
-class RankError(AssertionError):
-    """A rank raised, died or ran out of time; the message holds its traceback and the end of its output."""
 
 
 def clean_environment(changes: Mapping[str, str | None] | None = None) -> dict[str, str]:
@@ -66,147 +64,6 @@ def free_port() -> int:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
-
-
-def run_ranks(
-    target: str | Callable[..., Any],
-    world_size: int,
-    *args: Any,
-    timeout: float = 120,
-    process_group: bool = False,
-    env: Mapping[str, str | None] | None = None,
-    until_all_end: bool = False,
-) -> list[Any]:
-    """Calls `target(*args)` once on each of `world_size` new processes and returns what they returned, by rank.
-
-    `target` is "module:function", or a function at the top level of an importable module. With `process_group` a gloo
-    group exists before the call; otherwise the target makes its own from RANK, WORLD_SIZE and MASTER_*, as `train.py`
-    does. Arguments and results are pickled. `until_all_end`: do not end the others once one has failed.
-
-    Raises RankError with the traceback of the rank that failed first, or with the stacks of all ranks after `timeout`
-    seconds. No process is left behind in either case.
-    """
-    with Ranks(world_size, env) as ranks:
-        results = ranks.call(target, *args, timeout=timeout, process_group=process_group, until_all_end=until_all_end)
-        ranks.dismiss(timeout)
-        return results
-
-
-class Ranks:
-    """Processes that wait for functions to call, one after the other; a process group stays from call to call.
-
-    After a call that failed they cannot be called again: `alive` is False, and they end with the `with` block.
-    """
-
-    def __init__(self, world_size: int, env: Mapping[str, str | None] | None = None):
-        self._context = contextlib.ExitStack()
-        self._folder = Path(self._context.enter_context(tempfile.TemporaryDirectory(prefix="ranks-")))
-        self._mark = self._context.enter_context(_marked_processes())
-        self._processes: list[subprocess.Popen[bytes]] = []
-        self._calls, self.alive = 0, True
-        port = free_port()
-        for rank in range(world_size):
-            placement = {
-                "RANK": rank,
-                "LOCAL_RANK": rank,
-                "WORLD_SIZE": world_size,
-                "LOCAL_WORLD_SIZE": world_size,
-                "LOCAL_SIZE": world_size,
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-            }
-            variables = {**{key: str(value) for key, value in placement.items()}, **(env or {}), MARK: self._mark}
-            command = [sys.executable, "-m", "tests.rank", str(self._folder)]
-            with self._output(rank).open("wb") as output:
-                streams = {"stdin": subprocess.PIPE, "stdout": output, "stderr": subprocess.STDOUT}
-                self._processes.append(_start(command, variables, **streams))
-
-    def __enter__(self) -> "Ranks":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.kill()
-
-    def kill(self) -> None:
-        """Ends them, and all that they started."""
-        self.alive = False
-        self._context.close()
-
-    def call(
-        self,
-        target: str | Callable[..., Any],
-        *args: Any,
-        timeout: float = 120,
-        process_group: bool = False,
-        until_all_end: bool = False,
-    ) -> list[Any]:
-        """`run_ranks` on these processes."""
-        assert self.alive
-        self.alive = False
-        name = target if isinstance(target, str) else f"{target.__module__}:{target.__qualname__}"
-        self._calls += 1
-        (self._folder / f"call-{self._calls}").write_bytes(pickle.dumps((name, args, process_group)))
-        begin = [self._output(rank).stat().st_size for rank, _ in enumerate(self._processes)]
-        for process in self._processes:
-            with contextlib.suppress(BrokenPipeError):  # one that ended before is seen below
-                process.stdin.write(f"{self._calls}\n".encode())
-                process.stdin.flush()
-        deadline = time.monotonic() + timeout
-        while True:
-            codes = [process.poll() for process in self._processes]  # before the look for what they reported
-            busy = [code is None and not self._report(rank).exists() for rank, code in enumerate(codes)]
-            if not any(busy) or (any(codes) and not until_all_end):
-                break
-            if time.monotonic() > deadline:
-                _dump_stacks(self._mark)
-                raise RankError(f"{name}: no end after {timeout:g} s\n{self._said(begin)}")
-            time.sleep(0.005)
-        time.sleep(0.2 if any(codes) else 0)  # the other ranks may have something to say about it
-        results = self._results(name, begin)
-        self.alive = True
-        return results
-
-    def dismiss(self, timeout: float = 60) -> None:
-        """Lets them end by themselves. Raises RankError when one does not, or with another exit code than 0."""
-        self.alive = False
-        for process in self._processes:
-            process.stdin.close()
-        deadline = time.monotonic() + timeout
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            for process in self._processes:
-                process.wait(max(0.0, deadline - time.monotonic()))
-        codes = [process.poll() for process in self._processes]
-        if any(codes) or None in codes:
-            raise RankError(f"exit codes {codes} after the last call\n{self._said([0] * len(codes))}")
-
-    def _results(self, name: str, begin: Sequence[int]) -> list[Any]:
-        reports: dict[int, tuple[float, bool, Any]] = {}
-        world_size = len(self._processes)
-        for rank in range(world_size):
-            if self._report(rank).exists():
-                reports[rank] = pickle.loads(self._report(rank).read_bytes())
-        failures = sorted((when, rank, text) for rank, (when, good, text) in reports.items() if not good)
-        if failures:
-            text = "\n".join(f"rank {rank} of {world_size}:\n{text}" for _, rank, text in failures)
-            raise RankError(f"{name} failed\n{text}\n{self._said(begin, [rank for _, rank, _ in failures])}")
-        died = [(rank, process.returncode) for rank, process in enumerate(self._processes) if process.returncode]
-        if died or len(reports) < world_size:
-            codes = ", ".join(f"rank {rank}: exit code {code}" for rank, code in died)
-            raise RankError(f"{name}: a rank died without an exception ({codes})\n{self._said(begin)}")
-        print(self._said(begin))  # pytest shows it when the test fails later
-        return [reports[rank][2] for rank in range(world_size)]
-
-    def _output(self, rank: int) -> Path:
-        return self._folder / f"output-{rank}"
-
-    def _report(self, rank: int) -> Path:
-        return self._folder / f"report-{self._calls}-{rank}"
-
-    def _said(self, begin: Sequence[int], ranks: Sequence[int] | None = None) -> str:
-        """The end of what the ranks, or some of them, printed since their outputs had these sizes."""
-        some = range(len(begin)) if ranks is None else ranks
-        texts = [(rank, self._output(rank).read_bytes()[begin[rank] :].decode(errors="replace")) for rank in some]
-        return "\n".join(f"--- output of rank {rank}\n{text[-OUTPUT_TAIL_CHARACTERS:]}" for rank, text in texts if text)
 
 
 def run_cli(
@@ -270,7 +127,7 @@ class RunningCommand:
         try:
             code = self.process.wait(timeout)
         except subprocess.TimeoutExpired:
-            _dump_stacks(self._mark)
+            dump_stacks(self._mark)
             tails = self.stdout[-OUTPUT_TAIL_CHARACTERS:], self.stderr[-2 * OUTPUT_TAIL_CHARACTERS :]
             raise TimeoutError(f"{self.process.args}: no end after {timeout:g} s\n" + "\n".join(tails)) from None
         return subprocess.CompletedProcess(self.process.args, code, self.stdout, self.stderr)
@@ -285,16 +142,18 @@ def start_cli(
     stdin: Any = subprocess.DEVNULL,
 ) -> Iterator[RunningCommand]:
     """Starts a command in the background; it and all it started are gone when the `with` block ends."""
-    with tempfile.TemporaryDirectory(prefix="command-") as folder, _marked_processes() as mark:
+    with tempfile.TemporaryDirectory(prefix="command-") as folder, marked_processes() as mark:
         paths = Path(folder) / "stdout", Path(folder) / "stderr"
         with paths[0].open("wb") as stdout, paths[1].open("wb") as stderr:
             words = [os.fspath(word) for word in command]
             variables = {**(env or {}), MARK: mark}
-            process = _start(words, variables, stdout=stdout, stderr=stderr, stdin=stdin, cwd=cwd)
+            process = start_process(words, variables, stdout=stdout, stderr=stderr, stdin=stdin, cwd=cwd)
         yield RunningCommand(process, Path(folder), mark)
 
 
-def _start(command: Sequence[str], variables: Mapping[str, str | None], **options: Any) -> subprocess.Popen[bytes]:
+def start_process(
+    command: Sequence[str], variables: Mapping[str, str | None], **options: Any
+) -> subprocess.Popen[bytes]:
     """The child leads a session of its own, so a Ctrl-C in the terminal reaches only the test, which then cleans up."""
     environment = clean_environment(variables)
     options = {"cwd": ROOT, "stdin": subprocess.DEVNULL} | options
@@ -309,7 +168,7 @@ def _die_with_parent() -> None:
 
 
 @contextlib.contextmanager
-def _marked_processes() -> Iterator[str]:
+def marked_processes() -> Iterator[str]:
     """Yields a fresh mark; on leaving kills every process that carries it (after a moment to end by itself)."""
     mark = secrets.token_hex(16)
     grace_seconds = 0.0
@@ -334,7 +193,7 @@ def _signal_marked(mark: str, number: int) -> int:
     return found
 
 
-def _dump_stacks(mark: str) -> None:
+def dump_stacks(mark: str) -> None:
     """Lets Python's fault handler write the stack of every thread to stderr (the process dies of it)."""
     _signal_marked(mark, signal.SIGABRT)
     deadline = time.monotonic() + 5

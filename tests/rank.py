@@ -1,4 +1,4 @@
-"""One rank of `tests.processes.Ranks`: `python -m tests.rank FOLDER`, told on its standard input which calls to make."""
+"""One rank of `tests.ranks.Ranks`: `python -m tests.rank FOLDER`, told on its standard input which calls to make."""
 
 import gc
 import importlib

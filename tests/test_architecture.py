@@ -9,18 +9,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("console", "launch", "model", "data_prep", "training", "engine", "tools", "bench", "tests")
+PACKAGES = ("console", "storage", "launch", "model", "data_prep", "training", "engine", "tools", "bench", "tests")
 FILES = sorted([*ROOT.glob("*.py"), *(file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))])
 MAX_LINES = 350
 
 MAY_IMPORT = {
     # package: our modules it may import beside itself
     "console": (),
+    "storage": (),
     "launch": ("console",),
     "model": (),
-    "data_prep": ("training.shards", "training.manifest"),
-    "training": ("model.config", "model.hf_config"),
-    "engine": ("launch", "model", "training", "data_prep.foresee"),
+    "data_prep": ("console", "storage"),
+    "training": ("model.config", "model.hf.config", "model.visibility", "storage"),
+    "engine": ("launch", "model", "training", "storage", "data_prep.foresee"),
 }
 ENGINE_MAY_IMPORT = {
     # folder of the engine ("": its own files): the other folders of it; all may import `OF_ALL_ENGINE`
@@ -38,14 +39,13 @@ MAY_NOT_IMPORT = {
     "data_prep/": ("torch", "deepspeed"),
     "console/": ("torch", "deepspeed"),
     "launch/": ("deepspeed",),
-    "training/shards.py": ("torch", "deepspeed"),
-    "training/manifest.py": ("torch", "deepspeed"),
+    "storage/": ("torch", "deepspeed"),
     "training/": ("deepspeed",),
     "tools/": ("deepspeed",),
     "bench/": ("deepspeed",),
     "train.py": ("deepspeed",),
 }
-MAY_READ_ENVIRONMENT = {"launch/topology.py", "data_prep/command.py"}
+MAY_READ_ENVIRONMENT = {"launch/topology.py", "console/command.py"}
 """The second before torch is imported: which rank complains of a command line."""
 MAY_SHADOW = {"data_prep/inspect.py"}
 """Run as `python -m data_prep.inspect`; inside a package it hides nothing."""
@@ -103,7 +103,7 @@ def broken_rules(file: Path, text: str) -> list[str]:
     top, names, problems = path.split("/")[0], imports(file, tree), []
     if top in MAY_IMPORT:
         ours = {name for name in names if name.split(".")[0] in PACKAGES and name.split(".")[0] != top}
-        # `from training import shards` names `training` too: the package itself is empty
+        # `from storage import shards` names `storage` too: the package itself is empty
         ours -= {name for name in ours if name in PACKAGES and any(o.startswith(f"{name}.") for o in ours)}
         problems += [f"imports {name}" for name in sorted(ours) if not inside(name, MAY_IMPORT[top])]
     if top == "engine":
@@ -142,9 +142,11 @@ def test_every_file_keeps_the_rules(file):
         ("model/x.py", "from training.shards import Manifest"),
         ("data_prep/x.py", "import torch.nn"),
         ("data_prep/x.py", "from training import data"),
+        ("storage/x.py", "from training.config import Recipe"),
+        ("console/x.py", "from data_prep.records import Unit"),
         ("data_prep/x.py", "from model.config import ModelConfig"),
         ("data_prep/x.py", "from ..training import data"),
-        ("training/shards.py", "import torch"),
+        ("storage/shards.py", "import torch"),
         ("training/x.py", "from model.llama import Llama"),
         ("training/x.py", "from engine import optimizer"),
         ("launch/x.py", "from engine.layout.mesh import Mesh"),
@@ -169,8 +171,8 @@ def test_a_breach_is_seen(path, text):
 @pytest.mark.parametrize(
     ("path", "text"),
     [
-        ("data_prep/x.py", "from training import shards\nfrom training.shards import Manifest\nfrom .store import S"),
-        ("training/x.py", "from model.config import ModelConfig\nfrom . import shards\nimport torch.distributed"),
+        ("data_prep/x.py", "from storage import shards\nfrom storage.shards import Manifest\nfrom .store import S"),
+        ("training/x.py", "from model.visibility import Visibility\nfrom . import data\nimport torch.distributed"),
         ("launch/topology.py", "import os\nos.environ['RANK']\nfrom console.output import outlive_readers"),
         ("engine/x.py", "import deepspeed\nfrom model.llama import Llama\nfrom launch.topology import Topology"),
         ("engine/run/x.py", "from engine.step import train_step\nfrom engine.checkpoint.folder import save"),

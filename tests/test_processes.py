@@ -10,7 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.processes import MARK, RankError, clean_environment, run_cli, run_ranks, start_cli
+from tests.processes import MARK, clean_environment, run_cli, start_cli
+from tests.ranks import RankError, run_ranks
 
 
 def run_square(offset: int) -> tuple[int, int, dict[str, str]]:

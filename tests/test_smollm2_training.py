@@ -16,14 +16,14 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_prep.tokenizer import open_tokenizer
-from model.hf import from_hf_model, save_hf
+from model.hf.weights import from_hf_model, save_hf
+from storage.shards import open_split
 from tests.data_prep.support import PROSE
 from tests.processes import free_port, run_cli
 from tests.smollm2 import load
 from tests.tools import support
 from training.data import make_batch
 from training.records import read_records
-from training.shards import open_split
 
 pytestmark = pytest.mark.checkpoint_file
 STEPS, LEARNING_RATE, WEIGHT_DECAY, CLIP = 3, 5e-5, 0.1, 1.0

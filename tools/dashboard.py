@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from data_prep.command import CommandParser, DefaultsInHelp
+from console.command import CommandParser, DefaultsInHelp
 from training.wandb_run import WANDB_KEYS
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from data_prep.command import CommandParser, run_command
+from console.command import CommandParser, run_command
 from training.metrics import METRICS_FILE
 from training.records import read_records
 

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from data_prep.command import CommandParser, run_command
+from console.command import CommandParser, run_command
 from tools import host_facts
 
 ROOT = Path(__file__).resolve().parent.parent

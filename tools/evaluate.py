@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from data_prep.command import CommandParser, DefaultsInHelp, run_command
+from console.command import CommandParser, DefaultsInHelp, run_command
 from data_prep.tokenizer import open_tokenizer
-from tools import evaluation_files
-from tools.evaluation_tables import gain_tables, passkey_tables, position_table, score_table
+from storage.atomic import write_atomically
+from storage.shards import open_split
+from tools.evaluation.files import store_evaluation
+from tools.evaluation.passkey_phrases import PHRASES
+from tools.evaluation.tables import gain_tables, passkey_tables, position_table, score_table
 from tools.model_flags import add_model_flags
-from tools.passkey_phrases import PHRASES
-from training.manifest import write_atomically
-from training.shards import open_split
 
 if TYPE_CHECKING:
     from training.objective import Masking
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 def main() -> None:
     arguments = parsed()
-    from tools.analyses import evaluated, masks
+    from tools.evaluation.analyses import evaluated, masks
     from tools.trained import open_trained
 
     trained = open_trained(arguments.source, arguments.step, arguments.device, arguments.dtype)
@@ -55,7 +55,7 @@ def main() -> None:
     if arguments.json:
         write_atomically(Path(arguments.json), json.dumps(about | analyses, indent=1).encode())
     if trained.checkpoint is not None:
-        evaluation_files.store(Path(arguments.source), about, analyses)
+        store_evaluation(Path(arguments.source), about, analyses)
 
 
 def parsed() -> argparse.Namespace:

@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data_prep.command import CommandParser, run_command
-from data_prep.progress import Progress, say
+from console.command import CommandParser, run_command
+from console.progress import Progress, say
 from data_prep.tokenizer import open_tokenizer
 from model.config import ModelConfig
+from storage.atomic import publish, write_atomically
+from storage.manifest import TokenizerInfo
+from storage.shards import open_split
 from tools.model_flags import DTYPES
-from training.manifest import TokenizerInfo, publish, write_atomically
 from training.metrics import METRICS_FILE
 from training.records import read_records
-from training.shards import open_split
 
 if TYPE_CHECKING:
     import torch
@@ -127,7 +128,7 @@ def export(
 ) -> None:
     """Write the Hugging Face folder beside `output` and rename it when it is complete."""
     from engine.checkpoint.deepspeed_files import read_weights
-    from model.hf import save_hf
+    from model.hf.weights import save_hf
     from tools.hf_tokenizer import write_hf_tokenizer
     from tools.trained import objective_of
     from training.objective import mask_token_id

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from data_prep.command import CommandParser, DefaultsInHelp, run_command
+from console.command import CommandParser, DefaultsInHelp, run_command
 from data_prep.tokenizer import Tokenizer
 from tools.model_flags import add_model_flags
 

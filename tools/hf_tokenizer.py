@@ -31,8 +31,9 @@ from data_prep.tokenizer_files import (
     leave_out_unknown,
     read_config,
 )
+from storage.atomic import write_atomically
+from storage.manifest import TokenizerInfo
 from tools import tokenization_longform
-from training.manifest import TokenizerInfo, write_atomically
 
 CODE = Path(tokenization_longform.__file__)
 OF_THE_PLACE = {"auto_map", "name_or_path", "vocab_file", "tokenizer_file", "processor_class"}

@@ -14,8 +14,10 @@ PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "pyarrow", "pydantic"
 CODE = (
     "train.py",
     "engine/**/*.py",
+    "console/*.py",
     "launch/*.py",
-    "model/*.py",
+    "model/**/*.py",
+    "storage/*.py",
     "training/*.py",
     "ds_configs/*.json",
     "recipes/*.yaml",

@@ -21,9 +21,10 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 from pydantic import ValidationError
 
-from data_prep.command import CommandParser
+from console.command import CommandParser
 from model.config import ModelConfig
-from tools import evaluation_plots, run_plots
+from tools import run_plots
+from tools.evaluation import plots as evaluation_plots
 from tools.run_history import Run, read_run
 from tools.run_plots import validation_scores
 from training.metrics import with_prefix

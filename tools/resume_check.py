@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 from rich.table import Table
 
-from data_prep.command import run_command
-from tools.comparison import (
+from console.command import run_command
+from storage.atomic import write_atomically
+from tools.layouts.comparison import (
     Difference,
     LaunchProgress,
     Tolerance,
@@ -30,8 +31,7 @@ from tools.comparison import (
     tolerance_between,
     workspace,
 )
-from tools.layouts import Layout, Setting, StepRecord, launch, parse_layout, plan_layout
-from training.manifest import write_atomically
+from tools.layouts.layout import Layout, Setting, StepRecord, launch, parse_layout, plan_layout
 from training.records import finite
 
 
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--stop-at", type=int, default=5, help="last step before the stop (default: 5)")
     add_flags(parser)
     arguments = parser.parse_args()
-    from tools.final_weights import Weights
+    from tools.layouts.final_weights import Weights
 
     source, target = parse_layout(arguments.source, "--from"), parse_layout(arguments.target, "--to")
     stop, last = arguments.stop_at, arguments.steps

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tools import evaluation_files
+from tools.evaluation.files import read_evaluations
 from training.metrics import METRICS_FILE
 from training.records import read_records
 
@@ -41,7 +41,7 @@ def read_run(run_dir: Path) -> Run:
         [record for record in records if "validation" in record],
         [record for record in records if "event" in record],
         known if isinstance(known, dict) else {"run": known},
-        evaluation_files.read(run_dir),
+        read_evaluations(run_dir),
     )
 
 

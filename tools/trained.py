@@ -12,7 +12,7 @@ from engine.checkpoint.deepspeed_files import read_weights
 from engine.checkpoint.folder import find
 from engine.checkpoint.manifest import CheckpointManifest
 from model.config import ModelConfig
-from model.hf import load_model
+from model.hf.weights import load_model
 from model.llama import Llama
 from training.objective import mask_token_id
 from training.sections import ObjectiveConfig

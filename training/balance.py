@@ -7,8 +7,8 @@ therefore dealt out by cost. A step as a whole keeps its rows: which these are s
 
 import numpy as np
 
-from model.config import Visibility
-from training.shards import ShardedDataset
+from model.visibility import Visibility
+from storage.shards import ShardedDataset
 
 
 def row_costs(dataset: ShardedDataset, sources: np.ndarray, rows: np.ndarray, visibility: Visibility) -> np.ndarray:

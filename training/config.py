@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from model.config import ModelConfig
-from model.hf_config import left_out, read_hf_config
+from model.hf.config import left_out, read_hf_config
 from training.foreign_names import TRANSFORMERS_NAMES
 from training.schedule import ScheduleConfig
 from training.sections import DataConfig, MetricsConfig, ObjectiveConfig, OptimizerConfig, StageConfig

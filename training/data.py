@@ -1,6 +1,6 @@
 """From packed rows to the batches of an optimizer step.
 
-1. `open_split` (training/shards.py) maps the shards; no token is read.
+1. `open_split` (storage/shards.py) maps the shards; no token is read.
 2. `SampleOrder` (training/sampler.py) says which row sample k is, for any k, in constant time and memory.
 3. The samples of a step, consumed .. consumed + n - 1, are dealt out to ranks and micro-batches (training/balance.py).
 4. `make_batch` widens the rows to int64 and derives targets and positions from the pieces of each row.
@@ -25,12 +25,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from model.config import Visibility
+from model.visibility import Visibility
+from storage.shards import ShardedDataset
 from training.balance import deal, row_costs
 from training.objective import NO_TARGET, Masking
 from training.sampler import Drawn, SampleOrder
 from training.sections import DataConfig
-from training.shards import ShardedDataset
 
 LOOKUP_SAMPLES = 4096
 """Samples located at a time: the order costs little per sample only when computed for many."""

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from model.config import ModelConfig
+from storage.manifest import Manifest, TokenizerInfo
 from training.config import Recipe
-from training.manifest import Manifest, TokenizerInfo
 from training.sections import ObjectiveConfig
 
 NO_TARGET = -100

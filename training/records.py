@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from training.manifest import publish
+from storage.atomic import publish
+from storage.locks import still_at
 
 
 class RecordFile:
@@ -27,7 +28,7 @@ class RecordFile:
         """Raises ValueError when the file cannot take it whole, or is no longer at its path."""
         line = json.dumps(finite(record), allow_nan=False).encode() + b"\n"
         try:
-            if not os.path.samestat(self._path.stat(), os.fstat(self._file.fileno())):
+            if not still_at(self._path, self._file):
                 raise FileNotFoundError
             size = self._file.tell()
             if self._file.write(line) != len(line):

@@ -3,8 +3,8 @@
 import math
 from collections.abc import Iterable
 
+from storage.shards import ShardedDataset
 from training.objective import Masking
-from training.shards import ShardedDataset
 
 
 def scores(

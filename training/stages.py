@@ -9,10 +9,10 @@ earlier ones left each source. A data set packed from the same documents at anot
 
 from collections.abc import Sequence
 
+from storage.shards import ShardedDataset
 from training.data import training_order
 from training.sampler import Drawn, SampleOrder
 from training.sections import DataConfig
-from training.shards import ShardedDataset
 
 
 def stage_order(parts: Sequence[tuple[ShardedDataset, DataConfig]], used: Sequence[int], seed: int) -> SampleOrder:

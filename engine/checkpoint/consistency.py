@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 
 from model.config import ModelConfig
-from training.manifest import TokenizerInfo
+from storage.manifest import TokenizerInfo
 from training.sections import ObjectiveConfig, OptimizerConfig
 from training.state import TrainState
 

@@ -33,7 +33,7 @@ from engine.checkpoint.retention import delete_folder, set_aside
 from engine.engine import Engine
 from engine.layout.names import named_parameters
 from launch.peers import FAILED_COLLECTIVE
-from training.manifest import publish, write_atomically
+from storage.atomic import publish, write_atomically
 from training.state import TrainState
 
 DISK_FAULT = re.compile("enforce fail|iostream|PytorchStreamWriter|write failed|No space left|Parent directory")

@@ -1,41 +1,33 @@
 """The folder of a run: one process group at a time may write to it, and `run.json` says what runs there."""
 
-import fcntl
 import json
-import os
 from pathlib import Path
 from typing import IO, Any
 
 from engine.run.plan import RunPlan
+from storage.atomic import write_atomically
+from storage.locks import lock, still_at
 from training.environment import environment
-from training.manifest import write_atomically
 
 
-def claim_run(run: Path) -> IO:
+def claim_run(run: Path) -> IO[str]:
     """Create the folder and lock it for as long as the returned file is open. Raises ValueError if another has it."""
     if run.exists() and not run.is_dir():
         raise ValueError(f"--output {run} is a file: give a folder")
     try:
         run.mkdir(parents=True, exist_ok=True)
-        lock = (run / ".lock").open("w")
-    except OSError as error:
-        raise ValueError(f"--output {run}: {error.strerror}") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock(run / ".lock")
     except BlockingIOError:
         raise ValueError(
             f"another training process is writing to {run}: wait for it or choose another --output"
         ) from None
-    return lock
+    except OSError as error:
+        raise ValueError(f"--output {run}: {error.strerror}") from None
 
 
-def check_claim(run: Path, lock: IO) -> None:
-    """Raise ValueError when the folder is no longer the one that `lock` of `claim_run` stands in."""
-    try:
-        ours = os.path.samestat((run / ".lock").stat(), os.fstat(lock.fileno()))
-    except OSError:
-        ours = False
-    if not ours:
+def check_claim(run: Path, claim: IO[str]) -> None:
+    """Raise ValueError when the folder is no longer the one that `claim_run` was given."""
+    if not still_at(run / ".lock", claim):
         raise ValueError(
             f"{run} was removed, moved or replaced while training wrote to it, or its .lock was: nothing more can be kept "
             "there; put it back and run the same command again"

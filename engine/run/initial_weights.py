@@ -15,9 +15,9 @@ from engine.checkpoint.deepspeed_files import read_weights
 from engine.checkpoint.folder import find, newest_good
 from engine.checkpoint.manifest import CheckpointManifest, read_manifest
 from model.config import ROPE_EXTENDS_ORIGINAL, ModelConfig
-from model.hf import load_hf
+from model.hf.weights import load_hf
+from storage.manifest import TokenizerInfo
 from training.config import Recipe
-from training.manifest import TokenizerInfo
 
 MAY_DIFFER = {
     # what shapes no weight and is changed on purpose, to train on with other rows or another visibility

@@ -13,13 +13,13 @@ from engine.run.initial_weights import initial_weights_problems
 from engine.run.stages import Stage, plan_stages
 from launch.topology import Topology
 from model.config import ModelConfig
+from storage.manifest import Manifest
+from storage.shards import ShardedDataset, open_split
 from training.config import Recipe, config_json_notices, load_recipe
 from training.data import TrainingData
-from training.manifest import Manifest
 from training.objective import recipe_masking
 from training.sampler import SampleOrder
 from training.schedule import landmarks, lr_factor
-from training.shards import ShardedDataset, open_split
 
 FEW_ROWS = 4
 """A validation set with fewer says next to nothing."""

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from engine.ds_json.read import Resolved, StepDivision
+from storage.shards import ShardedDataset
 from training.config import Recipe
 from training.data import training_order
 from training.sections import DataConfig
-from training.shards import ShardedDataset
 
 
 class Stage(NamedTuple):

@@ -6,10 +6,10 @@ from itertools import islice
 from engine.engine import Engine
 from engine.run.plan import RunPlan
 from engine.step import survey
+from storage.shards import ShardedDataset
 from training.data import validation_batches
 from training.objective import Masking, recipe_masking
 from training.scores import scores
-from training.shards import ShardedDataset
 
 BATCHES_AT_ONCE = 32
 

@@ -19,7 +19,7 @@ from data_prep.documents import Document, Problems, read_unit
 from data_prep.plan import BuildOptions, Plan
 from data_prep.sources import parse_sources, plan_units
 from data_prep.tokenizer import open_tokenizer
-from training.manifest import Manifest, PackingPolicy
+from storage.manifest import Manifest, PackingPolicy
 
 ROOT = Path(__file__).parents[2]
 UNIT_BYTES = 60_000

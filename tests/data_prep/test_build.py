@@ -14,6 +14,8 @@ from data_prep.plan import BuildOptions, Plan
 from data_prep.sources import parse_sources
 from data_prep.store import Columns, TokenStore
 from data_prep.tokenizer import open_tokenizer
+from storage.manifest import PackingPolicy, read_manifest
+from storage.shards import open_split
 from tests.data_prep.support import (
     DEEPSEEK,
     MISTRAL,
@@ -26,8 +28,6 @@ from tests.data_prep.support import (
     run,
     write_lines,
 )
-from training.manifest import PackingPolicy, read_manifest
-from training.shards import open_split
 
 # --- the same bytes ---------------------------------------------------------------------------------------------------
 

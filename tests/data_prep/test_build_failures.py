@@ -16,6 +16,7 @@ import pytest
 from data_prep.plan import locked
 from data_prep.repack import repack
 from data_prep.verify import problems
+from storage.manifest import PackingPolicy, read_manifest
 from tests.data_prep.support import (
     UNIT_BYTES,
     arguments,
@@ -27,7 +28,6 @@ from tests.data_prep.support import (
     write_lines,
     write_prose,
 )
-from training.manifest import PackingPolicy, read_manifest
 
 # --- odd input --------------------------------------------------------------------------------------------------------
 

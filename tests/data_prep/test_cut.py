@@ -16,9 +16,9 @@ from data_prep.cut import CLOSERS, KINDS, OTHER_STOPS, STOPS, Breaks, count_cuts
 from data_prep.pack import pack
 from data_prep.token_bytes import token_bytes
 from data_prep.tokenizer import open_tokenizer
+from storage.manifest import PackingPolicy
 from tests.data_prep.support import DEEPSEEK, MISTRAL, PROSE, awkward
 from tests.data_prep.test_pack import targets_seen
-from training.manifest import PackingPolicy
 
 BLANKS = r"[ \t\r\v\f]*"
 SENTENCE = re.compile(rf"([{re.escape(STOPS)}][{re.escape(STOPS + CLOSERS)}]*)({BLANKS})\Z")

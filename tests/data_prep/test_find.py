@@ -9,9 +9,9 @@ import pyarrow as pa
 import pytest
 
 from data_prep.verify import problems as problems_of
+from storage.manifest import read_manifest
 from tests.data_prep.support import build_here, failure, left_out_of, read, run, unprivileged, write_lines
 from tests.data_prep.test_formats import as_arrow
-from training.manifest import read_manifest
 
 CLOSED = "a folder that cannot be opened (what it holds cannot be counted)"
 

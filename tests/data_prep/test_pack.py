@@ -12,9 +12,9 @@ from pydantic import ValidationError
 
 from data_prep import pack as pack_module
 from data_prep.pack import pack, write_split
+from storage.manifest import PackingPolicy
+from storage.shards import Row, ShardWriter, row_block
 from tests.training.corpus import PAD, MadeDocuments
-from training.manifest import PackingPolicy
-from training.shards import Row, ShardWriter, row_block
 
 LENGTHS = st.lists(st.integers(1, 70), min_size=1, max_size=60)
 

@@ -17,6 +17,7 @@ from data_prep.repack import repack
 from data_prep.sources import parse_sources
 from data_prep.tokenizer import open_tokenizer
 from data_prep.verify import problems
+from storage.manifest import PackingPolicy, read_manifest
 from tests.data_prep.support import (
     DEEPSEEK,
     MISTRAL,
@@ -32,7 +33,6 @@ from tests.data_prep.support import (
 )
 from tests.data_prep.test_cut import CHINESE
 from tests.data_prep.test_verify import flip_bit, remove, shorten
-from training.manifest import PackingPolicy, read_manifest
 
 # --- the same bytes ---------------------------------------------------------------------------------------------------
 

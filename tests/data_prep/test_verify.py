@@ -11,17 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from console.command import run_command
 from data_prep import inspect, verify
 from data_prep.build import build
-from data_prep.command import run_command
 from data_prep.plan import BuildOptions, Plan
 from data_prep.repack import repack
 from data_prep.sources import parse_sources
 from data_prep.store import TokenStore
 from data_prep.tokenizer import open_tokenizer
 from data_prep.tokenizer_training import train
-from training.manifest import PackingPolicy
-from training.shards import open_split
+from storage.manifest import PackingPolicy
+from storage.shards import open_split
 
 TEXTS = dict(sorted(pydoc_data.topics.topics.items())[:30])
 POEMS = {

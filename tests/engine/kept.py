@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from tests.processes import RankError
+from tests.ranks import RankError
 
 
 def kept(calculate: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,7 +7,7 @@ import torch._dynamo.utils
 
 from engine import build
 from tests.engine.programs import histories, prepare, zero
-from tests.processes import run_ranks
+from tests.ranks import run_ranks
 
 LAYOUTS = {
     "zero2": zero(2),

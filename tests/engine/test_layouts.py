@@ -10,7 +10,7 @@ from engine.ds_json.read import read_ds_config
 from engine.run.loop import StepSamples, new_state
 from engine.run.plan import make_plan
 from launch.topology import Topology
-from model.hf import save_hf
+from model.hf.weights import save_hf
 from model.llama import Llama
 from tests.engine.kept import kept
 from tests.engine.programs import BF16, histories, prepare, zero

@@ -15,6 +15,7 @@ from engine.run.plan import make_plan
 from engine.run.resume import check_resumable
 from launch.topology import Topology
 from model.config import ModelConfig
+from storage.shards import write_manifest
 from tests.engine.kept import kept
 from tests.engine.programs import moved_at, prepare, stopped, zero
 from tests.processes import run_cli, start_cli
@@ -22,7 +23,6 @@ from tests.training.corpus import build
 from tools.export import card
 from tools.hf_tokenizer import Written
 from training.records import read_records
-from training.shards import write_manifest
 
 STEPS, STOPS = 8, (3, 4)  # at the border of the first two stages, and inside the second
 CUT = {"training.micro_batch_samples": "4"}

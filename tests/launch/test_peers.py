@@ -10,7 +10,7 @@ from engine.process_group import start_process_group
 from launch.rank import run_rank
 from launch.topology import read_topology
 from tests.engine.programs import Run, prepare, zero
-from tests.processes import RankError, run_ranks
+from tests.ranks import RankError, run_ranks
 
 PIPELINE = zero(1, pipeline={"stages": 2})
 LAYOUTS = {"zero2": zero(2, zero={"overlap_comm": True}), "zero3": zero(3), "pipeline": PIPELINE}

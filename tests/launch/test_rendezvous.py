@@ -9,7 +9,8 @@ import pytest
 
 from launch import rendezvous
 from launch.peers import LostPeer
-from tests.processes import RankError, free_port, run_ranks
+from tests.processes import free_port
+from tests.ranks import RankError, run_ranks
 
 HOSTS = ["node1", "node2", "node2", "node3"]
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from model.config import ModelConfig
-from model.hf_config import left_out
+from model.hf.config import left_out
 from model.llama import Llama
 from tests.model.support import SCALINGS, tiny
 

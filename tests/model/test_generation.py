@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from model.generation import continuation_losses, generate, sample
-from model.hf import to_hf_state
+from model.hf.weights import to_hf_state
 from model.llama import Llama
 from tests.model.support import SCALINGS, TensorSizes, tiny
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from model.documents import Documents
 from model.generation import generate
-from model.hf import save_hf, to_hf_state
+from model.hf.weights import save_hf, to_hf_state
 from model.llama import Llama, layer_plan
 from model.positions import resize_positions, sinusoids
 from tests.model.support import positions, tiny

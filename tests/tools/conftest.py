@@ -8,7 +8,7 @@ import yaml
 
 from data_prep.tokenizer_training import train
 from tests.data_prep.support import PROSE
-from tests.processes import run_ranks
+from tests.ranks import run_ranks
 from tests.tools import support
 
 

@@ -14,8 +14,8 @@ import torch
 import xxhash
 import yaml
 
+from console.command import run_command
 from data_prep.build import build
-from data_prep.command import run_command
 from data_prep.plan import BuildOptions, Plan
 from data_prep.sources import parse_sources
 from data_prep.tokenizer import open_tokenizer
@@ -28,11 +28,11 @@ from engine.run.outputs import Outputs
 from launch.signals import StopSignal
 from model.config import ModelConfig
 from model.llama import Llama
+from storage.manifest import PackingPolicy
+from storage.shards import ShardedDataset, open_split
 from tests.data_prep.support import build_here
 from tests.engine.programs import Run, zero
 from tools import export
-from training.manifest import PackingPolicy
-from training.shards import ShardedDataset, open_split
 
 STEPS = 4
 EVERY = 2  # steps between checkpoints and between validations

@@ -17,14 +17,14 @@ from transformers import AutoModelForCausalLM
 from data_prep.tokenizer import open_tokenizer
 from data_prep.tokenizer_training import train
 from model.config import ModelConfig
-from model.hf import save_hf
+from model.hf.weights import save_hf
 from model.llama import Llama
 from tests.data_prep.support import PROSE
 from tests.processes import run_cli
 from tests.tools import support
 from tests.tools.test_report import Page
 from tools import evaluate
-from tools.evaluation_files import read
+from tools.evaluation.files import read_evaluations
 from tools.hf_tokenizer import write_hf_tokenizer
 from tools.report import page
 from tools.run_history import read_run
@@ -119,7 +119,7 @@ def test_the_command_measures_the_use_of_length_and_keeps_it(trained, figures):
 
     figures(run, "--data", trained.data, "--step", 2)
     figures(run, "--data", trained.data, "--max-samples", 1)
-    kept = {(each["checkpoint"], name): each for each in read(run) for name in each.keys() & ANALYSES}
+    kept = {(each["checkpoint"], name): each for each in read_evaluations(run) for name in each.keys() & ANALYSES}
     assert kept.keys() == {("step-00000002", name) for name in ("scores", "positions")} | {
         ("step-00000004", name) for name in ANALYSES
     }

@@ -26,7 +26,8 @@ from transformers import (
 from data_prep.tokenizer import open_tokenizer
 from engine.checkpoint.manifest import steps
 from model.config import ModelConfig
-from model.hf import load_hf
+from model.hf.weights import load_hf
+from storage.shards import open_split
 from tests.data_prep.support import PROSE
 from tests.processes import run_cli, start_cli
 from tests.tools import support
@@ -34,7 +35,6 @@ from tools import export
 from tools.trained import remembered_objective
 from training.records import read_records
 from training.sections import ObjectiveConfig
-from training.shards import open_split
 
 TEXT = "O, for a Muse of fire — that would ascend\n\nthe brightest heaven of invention, 1599! ☃"
 

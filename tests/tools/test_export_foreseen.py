@@ -14,10 +14,10 @@ from data_prep.repack import repack
 from engine.checkpoint.manifest import CheckpointManifest
 from engine.run.plan import RunPlan, make_plan
 from launch.topology import Topology
+from storage.manifest import PackingPolicy, read_manifest
 from tests.data_prep.support import PROSE
 from tests.tools import support
 from tools.export import exported_config
-from training.manifest import PackingPolicy, read_manifest
 
 SHORT, LONG, RECIPE_LENGTH = 48, 96, 128
 STAGES = [{"name": "short", "max_steps": 2}, {"name": "long", "max_steps": 2}]

@@ -9,12 +9,12 @@ import pytest
 import sentencepiece
 
 from data_prep.repack import repack
+from storage.manifest import PackingPolicy, fingerprint, read_manifest
 from tests.data_prep.support import PROSE
 from tests.data_prep.test_tokenizer_files import byte_level
 from tests.tools import support
 from tests.tools.test_export_foreseen import SHORT, plan_of
 from tools.hf_tokenizer import write_hf_tokenizer
-from training.manifest import PackingPolicy, fingerprint, read_manifest
 
 NAMED = {
     "tokenizer_config.json": {"eos_token": "</s>", "pad_token": "<pad>", "extra_special_tokens": {"image": "<image>"}},

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from data_prep.tokenizer import open_tokenizer
 from model.config import ModelConfig
-from model.hf import save_hf
+from model.hf.weights import save_hf
 from model.llama import Llama
 from tests.data_prep.support import DEEPSEEK, PROSE, awkward
 from tests.processes import run_cli

@@ -22,7 +22,7 @@ from transformers import (
 from data_prep.foresee import absent_names
 from data_prep.tokenizer import open_tokenizer
 from model.config import ModelConfig
-from model.hf import save_hf
+from model.hf.weights import save_hf
 from model.llama import Llama
 from tests.data_prep.support import MISTRAL, PROSE
 from tests.data_prep.test_tokenizer_files import FILES, KEYS, anything, byte_level

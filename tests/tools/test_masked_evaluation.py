@@ -15,8 +15,8 @@ from tests.model.support import formula, tiny
 from tests.tools import support
 from tests.tools.test_report import Page
 from tools import evaluate
-from tools.evaluation_files import read
-from tools.long_context import measure
+from tools.evaluation.files import read_evaluations
+from tools.evaluation.long_context import measure
 from tools.report import page
 from tools.run_history import read_run
 from training.data import make_batch
@@ -141,7 +141,7 @@ def test_it_is_the_validation_loss_that_the_run_logged(trained, masked_exports, 
             assert sum(b["targets"] * b["loss"] for b in buckets) == pytest.approx(row["targets"] * row["loss"])
         assert ObjectiveConfig(**found["objective"]).drawn == (name == "diffusion")
         assert {"masked": "loss of masked tokens", "diffusion": "bound"}[name] in done.out
-    assert {each["checkpoint"] for each in read(run)} == {"step-00000002", "step-00000004"}
+    assert {each["checkpoint"] for each in read_evaluations(run)} == {"step-00000002", "step-00000004"}
     assert "step-00000004" in Page(page(read_run(run))).visible
 
 

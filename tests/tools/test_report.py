@@ -15,7 +15,7 @@ from plotly.offline import get_plotlyjs
 
 from tests.processes import run_cli
 from tests.training.test_metrics import log, open_logger
-from tools import evaluation_files
+from tools.evaluation.files import store_evaluation
 from tools.report import main, page
 from tools.run_history import read_run
 from training.metrics import METRICS_FILE
@@ -101,7 +101,7 @@ def write_evaluations(folder: Path, checkpoint: str = "step-00000040", data: str
     ]
     scored = {"loss": 4.5 - step / 80, "perplexity": 90.0, "bits_per_byte": 1.5, "targets": 12345}
     fingerprint = hashlib.sha256(data.encode()).hexdigest()
-    evaluation_files.store(
+    store_evaluation(
         folder,
         {"checkpoint": checkpoint, "data": data, "fingerprint": fingerprint, "split": "validation"},
         {

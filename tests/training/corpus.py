@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.pack import Packing, pack, write_split
-from training.manifest import Manifest, PackingPolicy, SourceRows, TokenizerInfo, token_dtype
-from training.shards import ShardWriter, write_manifest
+from storage.manifest import Manifest, PackingPolicy, SourceRows, TokenizerInfo, token_dtype
+from storage.shards import ShardWriter, write_manifest
 
 PAD = 3
 

@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from storage.shards import open_split
 from tests.model.support import tiny
 from tests.training.corpus import build
 from training.balance import deal, imbalance, row_costs
 from training.data import make_batch
-from training.shards import open_split
 
 LAYOUT = st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(1, 4))  # accumulation, ranks, micro-batch
 

@@ -13,10 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from storage.shards import open_split
 from tests.training.corpus import PAD, build
 from training.data import NO_TARGET, TrainingData, train_loader, training_order, validation_batches
 from training.sections import DataConfig
-from training.shards import open_split
 
 STEP_SAMPLES = 12
 IN_PROCESS = DataConfig()
@@ -171,7 +171,7 @@ import signal, sys
 from itertools import islice
 from training.data import TrainingData, train_loader, training_order
 from training.sections import DataConfig
-from training.shards import open_split
+from storage.shards import open_split
 
 def main():
     stopped = []

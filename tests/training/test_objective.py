@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from model.config import ModelConfig
+from storage.shards import open_split
 from tests.training.corpus import PAD, build
 from training.config import Recipe
 from training.data import NO_TARGET, TrainingData, make_batch, train_loader, training_order
 from training.objective import Masking
 from training.sections import DataConfig, ObjectiveConfig
-from training.shards import open_split
 
 T, VOCABULARY = 32, 1000
 MASK = VOCABULARY  # the tokenizer of these data has no mask token: the model's next id is one

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from storage.shards import open_split
 from tests.training.corpus import build
 from training.data import training_order
 from training.sampler import SampleOrder
 from training.sections import DataConfig, StageConfig
-from training.shards import open_split
 from training.stages import stage_order
 from training.state import TrainState
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.processes import run_ranks
+from tests.ranks import run_ranks
 from tests.training.test_metrics import log
 from training.metrics import METRICS_FILE, MetricsLogger
 from training.records import read_records

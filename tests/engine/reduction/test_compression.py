@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from engine.reduction.compressors import OneBit, PowerSGD, decode, encode
 from tests.engine.reduction.reductions import COMPRESSED, MIN_ELEMENTS, SHAPES, moved, reduced
-from tests.processes import run_ranks
+from tests.ranks import run_ranks
 
 WARMUP, STEPS = 3, 150
 POWERSGD = {"method": "powersgd", "rank": 2, "warmup_steps": WARMUP, "min_elements": MIN_ELEMENTS}

@@ -7,7 +7,7 @@ import pytest
 
 from tests.engine.ds_json.test_read import problems, resolve
 from tests.engine.programs import Run, continued, histories, interrupted, prepare, zero
-from tests.processes import run_ranks
+from tests.ranks import run_ranks
 
 METHODS = ["powersgd", "onebit"]
 

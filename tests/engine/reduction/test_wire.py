@@ -9,7 +9,7 @@ from torch.distributed import ProcessGroup
 
 from engine.reduction.wire import OPERATIONS, WireBytes
 from tests.engine.programs import Run, prepare, zero
-from tests.processes import run_ranks
+from tests.ranks import run_ranks
 
 MICRO_BATCHES = 2
 

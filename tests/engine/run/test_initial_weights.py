@@ -19,10 +19,10 @@ from engine.run.loop import StepSamples, new_state
 from engine.run.plan import make_plan
 from launch.topology import Topology
 from model.config import ModelConfig
-from model.hf import to_hf_state
+from model.hf.weights import to_hf_state
 from model.llama import Llama
 from tests.engine.programs import RECIPE, Run, prepare, zero
-from tests.processes import run_ranks
+from tests.ranks import run_ranks
 from tests.training.corpus import build
 from tools import export
 from tools.trained import load_checkpoint

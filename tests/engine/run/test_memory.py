@@ -21,7 +21,8 @@ from engine.run.plan import RunPlan, make_plan
 from launch.topology import Topology
 from model.config import ModelConfig
 from tests.engine.programs import BF16, Run, prepare, zero
-from tests.processes import ROOT, run_cli, run_ranks
+from tests.processes import ROOT, run_cli
+from tests.ranks import run_ranks
 from tests.training.corpus import build
 from training.environment import free_of_cgroups
 

@@ -10,7 +10,7 @@ import yaml
 from engine.run.plan import make_plan
 from launch.topology import Topology
 from model.config import ModelConfig
-from model.hf import save_hf
+from model.hf.weights import save_hf
 from model.llama import Llama
 from tests.engine.programs import RECIPE, prepare
 from tests.training.corpus import build

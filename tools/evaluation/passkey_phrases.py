@@ -1,4 +1,4 @@
-"""The sentences around a pass key, by language (see `tools.passkey`)."""
+"""The sentences around a pass key, by language (see `tools.evaluation.passkey`)."""
 
 from typing import NamedTuple
 

@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .config import CUSTOM_MODULE, ModelConfig
-from .llama import Llama
+from ..config import CUSTOM_MODULE, ModelConfig
+from ..llama import Llama
 
 HEAD = "lm_head.weight"
 EMBEDDING = "embed_tokens.weight"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
 
-from data_prep.progress import say
+from console.progress import say
 from training.records import read_records
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ def launch(
             "-m",
         ]
     with (folder / "log").open("wb") as log:
-        command = [*python, "tools.layout_rank", str(folder)]
+        command = [*python, "tools.layouts.rank", str(folder)]
         process = subprocess.Popen(command, env=_environment(layout.ranks), stdout=log, stderr=subprocess.STDOUT)
     try:
         while process.poll() is None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from model.hf import from_hf_state, load_hf, load_model, save_hf, to_hf_state
+from model.hf.weights import from_hf_state, load_hf, load_model, save_hf, to_hf_state
 from model.llama import Llama
 from tests.model.support import tiny
 

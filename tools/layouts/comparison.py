@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
-from data_prep.command import CommandParser
-from data_prep.progress import LINE_SECONDS, console, say
-from tools.layouts import LaunchFailed, Setting, StepRecord, rounds_more
+from console.command import CommandParser
+from console.progress import LINE_SECONDS, console, say
+from tools.layouts.layout import LaunchFailed, Setting, StepRecord, rounds_more
 from training.config import add_recipe_flags, hints_for_flags
 
 if TYPE_CHECKING:

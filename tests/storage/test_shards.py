@@ -16,9 +16,9 @@ from datasets import Dataset, load_from_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from storage.manifest import NOT_FINGERPRINTED, Manifest, fingerprint, read_manifest, save_manifest, token_dtype
+from storage.shards import RowBlock, ShardWriter, open_split, rows_per_batch, write_manifest
 from tests.training.corpus import build, document_tokens
-from training.manifest import NOT_FINGERPRINTED, Manifest, fingerprint, read_manifest, save_manifest, token_dtype
-from training.shards import RowBlock, ShardWriter, open_split, rows_per_batch, write_manifest
 
 LENGTHS = {"books": [9] * 4200 + [5] * 900 + [40] * 20, "web": list(range(1, 60))}
 

@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from data_prep.progress import Progress
+from console.progress import Progress
 from data_prep.tokenizer import Tokenizer
 from model.generation import continuation_losses, generate
 from model.llama import Llama
-from tools.passkey_phrases import PHRASES
-from training.shards import ShardedDataset
+from storage.shards import ShardedDataset
+from tools.evaluation.passkey_phrases import PHRASES
 
 LANGUAGE_SAMPLE_TOKENS = 1024
 MIN_CHINESE_SHARE = 0.1  # of the characters of Chinese text with formulas, names and spaces

@@ -20,13 +20,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from data_prep.progress import Progress
+from console.progress import Progress
 from model.documents import Documents
 from model.llama import Llama
 from model.loss import token_losses
+from storage.shards import ShardedDataset
 from training.data import NO_TARGET, make_batch
 from training.objective import Masking
-from training.shards import ShardedDataset
 
 TOKEN_BYTES = 8  # of the int64 ids that the model reads
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model.generation import generate
-from model.hf import from_hf_model, load_model, save_hf
+from model.hf.weights import from_hf_model, load_model, save_hf
 from model.llama import Llama
 from tests.smollm2 import load
 

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from data_prep.tokenizer import open_tokenizer
 from model.llama import Llama
+from storage.shards import open_split
 from tests.data_prep.support import DEEPSEEK, PROSE
 from tests.model.support import tiny
 from tests.tools import support
-from tools.passkey import PHRASES, Filler, Passkeys, default_lengths, language_of, passkey
-from training.shards import open_split
+from tools.evaluation.passkey import PHRASES, Filler, Passkeys, default_lengths, language_of, passkey
 
 CHINESE = "长文本语言模型需要记住很久以前读过的内容，才能回答最后提出的问题。我们把文档切分成若干块，再逐块阅读。" * 6
 

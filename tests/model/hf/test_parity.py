@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from model.hf import from_hf_model, load_model, save_hf
+from model.hf.weights import from_hf_model, load_model, save_hf
 from model.llama import Llama
 from tests.model.support import SCALINGS, tiny
 

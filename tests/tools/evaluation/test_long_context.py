@@ -14,7 +14,7 @@ from model.llama import Llama
 from tests.data_prep.support import PROSE
 from tests.model.support import SCALINGS, tiny
 from tests.tools import support
-from tools.long_context import PositionSums, context_gain, default_limits, in_chunks, measure, positions
+from tools.evaluation.long_context import PositionSums, context_gain, default_limits, in_chunks, measure, positions
 
 TOKENS, LIMITS = 24, (1, 5, 8, 24, 100)
 

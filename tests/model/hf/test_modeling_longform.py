@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 from transformers.utils import versions
 
-from model import modeling_longform
 from model.config import ModelConfig
 from model.documents import Documents
-from model.hf import load_model, save_hf
+from model.hf import modeling_longform
+from model.hf.modeling_longform import visible
+from model.hf.weights import load_model, save_hf
 from model.llama import Llama
-from model.modeling_longform import visible
 from model.visibility import Visibility
+from tests.model.hf.test_parity import randomised
 from tests.model.support import SCALINGS, positions, tiny
-from tests.model.test_parity import randomised
 
 CHUNKS = {"attention": "chunked", "chunk_size": 6}
 MODELS = {

@@ -1,6 +1,6 @@
 """The shard format: rows of packed tokens in Arrow IPC stream files, written once and read through memory maps.
 
-    DATA/manifest.json                       what is here (training/manifest.py), written last
+    DATA/manifest.json                       what is here (storage/manifest.py), written last
     DATA/<split>/shard-<source>-00000.arrow  rows; a record batch is a fixed number of rows
     DATA/<split>/state.json, dataset_info.json   let `datasets.load_from_disk` open the split in place
 
@@ -27,7 +27,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from training.manifest import Manifest, Shard, publish, read_manifest, save_manifest, write_datasets_index
+from storage.atomic import publish
+from storage.manifest import Manifest, Shard, read_manifest, save_manifest, write_datasets_index
 
 SEGMENT_COLUMNS = {"seg_len": "int32", "seg_ctx": "int32", "seg_doc": "int64", "seg_off": "int64"}
 BATCH_BYTES = 1 << 23

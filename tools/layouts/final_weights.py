@@ -7,7 +7,7 @@ import torch
 
 from engine.checkpoint.deepspeed_files import read_weights
 from engine.checkpoint.folder import find
-from tools.layouts import LaunchFailed
+from tools.layouts.layout import LaunchFailed
 
 
 class Weights:

@@ -9,7 +9,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from tools.evaluation_tables import PASSKEY_FIGURES, bucket_name, passkey_grid, passkey_title, whole_set
+from tools.evaluation.tables import PASSKEY_FIGURES, bucket_name, passkey_grid, passkey_title, whole_set
 from tools.panels import COLORS, Drawing, Panel, draw
 
 HEAT = ((0.0, "rgba(59,130,246,0.05)"), (1.0, "rgba(59,130,246,0.95)"))

@@ -1,4 +1,4 @@
-"""What a rank of a compared layout does; started by `tools.layouts` on every rank, with the folder of its job."""
+"""What a rank of a compared layout does; started by `tools.layouts.layout` on every rank, with the folder of its job."""
 
 import hashlib
 import json
@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from data_prep.command import CommandParser
+from console.command import CommandParser
 
 if TYPE_CHECKING:
     from engine.run.loop import TrainingLoop
@@ -44,7 +44,7 @@ def main(folder: Path) -> int:
 
 
 def train(loop: "TrainingLoop", last_step: int, records: TextIO) -> None:
-    """Train as train.py does; what each step of this rank was goes into `records` (see `tools.layouts.StepRecord`)."""
+    """Train as train.py does; what each step of this rank was goes into `records` (see `tools.layouts.layout.StepRecord`)."""
     from engine.reduction.wire import WireBytes
     from training.environment import peak_memory_bytes
 
@@ -74,7 +74,7 @@ def digests(micro_batches: list[dict]) -> list[str]:
 
 
 if __name__ == "__main__":
-    parser = CommandParser(prog="python -m tools.layout_rank", description=__doc__)
+    parser = CommandParser(prog="python -m tools.layouts.rank", description=__doc__)
     parser.add_argument("folder", type=Path, help="folder of the job")
     given = parser.parse_args()
 

@@ -8,11 +8,12 @@ anywhere is another fingerprint.
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, ValidationError, model_validator
+
+from storage.atomic import write_atomically
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -257,23 +258,3 @@ def read_manifest(directory: Path) -> Manifest:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "manifest"
         raise ValueError(f"{path}: {place}: {first['msg'].removeprefix('Value error, ')}") from None
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace `path` by `data`: after a crash the file holds either all of the old content or all of the new."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    publish(temporary, path)
-
-
-def publish(temporary: Path, path: Path) -> None:
-    """Give a completely written and synced file its final name, durably."""
-    temporary.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

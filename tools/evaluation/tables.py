@@ -22,7 +22,7 @@ def score_table(found: dict[str, Any], title: str, kind: str = "loss") -> Table:
 
 
 def position_table(found: dict[str, Any], kind: str = "loss") -> Table:
-    """`found` as `tools.long_context.positions` makes it."""
+    """`found` as `tools.evaluation.long_context.positions` makes it."""
     by_bucket = [{row["first"]: row for row in rows} for rows in found.values()]
     whole = whole_set(found)
     caption = "position: tokens of the same piece of a document before the target; ± standard error between pieces"
@@ -34,7 +34,7 @@ def position_table(found: dict[str, Any], kind: str = "loss") -> Table:
 
 
 def gain_tables(found: dict[str, Any]) -> list[Table]:
-    """`found` as `tools.long_context.context_gain` makes it."""
+    """`found` as `tools.evaluation.long_context.context_gain` makes it."""
     whole = whole_set(found)
     caption = "loss where a token sees only its own chunk of the document, minus loss where it sees all before it"
     by_source = Table("chunk", *found, "loss", title="gain from context (nats a target)", caption=caption)
@@ -52,7 +52,7 @@ def gain_tables(found: dict[str, Any]) -> list[Table]:
 
 
 def passkey_tables(found: dict[str, Any]) -> list[Table]:
-    """`found` as `tools.passkey.passkey` makes it: a table for each figure, lengths down, depths across."""
+    """`found` as `tools.evaluation.passkey.passkey` makes it: a table for each figure, lengths down, depths across."""
     tables = []
     for figure in PASSKEY_FIGURES:
         lengths, depths, values = passkey_grid(found, figure)

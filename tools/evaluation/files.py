@@ -7,12 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from training.manifest import write_atomically
+from storage.atomic import write_atomically
 
 FOLDER = "evaluations"
 
 
-def store(run: Path, about: dict[str, Any], analyses: dict[str, Any]) -> None:
+def store_evaluation(run: Path, about: dict[str, Any], analyses: dict[str, Any]) -> None:
     """`about` names `checkpoint`, `data`, `fingerprint` and `split`; `analyses` are JSON-able figures by name."""
     (run / FOLDER).mkdir(exist_ok=True)
     data = Path(about["data"]).name
@@ -22,7 +22,7 @@ def store(run: Path, about: dict[str, Any], analyses: dict[str, Any]) -> None:
         write_atomically(path, json.dumps(about | {name: figures}, indent=1).encode())
 
 
-def read(run: Path) -> list[dict[str, Any]]:
+def read_evaluations(run: Path) -> list[dict[str, Any]]:
     """All that are kept, in the order of checkpoints; ValueError for a damaged file."""
     found = []
     for path in sorted((run / FOLDER).glob("*.json")):

@@ -5,12 +5,12 @@ import functools
 import operator
 from typing import Any
 
-from tools.long_context import context_gain, default_limits, measure, positions
-from tools.passkey import Passkeys, default_lengths, passkey
+from storage.shards import ShardedDataset
+from tools.evaluation.long_context import context_gain, default_limits, measure, positions
+from tools.evaluation.passkey import Passkeys, default_lengths, passkey
 from tools.trained import Trained
 from training.objective import Masking
 from training.scores import scores
-from training.shards import ShardedDataset
 
 
 def masks(arguments: argparse.Namespace, trained: Trained, dataset: ShardedDataset) -> Masking | None:

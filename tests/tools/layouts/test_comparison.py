@@ -8,10 +8,10 @@ import torch
 
 from bench.equivalence import REFERENCE, default_layouts
 from tests.engine.programs import prepare
-from tools import final_weights
-from tools.comparison import DEFAULT_OVERRIDES, DEFAULT_RECIPE, Difference, Tolerance, compare
-from tools.final_weights import Weights
-from tools.layouts import LaunchFailed, Layout, Setting, StepRecord, parse_layout, plan_layout, rounds_more
+from tools.layouts import final_weights
+from tools.layouts.comparison import DEFAULT_OVERRIDES, DEFAULT_RECIPE, Difference, Tolerance, compare
+from tools.layouts.final_weights import Weights
+from tools.layouts.layout import LaunchFailed, Layout, Setting, StepRecord, parse_layout, plan_layout, rounds_more
 
 FILE = "ds_configs/zero2_fp32.json"
 STEP = StepRecord(1, 2.0, 0.5, True, "rows", 1.0, 10**9, 0.0)

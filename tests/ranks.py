@@ -1,0 +1,158 @@
+"""Functions of tests on every rank of a process group: in processes made for one call, or in ones that wait for the next."""
+
+import contextlib
+import pickle
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.processes import MARK, OUTPUT_TAIL_CHARACTERS, dump_stacks, free_port, marked_processes, start_process
+
+
+class RankError(AssertionError):
+    """A rank raised, died or ran out of time; the message holds its traceback and the end of its output."""
+
+
+def run_ranks(
+    target: str | Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout: float = 120,
+    process_group: bool = False,
+    env: Mapping[str, str | None] | None = None,
+    until_all_end: bool = False,
+) -> list[Any]:
+    """Calls `target(*args)` once on each of `world_size` new processes and returns what they returned, by rank.
+
+    `target` is "module:function", or a function at the top level of an importable module. With `process_group` a gloo
+    group exists before the call; otherwise the target makes its own from RANK, WORLD_SIZE and MASTER_*, as `train.py`
+    does. Arguments and results are pickled. `until_all_end`: do not end the others once one has failed.
+
+    Raises RankError with the traceback of the rank that failed first, or with the stacks of all ranks after `timeout`
+    seconds. No process is left behind in either case.
+    """
+    with Ranks(world_size, env) as ranks:
+        results = ranks.call(target, *args, timeout=timeout, process_group=process_group, until_all_end=until_all_end)
+        ranks.dismiss(timeout)
+        return results
+
+
+class Ranks:
+    """Processes that wait for functions to call, one after the other; a process group stays from call to call.
+
+    After a call that failed they cannot be called again: `alive` is False, and they end with the `with` block.
+    """
+
+    def __init__(self, world_size: int, env: Mapping[str, str | None] | None = None):
+        self._context = contextlib.ExitStack()
+        self._folder = Path(self._context.enter_context(tempfile.TemporaryDirectory(prefix="ranks-")))
+        self._mark = self._context.enter_context(marked_processes())
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._calls, self.alive = 0, True
+        port = free_port()
+        for rank in range(world_size):
+            placement = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": world_size,
+                "LOCAL_WORLD_SIZE": world_size,
+                "LOCAL_SIZE": world_size,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
+            variables = {**{key: str(value) for key, value in placement.items()}, **(env or {}), MARK: self._mark}
+            command = [sys.executable, "-m", "tests.rank", str(self._folder)]
+            with self._output(rank).open("wb") as output:
+                streams = {"stdin": subprocess.PIPE, "stdout": output, "stderr": subprocess.STDOUT}
+                self._processes.append(start_process(command, variables, **streams))
+
+    def __enter__(self) -> "Ranks":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    def kill(self) -> None:
+        """Ends them, and all that they started."""
+        self.alive = False
+        self._context.close()
+
+    def call(
+        self,
+        target: str | Callable[..., Any],
+        *args: Any,
+        timeout: float = 120,
+        process_group: bool = False,
+        until_all_end: bool = False,
+    ) -> list[Any]:
+        """`run_ranks` on these processes."""
+        assert self.alive
+        self.alive = False
+        name = target if isinstance(target, str) else f"{target.__module__}:{target.__qualname__}"
+        self._calls += 1
+        (self._folder / f"call-{self._calls}").write_bytes(pickle.dumps((name, args, process_group)))
+        begin = [self._output(rank).stat().st_size for rank, _ in enumerate(self._processes)]
+        for process in self._processes:
+            with contextlib.suppress(BrokenPipeError):  # one that ended before is seen below
+                process.stdin.write(f"{self._calls}\n".encode())
+                process.stdin.flush()
+        deadline = time.monotonic() + timeout
+        while True:
+            codes = [process.poll() for process in self._processes]  # before the look for what they reported
+            busy = [code is None and not self._report(rank).exists() for rank, code in enumerate(codes)]
+            if not any(busy) or (any(codes) and not until_all_end):
+                break
+            if time.monotonic() > deadline:
+                dump_stacks(self._mark)
+                raise RankError(f"{name}: no end after {timeout:g} s\n{self._said(begin)}")
+            time.sleep(0.005)
+        time.sleep(0.2 if any(codes) else 0)  # the other ranks may have something to say about it
+        results = self._results(name, begin)
+        self.alive = True
+        return results
+
+    def dismiss(self, timeout: float = 60) -> None:
+        """Lets them end by themselves. Raises RankError when one does not, or with another exit code than 0."""
+        self.alive = False
+        for process in self._processes:
+            process.stdin.close()
+        deadline = time.monotonic() + timeout
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            for process in self._processes:
+                process.wait(max(0.0, deadline - time.monotonic()))
+        codes = [process.poll() for process in self._processes]
+        if any(codes) or None in codes:
+            raise RankError(f"exit codes {codes} after the last call\n{self._said([0] * len(codes))}")
+
+    def _results(self, name: str, begin: Sequence[int]) -> list[Any]:
+        reports: dict[int, tuple[float, bool, Any]] = {}
+        world_size = len(self._processes)
+        for rank in range(world_size):
+            if self._report(rank).exists():
+                reports[rank] = pickle.loads(self._report(rank).read_bytes())
+        failures = sorted((when, rank, text) for rank, (when, good, text) in reports.items() if not good)
+        if failures:
+            text = "\n".join(f"rank {rank} of {world_size}:\n{text}" for _, rank, text in failures)
+            raise RankError(f"{name} failed\n{text}\n{self._said(begin, [rank for _, rank, _ in failures])}")
+        died = [(rank, process.returncode) for rank, process in enumerate(self._processes) if process.returncode]
+        if died or len(reports) < world_size:
+            codes = ", ".join(f"rank {rank}: exit code {code}" for rank, code in died)
+            raise RankError(f"{name}: a rank died without an exception ({codes})\n{self._said(begin)}")
+        print(self._said(begin))  # pytest shows it when the test fails later
+        return [reports[rank][2] for rank in range(world_size)]
+
+    def _output(self, rank: int) -> Path:
+        return self._folder / f"output-{rank}"
+
+    def _report(self, rank: int) -> Path:
+        return self._folder / f"report-{self._calls}-{rank}"
+
+    def _said(self, begin: Sequence[int], ranks: Sequence[int] | None = None) -> str:
+        """The end of what the ranks, or some of them, printed since their outputs had these sizes."""
+        some = range(len(begin)) if ranks is None else ranks
+        texts = [(rank, self._output(rank).read_bytes()[begin[rank] :].decode(errors="replace")) for rank in some]
+        return "\n".join(f"--- output of rank {rank}\n{text[-OUTPUT_TAIL_CHARACTERS:]}" for rank, text in texts if text)
