@@ -7,7 +7,7 @@ BIN = .venv/bin
 help:
 	@echo "make demo              documents -> tokenizer -> shards -> training, killed and resumed -> export -> text -> report"
 	@echo "make test              every test that needs no accelerator and no network"
-	@echo "make check             linter and formatter"
+	@echo "make check             linter, formatter and type checker"
 	@echo "make bench             side-by-side measurements on this machine"
 	@echo "make bench-gpu         the model's training step and long rows on a GPU, with MFU"
 	@echo "make test-checkpoint   a real pretrained checkpoint (downloads 93 MB)"
@@ -26,6 +26,7 @@ test: .venv/installed
 check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 bench: .venv/installed
 	$(BIN)/python -m bench.data

@@ -11,8 +11,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Iterable
+from types import FrameType
+from typing import Any, NoReturn
 
 OTHERS_FIRST_SECONDS = 10.0
 INTERRUPTED = "interrupted: run the same command again to continue"
@@ -30,7 +31,7 @@ def end_at_ctrl_c() -> None:
         signal.signal(signal.SIGINT, _end_import)
 
 
-def _end_import(number: int, frame) -> None:
+def _end_import(number: int, frame: FrameType | None) -> None:
     """Nothing is open yet, and an exception could be swallowed or turned into another by the library being imported."""
     os.write(sys.stderr.fileno(), f"{INTERRUPTED}\n".encode())
     os._exit(130)
@@ -75,7 +76,7 @@ def sentence(error: Exception) -> str:
 class DefaultsInHelp(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Names a default where there is one."""
 
-    def _get_help_string(self, action: argparse.Action) -> str:
+    def _get_help_string(self, action: argparse.Action) -> str | None:
         return super()._get_help_string(action) if action.default not in (None, False) else action.help
 
 
@@ -86,12 +87,12 @@ class CommandParser(argparse.ArgumentParser):
     what an abbreviation means. `hints`: sentences for flags that are expected by users of other programs.
     """
 
-    def __init__(self, *args, hints: dict[str, str] | None = None, **settings):
+    def __init__(self, *, hints: dict[str, str] | None = None, **settings: Any) -> None:
         settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(*args, allow_abbrev=False, **settings)
+        super().__init__(allow_abbrev=False, **settings)
         self.hints = hints or {}
 
-    def parse_known_args(self, args=None, namespace=None):
+    def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
         words = sys.argv[1:] if args is None else list(args)
         if self._subparsers is None:  # else each command has a parser of its own
             words_of_flags = words[: words.index("--")] if "--" in words else words

@@ -2,12 +2,13 @@
 
 import io
 import sys
+from typing import Any
 
 
 class Output(io.FileIO):
     """Standard output or error; a terminal, pipe or disk that no longer takes it ends no run."""
 
-    def write(self, data) -> int:
+    def write(self, data: Any) -> int:
         try:
             return super().write(data)
         except OSError:

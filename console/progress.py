@@ -12,13 +12,14 @@ LINE_SECONDS = 5.0
 
 
 def say(words: str) -> None:
+    """Print on standard error, between the bars if there are any."""
     console.print(words)
 
 
 class Progress:
     """Counts input bytes (the share done) and, if told, tokens. Shows nothing for what takes less than a moment."""
 
-    def __init__(self, task: str, total_bytes: int):
+    def __init__(self, task: str, total_bytes: int) -> None:
         self.task, self.total = task, max(1, total_bytes)
         self.bytes = self.tokens = self.skipped = 0
         self.started = self.shown = time.monotonic()
@@ -32,7 +33,7 @@ class Progress:
             self.bars.start()
         return self
 
-    def __exit__(self, kind, error, traceback) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self.bars is not None:
             if kind is None:
                 self.bars.update(self.bars.task_ids[0], completed=self.total, rate=self._rate())
@@ -44,10 +45,12 @@ class Progress:
         self.show()
 
     def advance(self, new_bytes: int, new_tokens: int = 0) -> None:
+        """Count what was done since the last call."""
         self.bytes, self.tokens = self.bytes + new_bytes, self.tokens + new_tokens
         self.show()
 
     def show(self) -> None:
+        """Draw the bar, or print a line if the last one is `LINE_SECONDS` old."""
         done = min(self.total, self.skipped + self.bytes)
         if self.bars is not None:
             self.bars.update(self.bars.task_ids[0], completed=done, rate=self._rate())

@@ -30,7 +30,9 @@ class Hosts(NamedTuple):
 
 def read_hostfile(path: Path) -> Hosts:
     """The hosts in order with their slots (processes), and one sentence a problem."""
-    hosts, first_line, problems = {}, {}, []
+    hosts: dict[str, int] = {}
+    first_line: dict[str, int] = {}
+    problems: list[str] = []
     for number, line in _lines(path, "hostfile", problems):
         where, match = f"{path}, line {number}", HOST_LINE.fullmatch(line)
         if not line or line.startswith("#"):
@@ -62,7 +64,8 @@ class Forwarded(NamedTuple):
 
 def read_forwarded(path: Path) -> Forwarded:
     """The variables of a `.deepspeed_env`, which DeepSpeed sets on every host, and one sentence a problem."""
-    variables, problems = {}, []
+    variables: dict[str, str] = {}
+    problems: list[str] = []
     for number, line in _lines(path, ".deepspeed_env", problems):
         where = f"{path}, line {number}"
         name, equals, value = (part.strip() for part in line.partition("="))

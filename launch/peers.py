@@ -37,7 +37,7 @@ class LostPeer(RuntimeError):
 class RollCall:
     """The ranks of this launch and their last words, in a store that the first rank (or torchrun) keeps."""
 
-    def __init__(self, store: dist.Store, rank: int, world_size: int, port: int, reachable: Callable[[], bool]):
+    def __init__(self, store: dist.Store, rank: int, world_size: int, port: int, reachable: Callable[[], bool]) -> None:
         """`port`: the store's; `reachable`: whether its keeper still listens. To be made before the process group."""
         self._store, self._rank, self._world_size, self._reachable = store, rank, world_size, reachable
         self._port = port
@@ -109,7 +109,8 @@ class RollCall:
         return "is stopped (SIGSTOP): its process does not run" if status == psutil.STATUS_STOPPED else None
 
     def _write(self, rank: int, text: str | None) -> None:
-        self._store.append(WORDS, json.dumps([rank, text]) + "\n")
+        line = json.dumps([rank, text]) + "\n"
+        self._store.append(WORDS, line)  # type: ignore[attr-defined]  # torch's stubs leave it out
 
     def _read(self) -> list[tuple[int, str | None]]:
         return [tuple(json.loads(line)) for line in self._store.get(WORDS).decode().splitlines()]
@@ -130,7 +131,7 @@ def _break_connections(store_port: int) -> None:
 
 def named(ranks: Sequence[int], hosts: Sequence[str]) -> str:
     """`node2 (ranks 8, 9)`; hosts beyond the fourth are counted."""
-    places = {}
+    places: dict[str | None, list[int]] = {}
     for rank in ranks:
         places.setdefault(hosts[rank] if rank < len(hosts) else None, []).append(rank)
     texts = []

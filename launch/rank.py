@@ -32,8 +32,8 @@ def meet(topology: Topology) -> RollCall:
             raise LostPeer(
                 f"torchrun, which keeps the ranks' store at {address}:{port}, has ended or cannot be reached"
             )
-        store = torch.distributed.TCPStore(address, port, is_master=False)
-        store = torch.distributed.PrefixStore(place.agents_restart, store)
+        of_agents = torch.distributed.TCPStore(address, port, is_master=False)
+        store: torch.distributed.Store = torch.distributed.PrefixStore(place.agents_restart, of_agents)
     else:
         hosts = hosts_of_ranks(launcher_commands())
         store = wait_for_all_ranks(topology.rank, topology.world_size, address, port, hosts)

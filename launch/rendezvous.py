@@ -77,6 +77,7 @@ def _missing(store: dist.TCPStore, world_size: int) -> list[int]:
 
 
 def listens(address: str, port: int) -> bool:
+    """Whether anybody accepts a TCP connection there, within 5 seconds."""
     try:
         socket.create_connection((address, port), timeout=5).close()
     except OSError:

@@ -25,8 +25,12 @@ REASONS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP", "end of the launcher", "tim
 
 LOOK_SECONDS = 0.5
 LAUNCHERS = ("deepspeed", "deepspeed.pt", "ds", "torchrun")
-LAUNCHER_MODULES = ("deepspeed.launcher.runner", "deepspeed.launcher.launch")
-LAUNCHER_MODULES += ("torch.distributed.run", "torch.distributed.launch")
+LAUNCHER_MODULES = (
+    "deepspeed.launcher.runner",
+    "deepspeed.launcher.launch",
+    "torch.distributed.run",
+    "torch.distributed.launch",
+)
 
 
 class StopSignal:
@@ -35,7 +39,7 @@ class StopSignal:
     A second Ctrl-C is the exception: it ends the process at once, without a checkpoint.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.name: str | None = None
         self._keeps_going = False
         self._interrupted_at = 0.0
@@ -52,6 +56,7 @@ class StopSignal:
 
     @property
     def exit_code(self) -> int:
+        """What a process that was asked to stop ends with."""
         return EXIT_INTERRUPTED if self.name == "SIGINT" else EXIT_RUN_AGAIN
 
     def leave_to_the_loop(self) -> None:
@@ -109,8 +114,9 @@ def is_orphan(chain: list[psutil.Process]) -> bool:
         words = chain[-1].cmdline() if chain else []
         if "deepspeed.launcher.launch" in words[:4] and not any(word.startswith("--node_rank") for word in words):
             parent = chain[-1].parent()
-            same_group = parent is not None and os.getpgid(parent.pid) == os.getpgid(chain[-1].pid)
-            return not (same_group and Path(parent.cmdline()[0]).name.startswith("python"))
+            if parent is None or os.getpgid(parent.pid) != os.getpgid(chain[-1].pid):
+                return True
+            return not Path(parent.cmdline()[0]).name.startswith("python")
     return False
 
 

@@ -82,6 +82,7 @@ def choose_accelerator() -> None:
 
 
 def is_first_of_host() -> bool:
+    """By the environment alone, so that it can be asked before the topology is read."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
@@ -96,6 +97,7 @@ class MeetingPlace(NamedTuple):
 
 
 def meeting_place(topology: Topology) -> MeetingPlace:
+    """What the launcher left in the environment about it; only for a launch of several ranks."""
     return MeetingPlace(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),

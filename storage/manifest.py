@@ -99,7 +99,8 @@ class TokenizerInfo(Record):
     @property
     def control_ids(self) -> list[int]:
         """Those of BOS, EOS, padding and mask that there are, ascending."""
-        return sorted({self.bos_id, self.eos_id, self.pad_id, self.mask_id} - {None})
+        ids = (self.bos_id, self.eos_id, self.pad_id, self.mask_id)
+        return sorted({number for number in ids if number is not None})
 
 
 class Shard(Record):
@@ -221,7 +222,7 @@ def write_datasets_index(directory: Path, manifest: Manifest, segment_columns: d
     filled = [split for split, sources in manifest.splits.items() if any(entry.rows for entry in sources.values())]
     for split in filled:
         shards = [shard for _, entry in sorted(manifest.splits[split].items()) for shard in entry.shards]
-        state = {
+        state: dict[str, Any] = {
             "_data_files": [{"filename": Path(shard.file).name} for shard in shards],
             "_fingerprint": hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest()[:16],
             "_format_columns": None,

@@ -22,7 +22,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -64,6 +64,7 @@ def rows_per_batch(row_tokens: int, dtype: str) -> int:
 
 
 def shard_schema(row_tokens: int, dtype: str, metadata: dict[str, str] | None = None) -> pa.Schema:
+    """Columns of a shard: rows of `row_tokens` ids, and lists of the segments in them."""
     ids = pa.list_(pa.from_numpy_dtype(np.dtype(dtype)), row_tokens)
     segments = {name: pa.list_(pa.type_for_alias(kind)) for name, kind in SEGMENT_COLUMNS.items()}
     return pa.schema({"input_ids": ids} | segments, metadata)
@@ -89,7 +90,7 @@ class ShardWriter:
         dtype: str,
         metadata: dict[str, str] | None = None,
         rows_per_shard: int | None = None,
-    ):
+    ) -> None:
         self.root, self.split, self.source = Path(directory), split, source
         self.row_tokens, self.dtype = row_tokens, dtype
         self.batch_rows = rows_per_batch(row_tokens, dtype)
@@ -121,6 +122,7 @@ class ShardWriter:
             self._finish_shard()
 
     def close(self) -> list[Shard]:
+        """Publish the last shard; return the entries of all."""
         self._finish_shard()
         return self.shards
 
@@ -132,7 +134,7 @@ class ShardWriter:
     def __enter__(self) -> "ShardWriter":
         return self
 
-    def __exit__(self, kind, error, traceback) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.close()
         elif self._open is not None:
@@ -142,7 +144,7 @@ class ShardWriter:
 class _ShardFile:
     """A shard being written: hashed on the way to disk, renamed to its name when complete."""
 
-    def __init__(self, root: Path, file: str, schema: pa.Schema):
+    def __init__(self, root: Path, file: str, schema: pa.Schema) -> None:
         self.file, self.path, self.rows = file, root / file, 0
         self.min_id, self.max_id = np.iinfo(np.int64).max, 0
         self.digest = hashlib.sha256()
@@ -187,10 +189,10 @@ class _Tee:
 
     closed = False
 
-    def __init__(self, output, digest):
+    def __init__(self, output: BinaryIO, digest: "hashlib._Hash") -> None:
         self.output, self.digest = output, digest
 
-    def write(self, data) -> int:
+    def write(self, data: bytes) -> int:
         self.digest.update(data)
         return self.output.write(data)
 
@@ -211,7 +213,7 @@ class ShardedDataset:
     used after a fork and may be pickled: mappings are inherited by the one and left behind by the other.
     """
 
-    def __init__(self, directory: Path, split: str, manifest: Manifest):
+    def __init__(self, directory: Path, split: str, manifest: Manifest) -> None:
         self.directory, self.split, self.manifest = Path(directory), split, manifest
         entries = manifest.splits[split]
         self.sources: list[str] = sorted(name for name, entry in entries.items() if entry.rows)
