@@ -30,7 +30,7 @@ INDEX_ROWS, SHARD_ROWS = 10**9, 32 * 1024
 class RandomDocuments:
     """Documents of log-normal length (median about 1,100 tokens) cut from one random stream."""
 
-    def __init__(self, tokens: int):
+    def __init__(self, tokens: int) -> None:
         generator = np.random.default_rng(0)
         lengths = np.maximum(2, generator.lognormal(7, 1.3, tokens // 2000)).astype(np.int64)
         self.length = lengths[: int(np.searchsorted(np.cumsum(lengths), tokens))]

@@ -50,7 +50,7 @@ class Damage(NamedTuple):
 class Content:
     """An open file; `stream` gives its bytes and ends before damage, which `damage` then describes."""
 
-    def __init__(self, path: str, promised: str | None = None):
+    def __init__(self, path: str, promised: str | None = None) -> None:
         """`promised`: the compression by the file's name; its first bytes decide."""
         self.damage: Damage | None = None
         self._raw = Path(path).open("rb", buffering=READ_BYTES)  # noqa: SIM115 (closed by __exit__)
@@ -188,7 +188,7 @@ def _decompressed(decoder, block: bytes) -> bytes:
 class _Blocks(io.RawIOBase):
     """Blocks of any size as a file."""
 
-    def __init__(self, blocks: Iterator[bytes]):
+    def __init__(self, blocks: Iterator[bytes]) -> None:
         self._blocks, self._left = blocks, memoryview(b"")
 
     def readable(self) -> bool:

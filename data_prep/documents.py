@@ -68,7 +68,7 @@ def _read_content(file: InputFile, unit: Unit, fields: Fields, problems: Problem
 class _Lines:
     """Iterates over (offset, line) of a file, or of a unit of a plain one; `rest` gives what is left in one piece."""
 
-    def __init__(self, content: Content, file: InputFile, unit: Unit, digest):
+    def __init__(self, content: Content, file: InputFile, unit: Unit, digest) -> None:
         self.stream, self.digest = content.stream, digest
         self.offset, self.end = 0, None
         self.mark_counts = file.kind != "json"

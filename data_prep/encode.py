@@ -52,7 +52,7 @@ class Disagreement(Exception):
 class Encoder:
     """Encodes texts as stored: BOS (if there is one), ids, EOS."""
 
-    def __init__(self, tokenizer: Tokenizer, accelerated: str | None = None):
+    def __init__(self, tokenizer: Tokenizer, accelerated: str | None = None) -> None:
         self.tokenizer = tokenizer
         self._accelerated = accelerated
         self._fast = _load_accelerated(accelerated) if accelerated is not None else None
@@ -185,7 +185,7 @@ class Work(NamedTuple):
 class UnitEncoder:
     """Encodes whole units into the token store; `report(bytes, tokens)` is called after every batch."""
 
-    def __init__(self, work: Work, report: Callable[[int, int], None]):
+    def __init__(self, work: Work, report: Callable[[int, int], None]) -> None:
         self.work, self.report = work, report
         self.tokenizer = open_tokenizer(work.tokenizer)
         self.encoder = Encoder(self.tokenizer, work.accelerated)

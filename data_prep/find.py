@@ -84,7 +84,7 @@ def find_files(source: Source, on_error: str = "fail") -> tuple[list[InputFile],
 class _Walk:
     """What lies at or below places; `on_error`: fail at what cannot be looked at, or skip it, named."""
 
-    def __init__(self, on_error: str):
+    def __init__(self, on_error: str) -> None:
         self.on_error = on_error
 
     def named(self, path: Path) -> Iterator[Found]:

@@ -107,7 +107,9 @@ class PackingPlan:
 
     unit_hashes: tuple[str, ...] = ()
 
-    def __init__(self, options: BuildOptions, sources: list[Source], content: dict[str, Any], times: dict[str, int]):
+    def __init__(
+        self, options: BuildOptions, sources: list[Source], content: dict[str, Any], times: dict[str, int]
+    ) -> None:
         self.options, self.sources, self.content, self.times = options, sources, content, times
         self.sha256 = plan_hash(content)
 
@@ -185,7 +187,9 @@ class PackingPlan:
 class Plan(PackingPlan):
     """The plan of a build: the above and the units of work that its input is cut into."""
 
-    def __init__(self, sources: list[Source], options: BuildOptions, tokenizer: Tokenizer, on_error: str = "fail"):
+    def __init__(
+        self, sources: list[Source], options: BuildOptions, tokenizer: Tokenizer, on_error: str = "fail"
+    ) -> None:
         self.units, self.files, self.left_out = plan_units(sources, options.unit_bytes, on_error)
         source_files = {source.name: self._files_of(source.name) for source in sources}
         content = {

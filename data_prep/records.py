@@ -66,7 +66,7 @@ class BadInput(ValueError):
 class Problems:
     """What is wrong with the input: raised at once (`fail`) or counted by reason and left out (`skip`)."""
 
-    def __init__(self, on_error: str):
+    def __init__(self, on_error: str) -> None:
         self.on_error = on_error
         self.reasons: Counter[str] = Counter()
         self.examples: list[str] = []

@@ -146,7 +146,7 @@ def write_index(folder: Path, columns: Columns, split: np.ndarray, units: list[i
 class TokenStore:
     """Read access by memory map: opening reads no token."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         try:
             with pa.memory_map(str(self.folder / INDEX_FILE)) as file, pa.ipc.open_stream(file) as stream:
@@ -229,7 +229,7 @@ class TokenStore:
 class StoredDocuments:
     """Some documents of a store; position i has number `doc[i]`."""
 
-    def __init__(self, store: TokenStore, doc: np.ndarray):
+    def __init__(self, store: TokenStore, doc: np.ndarray) -> None:
         self.store = store
         self.doc = doc.astype(np.int64)
         self.length = store._length[doc]
@@ -250,7 +250,7 @@ class StoredDocuments:
 
 
 class _UnitFile:
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         try:
             with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as stream:
                 self.dtype = np.dtype(stream.schema.field("tokens").type.value_type.to_pandas_dtype())

@@ -44,7 +44,7 @@ def _mapped(path: str) -> pa.MemoryMappedFile:
 class _Parquet:
     lost = "in row groups that are not read whole (their bytes of the columns that are read)"
 
-    def __init__(self, path: str):
+    def __init__(self, path: str) -> None:
         self.map = _mapped(path)
         self.file = pq.ParquetFile(self.map, page_checksum_verification=True)
         self.schema = self.file.schema_arrow
@@ -88,7 +88,7 @@ class _Parquet:
 
 
 class _Arrow:
-    def __init__(self, path: str):
+    def __init__(self, path: str) -> None:
         self.map = _mapped(path)
         is_file = self.map.read(STREAM_BEGIN).startswith(FILE_MAGIC)
         self.end = self._end(is_file)

@@ -134,7 +134,7 @@ class Tokenizer(ABC):
 class SentencePieceTokenizer(Tokenizer):
     type = "sentencepiece"
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         self.path, self.notices = path, []
         self._model = model = sentencepiece.SentencePieceProcessor()
         try:
@@ -194,7 +194,7 @@ class SentencePieceTokenizer(Tokenizer):
 class HuggingFaceTokenizer(Tokenizer):
     type = "huggingface"
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         import tokenizers
 
         self.path, self.notices = path, []

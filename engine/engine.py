@@ -24,7 +24,7 @@ class Engine:
 
     def __init__(
         self, deepspeed: DeepSpeedEngine, mesh: Mesh, visibility: Visibility, reduction: CompressedReduction | None
-    ):
+    ) -> None:
         self.deepspeed, self.mesh, self.visibility = deepspeed, mesh, visibility
         self.reduction = reduction
         """Of the gradients, where it is compressed; None where DeepSpeed reduces."""
@@ -129,7 +129,7 @@ class PipelineEngine(Engine):
         reduction: CompressedReduction | None,
         loss: QueuedLoss,
         bounds: list[int],
-    ):
+    ) -> None:
         super().__init__(deepspeed, mesh, visibility, reduction)
         self.loss, self.pipeline_bounds = loss, tuple(bounds)
         self._shape: tuple[int, int] | None = None

@@ -16,7 +16,7 @@ class Guarded:
     attributes carry the names under which its engine looks for them after `step`.
     """
 
-    def __init__(self, groups, max_grad_norm: float, **options):
+    def __init__(self, groups, max_grad_norm: float, **options) -> None:
         super().__init__(groups, **options)
         self.max_grad_norm = max_grad_norm
         self.overflow = False

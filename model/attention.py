@@ -89,7 +89,7 @@ def _compiled_flex():
 class KeyValueCache:
     """Keys and values of one block for the tokens decoded so far, [B, n, K, d], in buffers of fixed size."""
 
-    def __init__(self, capacity_tokens: int):
+    def __init__(self, capacity_tokens: int) -> None:
         self.capacity_tokens, self.tokens = capacity_tokens, 0
         self.buffers: tuple[Tensor, Tensor] | None = None
 

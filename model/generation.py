@@ -87,7 +87,7 @@ def _decode(model, prompt, max_new_tokens, stop, choose) -> Iterator[int]:
 class _Decoder:
     """Logits after a text that grows, or goes back and grows differently, by one token at a time."""
 
-    def __init__(self, model: Llama, capacity_tokens: int):
+    def __init__(self, model: Llama, capacity_tokens: int) -> None:
         self.model, self.capacity_tokens = model, capacity_tokens
         self.caches: list[KeyValueCache] = []
         self.frequencies: tuple[float, ...] | None = None

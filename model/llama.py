@@ -28,7 +28,7 @@ from .seeded import Linear, Seed
 class Embedding(nn.Module):
     """Token ids [B, T] -> vectors [B, T, D]."""
 
-    def __init__(self, config: ModelConfig, seed: Seed):
+    def __init__(self, config: ModelConfig, seed: Seed) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         seed.normal_(self.weight, "weight", config.initializer_range)
@@ -40,7 +40,7 @@ class Embedding(nn.Module):
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension, statistics in float32 (Zhang and Sennrich 2019)."""
 
-    def __init__(self, width: int, eps: float):
+    def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
@@ -52,7 +52,7 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions, inside documents. [B, T, D] -> [B, T, D]."""
 
-    def __init__(self, config: ModelConfig, seed: Seed):
+    def __init__(self, config: ModelConfig, seed: Seed) -> None:
         super().__init__()
         self.config = config
         self.attend = attend  # sequence parallelism puts an exchange between ranks around it
@@ -89,7 +89,7 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020). [B, T, D] -> [B, T, D] through width F."""
 
-    def __init__(self, config: ModelConfig, seed: Seed):
+    def __init__(self, config: ModelConfig, seed: Seed) -> None:
         super().__init__()
         width, inner, bias, std = (
             config.hidden_size,
@@ -110,7 +110,7 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """One decoder layer: x + attention(norm(x)), then x + feed_forward(norm(x)). [B, T, D] -> [B, T, D]."""
 
-    def __init__(self, config: ModelConfig, seed: Seed):
+    def __init__(self, config: ModelConfig, seed: Seed) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, seed)
@@ -129,7 +129,7 @@ class Head(nn.Module):
     has the weight in place. A tied head owns no weight: it is given the embedding's.
     """
 
-    def __init__(self, config: ModelConfig, seed: Seed):
+    def __init__(self, config: ModelConfig, seed: Seed) -> None:
         super().__init__()
         if config.tie_word_embeddings:
             self.weight = None
@@ -193,7 +193,7 @@ class Llama(nn.Module):
     activation_checkpointing: bool = False
     """Recompute each block in backward instead of keeping its activations. Set by the engine."""
 
-    def __init__(self, config: ModelConfig, seed: int = 0):
+    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
         super().__init__()
         self.config = config
         self.layers = nn.ModuleList()

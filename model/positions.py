@@ -22,7 +22,7 @@ class SinusoidalPositionEmbedding(nn.Module):
     The factor, which is the paper's, brings embeddings drawn with a small standard deviation to the size of the sines.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.scale = math.sqrt(config.hidden_size)
 
@@ -44,7 +44,7 @@ class LearnedPositionEmbedding(nn.Module):
     P is `max_position_embeddings`. Raises ValueError for a longer document.
     """
 
-    def __init__(self, config: ModelConfig, seed: Seed):
+    def __init__(self, config: ModelConfig, seed: Seed) -> None:
         super().__init__()
         self.positions = config.max_position_embeddings
         self.weight = nn.Parameter(torch.empty(self.positions, config.hidden_size))

@@ -31,7 +31,7 @@ class Seed:
 class Linear(nn.Linear):
     """`nn.Linear` whose weight is drawn here, in the constructor: later passes would find it partitioned by ZeRO-3."""
 
-    def __init__(self, inputs: int, outputs: int, bias: bool, std: float, seed: Seed, name: str):
+    def __init__(self, inputs: int, outputs: int, bias: bool, std: float, seed: Seed, name: str) -> None:
         super().__init__(inputs, outputs, bias=bias)
         seed.normal_(self.weight, name, std)
         if bias:

@@ -68,7 +68,7 @@ def _chunks(model, ids, end, mask_id, steps, choose) -> Iterator[list[int]]:
 class _States:
     """Keys and values of the finished chunks, and predictions for the one that follows them."""
 
-    def __init__(self, model: Llama, capacity_tokens: int):
+    def __init__(self, model: Llama, capacity_tokens: int) -> None:
         self.model, self.capacity_tokens = model, capacity_tokens
         self.caches: list[KeyValueCache] = []
         self.frequencies: tuple[float, ...] | None = None

@@ -31,7 +31,7 @@ MOST_HOSTS_AT_ONCE = 64
 class Findings:
     """What was found, printed at once as it comes; problems make the launch fail, notes may surprise."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.problems = 0
 
     def problem(self, sentence: str) -> None:

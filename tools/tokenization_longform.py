@@ -16,7 +16,7 @@ class LongformTokenizer(PreTrainedTokenizer):
     vocab_files_names = {"vocab_file": MODEL_FILE}  # noqa: RUF012
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
 
-    def __init__(self, vocab_file: str, add_bos_token: bool = True, add_eos_token: bool = False, **settings):
+    def __init__(self, vocab_file: str, add_bos_token: bool = True, add_eos_token: bool = False, **settings) -> None:
         self.vocab_file = vocab_file
         self.add_bos_token, self.add_eos_token = add_bos_token, add_eos_token
         self.model = sentencepiece.SentencePieceProcessor(model_file=vocab_file)

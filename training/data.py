@@ -74,7 +74,7 @@ class TrainingData(Dataset):
         order: SampleOrder,
         masking: Masking | None = None,
         visibility: Visibility | None = None,
-    ):
+    ) -> None:
         self.dataset, self.order, self.masking, self.visibility = dataset, order, masking, visibility
         self._source = np.array([dataset.sources.index(name) for name in order.sources])
 
@@ -138,7 +138,7 @@ class _Places:
 
     def __init__(
         self, data: TrainingData, consumed: int, micro_batch: int, accumulation: int, world_size: int, rank: int
-    ):
+    ) -> None:
         self.data, self.consumed, self.rank = data, consumed, rank
         self.layout = (accumulation, world_size, micro_batch)
         self.deals = data.visibility is not None and world_size > 1

@@ -43,7 +43,7 @@ class MetricsLogger:
         facts: dict[str, Any],
         peak_label: str = "mfu",
         wandb_mode: str | None = None,
-    ):
+    ) -> None:
         """Opens the outputs of a run that continues after `resumed_step` (0: a new one).
 
         Args:
@@ -156,7 +156,7 @@ class MetricsLogger:
 class Console:
     """One aligned line per record on standard output; a reader who has gone, a launcher perhaps, does not end the run."""
 
-    def __init__(self, total_steps: int, peak_label: str):
+    def __init__(self, total_steps: int, peak_label: str) -> None:
         self._total_steps, self._peak_label = total_steps, peak_label
         self._step_width = len(str(total_steps))
 

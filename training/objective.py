@@ -35,7 +35,9 @@ def mask_token_id(tokenizer: TokenizerInfo, model: ModelConfig) -> int:
 class Masking:
     """Masks the batches of one data set. `purpose` separates the draws of training from those of validation."""
 
-    def __init__(self, objective: ObjectiveConfig, model: ModelConfig, manifest: Manifest, seed: int, purpose: str):
+    def __init__(
+        self, objective: ObjectiveConfig, model: ModelConfig, manifest: Manifest, seed: int, purpose: str
+    ) -> None:
         assert objective.name != "causal"
         tokenizer = manifest.tokenizer
         self.objective, self.chunk_size = objective, model.chunk_size

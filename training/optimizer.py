@@ -18,7 +18,7 @@ class Lion(torch.optim.Optimizer):
     Works on any cut of the parameters, since every element is updated by itself.
     """
 
-    def __init__(self, groups, lr: float, betas: tuple[float, float], weight_decay: float = 0.0):
+    def __init__(self, groups, lr: float, betas: tuple[float, float], weight_decay: float = 0.0) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -39,7 +39,7 @@ class Lion(torch.optim.Optimizer):
 class MuonAndAdamW(torch.optim.Optimizer):
     """torch's Muon for the group named "muon", its AdamW for the others, as one optimizer with one state."""
 
-    def __init__(self, groups, lr: float, betas: tuple[float, float], eps: float, momentum: float):
+    def __init__(self, groups, lr: float, betas: tuple[float, float], eps: float, momentum: float) -> None:
         matrices, others = ([g for g in groups if (g["name"] == "muon") is chosen] for chosen in (True, False))
         self.muon = torch.optim.Muon(matrices, lr=lr, momentum=momentum, adjust_lr_fn="match_rms_adamw")
         self.adamw = torch.optim.AdamW(others, lr=lr, betas=betas, eps=eps, fused=True)

@@ -20,7 +20,7 @@ from storage.locks import still_at
 class RecordFile:
     """Appends records to a file that a run continues from `resumed_step` (0: from the beginning)."""
 
-    def __init__(self, path: Path, resumed_step: int):
+    def __init__(self, path: Path, resumed_step: int) -> None:
         drop_records_after(path, resumed_step)
         self._path, self._file = path, path.open("ab", buffering=0)
 

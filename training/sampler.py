@@ -56,7 +56,7 @@ class SampleOrder:
         fingerprint: str,
         seed: int,
         drawn: Mapping[str, Drawn] | None = None,
-    ):
+    ) -> None:
         shares = _shares(rows_per_source, weights)
         self.sources = sorted(shares)
         self.rows = [rows_per_source[name] for name in self.sources]

@@ -105,7 +105,7 @@ class StepClock:
     flops_per_token = 0.0
     """What the steps that follow cost, to be set before the first and wherever it changes."""
 
-    def __init__(self, peak_flops_per_second: float):
+    def __init__(self, peak_flops_per_second: float) -> None:
         """`peak_flops_per_second` is that of all devices together."""
         self._peak = peak_flops_per_second
         self._reset()

@@ -71,7 +71,7 @@ class WandbRun:
         facts: dict[str, Any],
         mode: str | None,
         earlier: Sequence[dict[str, Any]] = (),
-    ):
+    ) -> None:
         """`facts` becomes the run's config. `mode` is W&B's own (online, offline ...); None: online if there is a key.
 
         Of the `earlier` records of the run, those that W&B lacks after a kill are sent first. A server that cannot be

@@ -16,7 +16,7 @@ from training.config import CheckpointConfig
 class Retention:
     """The checkpoints of a run as this process knows them; one for the life of a training."""
 
-    def __init__(self, run: Path, policy: CheckpointConfig):
+    def __init__(self, run: Path, policy: CheckpointConfig) -> None:
         self._run, self._policy = run, policy
         self._there = set(steps(run))
         self._proven: dict[Path, tuple] = {}

@@ -26,7 +26,7 @@ from training.config import Recipe
 class KnownDocuments:
     """The documents of the rows that pass through this rank: one tensor of positions goes through all its layers."""
 
-    def __init__(self, copies: int):
+    def __init__(self, copies: int) -> None:
         self._copies = copies
         self._last: tuple[weakref.ref[Tensor], Documents] | None = None
 
@@ -41,7 +41,7 @@ class KnownDocuments:
 class PipelineLayer(nn.Module):
     """One layer of the plan on (x, position_ids), which it hands on with its own output in the place of x."""
 
-    def __init__(self, entry: Layer, recipe: Recipe, known: KnownDocuments):
+    def __init__(self, entry: Layer, recipe: Recipe, known: KnownDocuments) -> None:
         super().__init__()
         self.entry, self.known = entry, known
         self.layer = entry.build(recipe.training.seed)
@@ -85,7 +85,7 @@ class QueuedLoss:
 
 
 class PipelineHead(PipelineLayer):
-    def __init__(self, entry: Layer, recipe: Recipe, known: KnownDocuments, loss: QueuedLoss):
+    def __init__(self, entry: Layer, recipe: Recipe, known: KnownDocuments, loss: QueuedLoss) -> None:
         super().__init__(entry, recipe, known)
         self.loss = loss
 
@@ -96,7 +96,7 @@ class PipelineHead(PipelineLayer):
 class PipelinedLlama(PipelineModule):
     """This rank's layers of the model, divided at `bounds` (see `pipeline_bounds`). The last rank returns the loss."""
 
-    def __init__(self, recipe: Recipe, bounds: list[int], loss: QueuedLoss):
+    def __init__(self, recipe: Recipe, bounds: list[int], loss: QueuedLoss) -> None:
         self.bounds = bounds
         # DeepSpeed prints the seeds that it is not asked to set, and broadcasts tied weights
         with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():

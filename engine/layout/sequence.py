@@ -20,7 +20,7 @@ from model.visibility import Visibility
 class UlyssesAttention(nn.Module):
     """Takes the place of `model.attention.attend`: the same arguments for this rank's T / n tokens of each row."""
 
-    def __init__(self, group: dist.ProcessGroup):
+    def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__()
         self.size = group.size()
         self.exchange = DistributedAttention(attend, group, scatter_idx=2, gather_idx=1)

@@ -28,7 +28,7 @@ from model.loss import CHUNK_TOKENS, VocabularyPart, linear_cross_entropy
 class VocabularyEmbedding(nn.Module):
     """`model.llama.Embedding` with the vectors of some tokens; the others' come from the other ranks."""
 
-    def __init__(self, weight: nn.Parameter, first: int):
+    def __init__(self, weight: nn.Parameter, first: int) -> None:
         super().__init__()
         self.weight, self.first, self.tokens = weight, first, len(weight)
 
@@ -42,7 +42,7 @@ class VocabularyEmbedding(nn.Module):
 class VocabularyHead(nn.Module):
     """`model.llama.Head` with the logits of some tokens. A chunk costs the group one exchange of two numbers a token."""
 
-    def __init__(self, weight: nn.Parameter, first: int, ranks: int):
+    def __init__(self, weight: nn.Parameter, first: int, ranks: int) -> None:
         super().__init__()
         self.weight, self.part = weight, VocabularyPart(first, _gather)
         self.chunk_tokens = CHUNK_TOKENS * ranks  # as many logits at a time as with the whole vocabulary

@@ -56,7 +56,7 @@ def compressed_reduction(engine: DeepSpeedEngine, section: dict | None) -> "Comp
 class CompressedReduction:
     """Stands in for the method of a DeepSpeed engine that averages its gradients at stage 0."""
 
-    def __init__(self, engine: DeepSpeedEngine, config: GradientCompression):
+    def __init__(self, engine: DeepSpeedEngine, config: GradientCompression) -> None:
         self._engine = engine
         self._parameters = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
         self._warmup_steps = config.warmup_steps

@@ -31,7 +31,7 @@ class Step(NamedTuple):
 class StepSamples:
     """This rank's micro-batches of any optimizer step, read ahead as long as the steps follow one another."""
 
-    def __init__(self, plan: RunPlan, pin_memory: bool = False):
+    def __init__(self, plan: RunPlan, pin_memory: bool = False) -> None:
         self._plan, self._pin_memory = plan, pin_memory
         self._expected: tuple[int, int] | None = None
         self._batches: Iterator[list[dict]] = iter(())
@@ -64,7 +64,7 @@ class StepSamples:
 class TrainingLoop:
     """Every run's loop. `state` may be replaced between steps, by an earlier one too: the next step follows it."""
 
-    def __init__(self, engine: Engine, plan: RunPlan, state: TrainState):
+    def __init__(self, engine: Engine, plan: RunPlan, state: TrainState) -> None:
         self.engine, self.plan, self.state = engine, plan, state
         self._samples = StepSamples(plan, pin_memory=engine.device.type == "cuda")
 

@@ -28,7 +28,7 @@ class Outputs:
 
     def __init__(
         self, engine: Engine, plan: RunPlan, state: TrainState, facts: dict[str, Any], run: Path, lock: IO | None
-    ):
+    ) -> None:
         self.plan, self.facts, self.run, self.lock = plan, facts, run, lock
         peak = peak_rate(engine.device, torch.bfloat16 if plan.half_precision else torch.float32)
         self.clock = StepClock(engine.sum_over_ranks([peak.flops_per_second])[0])

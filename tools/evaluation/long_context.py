@@ -34,7 +34,7 @@ TOKEN_BYTES = 8  # of the int64 ids that the model reads
 class PositionSums:
     """Sums of a value of every target, by bucket of positions; sums of disjoint targets can be added."""
 
-    def __init__(self, row_tokens: int):
+    def __init__(self, row_tokens: int) -> None:
         self.row_tokens = row_tokens
         buckets = row_tokens.bit_length()
         # of every bucket, and last of all together: targets n, values s, then over pieces s^2, s * n, n^2, pieces

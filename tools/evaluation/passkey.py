@@ -54,7 +54,7 @@ class Trial(NamedTuple):
 class Filler:
     """Text of the first `max_samples` rows of every source, without control tokens, from random rows."""
 
-    def __init__(self, dataset: ShardedDataset, max_samples: int | None):
+    def __init__(self, dataset: ShardedDataset, max_samples: int | None) -> None:
         self.dataset = dataset
         counts = [min(dataset.rows_per_source[name], max_samples or len(dataset)) for name in dataset.sources]
         self.bounds = np.cumsum([0, *counts])
@@ -82,7 +82,7 @@ class Passkeys:
         candidates: int = 10,
         seed: int = 0,
         max_samples: int | None = None,
-    ):
+    ) -> None:
         self.tokenizer, self.candidates, self.seed = tokenizer, candidates, seed
         self.filler = Filler(dataset, max_samples)
         if language == "auto":

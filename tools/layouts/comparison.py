@@ -179,7 +179,7 @@ def compare(steps: list[StepRecord], expected: list[StepRecord], weights: float 
 class LaunchProgress:
     """Steps done in the launch that is running: a bar on a terminal, a plain line every few seconds elsewhere (stderr)."""
 
-    def __init__(self, label: str, steps: int):
+    def __init__(self, label: str, steps: int) -> None:
         self.label, self.steps, self.shown = label, steps, time.monotonic()
         self.bars: Bars | None = None
 

@@ -13,7 +13,7 @@ from tools.layouts.layout import LaunchFailed
 class Weights:
     """The final weights of one run, kept as a file a parameter to compare others with, one parameter in memory at a time."""
 
-    def __init__(self, run: Path, folder: Path):
+    def __init__(self, run: Path, folder: Path) -> None:
         folder.mkdir()
         self.files = {}
         for number, (name, weight) in enumerate(read_weights(*find(run))):
