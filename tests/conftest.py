@@ -1,6 +1,5 @@
-"""Properties are checked for what they say, not for how long a busy machine takes; a file of tests starts its ranks once."""
+"""Properties are checked for what they say, not for how long a busy machine takes; a run of tests starts its ranks once."""
 
-import contextlib
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -9,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from tests.ranks import Ranks
+from tests.ranks import RankPool
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before anything imports DeepSpeed, which would look for a GPU
 settings.register_profile("longform", deadline=None, derandomize=True)
@@ -22,23 +21,9 @@ def _no_lines_of_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("console.progress.LINE_SECONDS", math.inf)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def on_ranks() -> Iterator[Callable[..., list[Any]]]:
     """`on_ranks(2, function, *arguments)` is `run_ranks` on processes that wait for it: new ones after a failed call."""
-    with contextlib.ExitStack() as context:
-        waiting: dict[int, Ranks] = {}
-
-        def call(world_size: int, target: Callable[..., Any], *args: Any, timeout: float = 400) -> list[Any]:
-            ranks = waiting.get(world_size)
-            if ranks is None or not ranks.alive:
-                ranks = waiting[world_size] = context.enter_context(Ranks(world_size))
-            try:
-                return ranks.call(target, *args, timeout=timeout)
-            finally:
-                if not ranks.alive:
-                    ranks.kill()
-
-        yield call
-        for ranks in waiting.values():
-            if ranks.alive:
-                ranks.dismiss()
+    with RankPool() as pool:
+        yield pool.call
+        pool.dismiss()

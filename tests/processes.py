@@ -157,10 +157,11 @@ def start_process(
     """The child leads a session of its own, so a Ctrl-C in the terminal reaches only the test, which then cleans up."""
     environment = clean_environment(variables)
     options = {"cwd": ROOT, "stdin": subprocess.DEVNULL} | options
-    return subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_die_with_parent, **options)
+    return subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=die_with_parent, **options)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """What a new process does first."""
     parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2): covers a test process that is itself killed
     LIBC.prctl(parent_death_signal, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs, the test run perhaps, ignore it

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from tests.processes import MARK, clean_environment, run_cli, start_cli
-from tests.ranks import RankError, run_ranks
+from tests.ranks import RankError, RankPool, run_ranks
 
 
 def run_square(offset: int) -> tuple[int, int, dict[str, str]]:
@@ -49,6 +49,11 @@ def run_death() -> None:
     if os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(600)
+
+
+def run_elsewhere(folder: str) -> None:
+    os.chdir(folder)
+    os.environ["ABSENT"] = os.environ.pop("WANDB_MODE")
 
 
 def run_unpicklable() -> object:
@@ -108,6 +113,43 @@ def test_a_killed_rank_is_reported():
 def test_a_result_that_cannot_be_pickled_is_a_failure():
     with pytest.raises(RankError, match="pickle"):
         run_ranks(run_unpicklable, 1)
+
+
+def test_ranks_stay_until_a_call_fails():
+    with RankPool() as pool:
+        pids = pool.call(2, os.getpid)
+        assert pool.call(2, os.getpid) == pids
+        with pytest.raises(RankError, match="rank 1: exit code -9"):
+            pool.call(2, run_death)
+        assert_gone(pids)
+        fresh = pool.call(2, os.getpid)
+        assert pool.call(2, os.getpid) == fresh
+        assert not set(fresh) & set(pids)
+        pool.dismiss()
+    assert_gone(fresh)
+
+
+def test_ranks_end_with_a_test_process_that_is_killed(tmp_path):
+    script = f"from tests.test_processes import *; run_ranks(run_hang, 2, {str(tmp_path)!r})"
+    with start_cli(["python", "-c", script]) as running:
+        running.wait_for(lambda: len([path for path in tmp_path.iterdir() if path.read_text()]) == 2)
+        children = [psutil.Process(int(path.read_text())) for path in tmp_path.iterdir()]
+        ranks = [child.ppid() for child in children]
+        running.send_signal(signal.SIGKILL)
+        assert running.finish(30).returncode == -signal.SIGKILL
+    try:
+        psutil.wait_procs([psutil.Process(pid) for pid in ranks if psutil.pid_exists(pid)], timeout=30)
+        assert_gone(ranks)
+    finally:
+        for child in children:
+            child.kill()
+
+
+def test_a_call_leaves_no_variable_and_no_folder_to_the_next(tmp_path):
+    with RankPool() as pool:
+        before = pool.call(1, run_square, 0), pool.call(1, os.getcwd)
+        pool.call(1, run_elsewhere, str(tmp_path))
+        assert (pool.call(1, run_square, 0), pool.call(1, os.getcwd)) == before
 
 
 def test_run_cli_returns_code_and_both_streams():
