@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +48,7 @@ class Visibility(NamedTuple):
             visible = visible & (query.position - key.position < self.window)
         return visible
 
-    def pairs(self, tokens):
+    def pairs(self, tokens: Any) -> Any:
         """How many (query, key) pairs are visible in a document of `tokens` (a number or an array of them)."""
         n, c = tokens, self.span
         if self.window is not None:

@@ -7,11 +7,13 @@ collected, and one ValueError lists them all with the file or the flag they come
 import argparse
 import difflib
 import textwrap
+from collections.abc import Hashable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from model.config import ModelConfig
 from model.hf.config import left_out, read_hf_config
@@ -52,7 +54,7 @@ class TrainingConfig(Section):
     """End when a rank has waited this long for another: longer than any rank may compute or read while the others wait."""
 
     @model_validator(mode="after")
-    def _has_one_length(self):
+    def _has_one_length(self) -> Self:
         if self.max_steps and self.max_tokens:
             raise ValueError("give exactly one of training.max_steps and training.max_tokens")
         return self
@@ -100,7 +102,7 @@ class Recipe(Section):
         return tree if name == "causal" else tree | {"model": {"is_causal": False} | tree["model"]}
 
     @model_validator(mode="after")
-    def _model_can_do_the_objective(self):
+    def _model_can_do_the_objective(self) -> Self:
         name = self.objective.name
         if self.model.is_causal != (name == "causal"):
             raise ValueError(
@@ -113,7 +115,7 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _lengths_agree(self):
+    def _lengths_agree(self) -> Self:
         key = "max_steps" if self.training.max_steps else "max_tokens"
         if getattr(self.training, key) is None:
             if not self.stages:
@@ -129,8 +131,8 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _names_differ(self):
-        names = [stage.name for stage in self.all_stages] if self.stages else []
+    def _names_differ(self) -> Self:
+        names = [stage.name for stage in self.all_stages if stage.name] if self.stages else []
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"stages: two are called {twice[0]!r}: give each a name of its own")
         return self
@@ -138,7 +140,7 @@ class Recipe(Section):
     @property
     def all_stages(self) -> list[StageConfig]:
         """The stages, each with a name; where the recipe has none, the whole run is one."""
-        length = {"max_steps": self.training.max_steps, "max_tokens": self.training.max_tokens}
+        length: dict[str, Any] = {"max_steps": self.training.max_steps, "max_tokens": self.training.max_tokens}
         stages = self.stages or [StageConfig(**length)]
         return [
             stage.model_copy(update={"name": stage.name or f"stage-{number}"})
@@ -158,21 +160,26 @@ def add_recipe_flags(parser: argparse.ArgumentParser, explained: bool = True) ->
             for name, keys in _flags_of_sections().items()
         )
     group = parser.add_argument_group("recipe keys, --section.key VALUE", text)
+    sections = _sections()
     for section, field in Recipe.model_fields.items():
         if section == "stages":
             text = f"{field.description} Keys of each: {', '.join(StageConfig.model_fields)} (default: none)"
             text = text if explained else argparse.SUPPRESS
             group.add_argument("--stages", default=argparse.SUPPRESS, metavar="LIST", help=text)
             continue
-        for key, leaf in field.annotation.model_fields.items():
+        for key, leaf in sections[section].model_fields.items():
             default = "required" if leaf.is_required() else f"default: {leaf.get_default(call_default_factory=True)}"
             text = f"{leaf.description or ''} ({default})".replace("%", "%%") if explained else argparse.SUPPRESS
             group.add_argument(f"--{section}.{key}", default=argparse.SUPPRESS, metavar="VALUE", help=text)
 
 
+def _sections() -> dict[str, type[BaseModel]]:
+    kinds = {name: field.annotation for name, field in Recipe.model_fields.items()}
+    return {name: kind for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, BaseModel)}
+
+
 def _flags_of_sections() -> dict[str, list[str]]:
-    nested = {name: field.annotation for name, field in Recipe.model_fields.items() if name != "stages"}
-    return {name: list(section.model_fields) for name, section in nested.items()} | {
+    return {name: list(section.model_fields) for name, section in _sections().items()} | {
         "--stages LIST": list(StageConfig.model_fields)
     }
 
@@ -238,7 +245,7 @@ def _config_json(recipe: Path, tree: dict[str, Any]) -> Path | None:
 class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML as everybody means it: a repeated key is an error and `3e-4` is a number."""
 
-    def construct_mapping(self, node, deep=False):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
@@ -270,7 +277,7 @@ def _yaml_value(text: str, flag: str) -> Any:
         raise ValueError(f"{flag}: {text!r} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
-def _sentence(path: Path, overrides: dict[str, str], problem: dict[str, Any]) -> str:
+def _sentence(path: Path, overrides: dict[str, str], problem: ErrorDetails) -> str:
     location = [str(part) for part in problem["loc"]]
     dotted = ".".join(location)
     given = dotted in overrides or (location[:1] == ["stages"] and "stages" in overrides)
@@ -292,9 +299,9 @@ def _known_keys(parents: list[str]) -> list[str]:
         return list(Recipe.model_fields)
     if parents[0] == "stages":
         return list(StageConfig.model_fields)
-    field = Recipe.model_fields.get(parents[0])
+    section = _sections().get(parents[0])
     extra = ["config_json"] if parents[0] == "model" else []
-    return [*field.annotation.model_fields, *extra] if field and len(parents) == 1 else []
+    return [*section.model_fields, *extra] if section and len(parents) == 1 else []
 
 
 def _key_elsewhere(key: str) -> str | None:

@@ -19,7 +19,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from itertools import islice
-from typing import TypedDict
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,24 +28,13 @@ from torch.utils.data import DataLoader, Dataset
 from model.visibility import Visibility
 from storage.shards import ShardedDataset
 from training.balance import deal, row_costs
+from training.batch import Batch
 from training.objective import NO_TARGET, Masking
 from training.sampler import Drawn, SampleOrder
 from training.sections import DataConfig
 
 LOOKUP_SAMPLES = 4096
 """Samples located at a time: the order costs little per sample only when computed for many."""
-
-
-class Batch(TypedDict):
-    """B rows of T tokens. A document begins where position_ids is 0; padding counts as one more document.
-
-    Masked batches have more (see `training.objective.Masking`).
-    """
-
-    input_ids: torch.Tensor  # int64 [B, T]
-    position_ids: torch.Tensor  # int64 [B, T]
-    targets: torch.Tensor  # int64 [B, T], NO_TARGET where no loss is taken
-    num_targets: int
 
 
 def training_order(
@@ -55,7 +44,7 @@ def training_order(
 
     `drawn`: what earlier stages have taken of each source (see training/stages.py).
     """
-    weights = config.weights
+    weights: Mapping[str, float | None] | None = config.weights
     if weights is None:
         sources = dataset.manifest.splits[dataset.split]
         weights = {name: sources[name].weight for name in dataset.sources}
@@ -141,7 +130,7 @@ class _Places:
     ) -> None:
         self.data, self.consumed, self.rank = data, consumed, rank
         self.layout = (accumulation, world_size, micro_batch)
-        self.deals = data.visibility is not None and world_size > 1
+        self.visibility = data.visibility if world_size > 1 else None
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         accumulation, world_size, micro_batch = self.layout
@@ -154,8 +143,8 @@ class _Places:
             for columns in places:
                 sources, rows, _ = columns
                 order = np.arange(step).reshape(self.layout)
-                if self.deals:
-                    costs = row_costs(self.data.dataset, sources, rows, self.data.visibility)
+                if self.visibility is not None:
+                    costs = row_costs(self.data.dataset, sources, rows, self.visibility)
                     order = deal(costs, micro_batch, world_size)
                 for chosen in order[:, self.rank]:
                     yield tuple(column[chosen] for column in columns)
@@ -175,7 +164,7 @@ def _loader(data: TrainingData, places: _Places, config: DataConfig, pin_memory:
     )
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def _as_it_is(batch: Any) -> Any:
     return batch
 
 

@@ -24,6 +24,8 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class Sink(Protocol):
+    """Takes each record of a run once, in order, and then the exit code."""
+
     def write(self, record: dict[str, Any]) -> None: ...
     def close(self, exit_code: int) -> None: ...
 

@@ -12,6 +12,7 @@ import torch
 
 from model.config import ModelConfig
 from storage.manifest import Manifest, TokenizerInfo
+from training.batch import Batch
 from training.config import Recipe
 from training.sections import ObjectiveConfig
 
@@ -48,13 +49,13 @@ class Masking:
         self.key = int.from_bytes(digest[:8], "little")
         self.offset = int.from_bytes(digest[8:16], "little") / 2**64
 
-    def __call__(self, batch: dict, samples: np.ndarray) -> dict:
+    def __call__(self, batch: Batch, samples: np.ndarray) -> Batch:
         """The masked form of a batch of next-token prediction: `samples` int64 [B] are the numbers of its rows.
 
         `targets` are the tokens behind the masks, `target_weights` float32 [B, T] what each counts; `num_targets` is what
         the weighted sum is divided by: the masked tokens, or where the share is drawn all that might have been.
         """
-        ids, positions = (batch[key].numpy() for key in ("input_ids", "position_ids"))
+        ids, positions = batch["input_ids"].numpy(), batch["position_ids"].numpy()
         eligible = self.eligible(batch)
         noised, targets = ids.copy(), np.full_like(ids, NO_TARGET)
         weights = np.zeros(ids.shape, np.float32)
@@ -65,16 +66,20 @@ class Masking:
             targets[row, masked] = ids[row, masked]
             weights[row, masked] = 1 / share[masked] if self.objective.drawn else 1.0
             noised[row, masked] = self._replaced(draws, ids[row, masked])
-        batch = batch | {"num_targets": int(eligible.sum() if self.objective.drawn else (targets >= 0).sum())}
+        num_targets = int(eligible.sum() if self.objective.drawn else (targets >= 0).sum())
         if self.objective.copies == 2:
             noised, positions = np.hstack([noised, ids]), np.hstack([positions, positions])
             targets, weights = np.hstack([targets, np.full_like(ids, NO_TARGET)]), np.hstack([weights, 0 * weights])
-        tensors = {"input_ids": noised, "position_ids": positions, "targets": targets, "target_weights": weights}
-        return (
-            batch | {key: torch.from_numpy(value) for key, value in tensors.items()} | {"copies": self.objective.copies}
-        )
+        return {
+            "input_ids": torch.from_numpy(noised),
+            "position_ids": torch.from_numpy(positions),
+            "targets": torch.from_numpy(targets),
+            "num_targets": num_targets,
+            "target_weights": torch.from_numpy(weights),
+            "copies": self.objective.copies,
+        }
 
-    def eligible(self, batch: dict) -> np.ndarray:
+    def eligible(self, batch: Batch) -> np.ndarray:
         """Which tokens of a batch of next-token prediction may be masked, bool [B, T]."""
         following = batch["targets"].numpy()
         eligible = np.zeros(following.shape, bool)

@@ -18,11 +18,13 @@ class Lion(torch.optim.Optimizer):
     Works on any cut of the parameters, since every element is updated by itself.
     """
 
-    def __init__(self, groups, lr: float, betas: tuple[float, float], weight_decay: float = 0.0) -> None:
+    def __init__(
+        self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], weight_decay: float = 0.0
+    ) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # nobody has one
         for group in self.param_groups:
             (beta1, beta2), lr = group["betas"], group["lr"]
             for parameter in (p for p in group["params"] if p.grad is not None):
@@ -39,13 +41,15 @@ class Lion(torch.optim.Optimizer):
 class MuonAndAdamW(torch.optim.Optimizer):
     """torch's Muon for the group named "muon", its AdamW for the others, as one optimizer with one state."""
 
-    def __init__(self, groups, lr: float, betas: tuple[float, float], eps: float, momentum: float) -> None:
+    def __init__(
+        self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float, momentum: float
+    ) -> None:
         matrices, others = ([g for g in groups if (g["name"] == "muon") is chosen] for chosen in (True, False))
         self.muon = torch.optim.Muon(matrices, lr=lr, momentum=momentum, adjust_lr_fn="match_rms_adamw")
         self.adamw = torch.optim.AdamW(others, lr=lr, betas=betas, eps=eps, fused=True)
         super().__init__(self.muon.param_groups + self.adamw.param_groups, {})
 
-    def step(self, closure=None):
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # nobody has one
         for part, is_muon in ((self.muon, True), (self.adamw, False)):
             # loading a checkpoint replaces these objects
             part.state, part.param_groups = (

@@ -60,7 +60,7 @@ class SampleOrder:
         shares = _shares(rows_per_source, weights)
         self.sources = sorted(shares)
         self.rows = [rows_per_source[name] for name in self.sources]
-        self._drawn = dict(drawn or {})
+        self._drawn: dict[str, Drawn] = dict(drawn or {})
         identity = {
             "version": 1,
             "fingerprint": fingerprint,
@@ -102,9 +102,11 @@ class SampleOrder:
         given = np.diff(self._given(blocks)) if len(self.sources) > 1 else [samples]
         result = dict(self._drawn)
         for s, (name, count) in enumerate(zip(self.sources, given, strict=True)):
-            end, left = self._drawn.get(name, Drawn())
+            before = self._drawn.get(name, Drawn())
             still = self._continued(s, np.sort(draw[unused == s]))
-            result[name] = Drawn(end + max(0, int(count) - len(left)), np.concatenate([still, left[count:]]))
+            result[name] = Drawn(
+                before.end + max(0, int(count) - len(before.left)), np.concatenate([still, before.left[count:]])
+            )
         return result
 
     def _continued(self, s: int, draw: np.ndarray) -> np.ndarray:
@@ -175,13 +177,13 @@ def _shares(rows_per_source: Mapping[str, int], weights: Mapping[str, float | No
     """Positive integers in proportion to the weights, adding up to 2^WEIGHT_BITS."""
     if unknown := sorted(set(weights) - set(rows_per_source)):
         raise ValueError(f"weight for unknown source {unknown[0]!r}: the data has {', '.join(sorted(rows_per_source))}")
-    share = {name: weights.get(name) for name in sorted(rows_per_source)}
-    if len({value is None for value in share.values()}) > 1:
-        without = next(name for name, value in share.items() if value is None)
+    given = {name: weights.get(name) for name in sorted(rows_per_source)}
+    if len({value is None for value in given.values()}) > 1:
+        without = next(name for name, value in given.items() if value is None)
         raise ValueError(
             f"source {without!r} has no weight while others have: give a weight to every source or to none"
         )
-    share = {name: rows_per_source[name] if value is None else value for name, value in share.items()}
+    share: dict[str, float] = {name: rows_per_source[name] if value is None else value for name, value in given.items()}
     total = sum(share.values())
     if not math.isfinite(total) or min(share.values(), default=0) < 0 or not total:
         raise ValueError(f"weights must be finite, must not be negative and at least one must be positive: {share}")

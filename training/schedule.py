@@ -42,7 +42,7 @@ class ScheduleConfig(BaseModel):
     decay_shape: Literal["linear", "sqrt", "cosine"] = "sqrt"
     """`wsd` only: the final decay falls as 1 - x, as 1 - sqrt(x) (Hägele et al. 2024), or as half a cosine."""
 
-    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
     """The learning rate at the end of the run, as a share of its peak."""
 
     @model_validator(mode="after")

@@ -34,10 +34,10 @@ class ObjectiveConfig(BaseModel):
     the share; with [0, 1] the loss bounds -log p of a token from above (Sahoo et al. 2024, MDLM, equation 10). null: 0.15
     for masked, [0, 1] for block_diffusion."""
 
-    random_ratio: float = Field(0.0, ge=0, le=1)
+    random_ratio: float = Field(default=0.0, ge=0, le=1)
     """Share of the masked tokens that is replaced by a random token instead (0.1 in BERT); with a fixed mask_ratio."""
 
-    keep_ratio: float = Field(0.0, ge=0, le=1)
+    keep_ratio: float = Field(default=0.0, ge=0, le=1)
     """Share of the masked tokens that is left as it is (0.1 in BERT); with a fixed mask_ratio."""
 
     @model_validator(mode="after")
@@ -68,6 +68,7 @@ class ObjectiveConfig(BaseModel):
 
     @property
     def drawn(self) -> bool:
+        """Whether the share differs from row to row, or from chunk to chunk."""
         return isinstance(self.mask_ratio, tuple) or (self.mask_ratio is None and self.name == "block_diffusion")
 
     @property
@@ -161,10 +162,14 @@ class StageConfig(BaseModel):
     as far as the step can be divided so, and at least one row."""
 
     @model_validator(mode="after")
-    def _has_a_length(self):
+    def _has_a_length(self) -> Self:
         if (self.max_steps is None) == (self.max_tokens is None):
             raise ValueError("give exactly one of max_steps and max_tokens")
         return self
 
     def steps(self, step_tokens: int) -> int:
-        return self.max_steps or -(-self.max_tokens // step_tokens)
+        """Its length where an optimizer step has so many tokens."""
+        if self.max_steps is not None:
+            return self.max_steps
+        assert self.max_tokens is not None
+        return -(-self.max_tokens // step_tokens)

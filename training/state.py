@@ -31,6 +31,7 @@ class TrainState(BaseModel):
 
     @property
     def consumed_in_stage(self) -> int:
+        """Samples of the current stage that were used."""
         return self.consumed_samples - sum(self.stage_samples)
 
     def enter(self, stage: int, fingerprint: str) -> None:

@@ -112,12 +112,14 @@ class StepClock:
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
+        """What is done in here is a wait for samples."""
         began = time.perf_counter()
         yield
         self._waited += time.perf_counter() - began
 
     @contextmanager
     def aside(self) -> Iterator[None]:
+        """What is done in here belongs to no step."""
         began = time.perf_counter()
         yield
         self._began += time.perf_counter() - began

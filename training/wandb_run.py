@@ -20,6 +20,8 @@ from training.records import finite
 from training.wandb_files import mend_files
 
 if TYPE_CHECKING:
+    import wandb
+
     from training.sections import MetricsConfig
 
 # Record key -> W&B key; the part before the slash is the section of the dashboard.
@@ -77,7 +79,8 @@ class WandbRun:
         Of the `earlier` records of the run, those that W&B lacks after a kill are sent first. A server that cannot be
         reached is no reason not to train: the run is then recorded offline.
         """
-        self._run, self._carried = None, {}
+        self._run: wandb.Run | None = None
+        self._carried: dict[str, float] = {}
         try:
             self._rows = mend_files(run_dir / "wandb", run_id)
             with _without_stderr():
@@ -117,6 +120,7 @@ class WandbRun:
             self._give_up(error)
 
     def close(self, exit_code: int) -> None:
+        """Wait a while for W&B to take the rest; what it does not take then, the next launch sends."""
         try:
             if self._run and self._carried:
                 self._run.log(self._carried, step=self._closed + 1)
@@ -137,7 +141,9 @@ class WandbRun:
         print(text, file=sys.stderr)
 
 
-def _open_run(run_dir: Path, config: "MetricsConfig", run_id: str, facts: dict[str, Any], mode: str | None):
+def _open_run(
+    run_dir: Path, config: "MetricsConfig", run_id: str, facts: dict[str, Any], mode: str | None
+) -> tuple["wandb.Run", str | None]:
     """The run, and what to tell the user of it, if anything."""
     import wandb
 
@@ -145,8 +151,12 @@ def _open_run(run_dir: Path, config: "MetricsConfig", run_id: str, facts: dict[s
 
     # What the user's environment and W&B settings files say; silent, or a login asks the server whom to greet.
     defaults = wandb.setup(wandb.Settings(quiet=True, silent=True)).settings
-    seconds = {"init_timeout": CONNECT_SECONDS, "finish_timeout": FINISH_SECONDS, "finish_timeout_raises": True}
-    identity = {
+    seconds: dict[str, Any] = {
+        "init_timeout": CONNECT_SECONDS,
+        "finish_timeout": FINISH_SECONDS,
+        "finish_timeout_raises": True,
+    }
+    identity: dict[str, Any] = {
         "id": run_id,
         "resume": "allow",
         "entity": config.wandb_entity or defaults.entity,
@@ -163,7 +173,7 @@ def _open_run(run_dir: Path, config: "MetricsConfig", run_id: str, facts: dict[s
             mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
         if mode == "online" and not defaults.http_proxy and not defaults.https_proxy:
             knock_at(defaults.base_url)
-        return wandb.init(**identity, mode=mode), None
+        return wandb.init(**identity | {"mode": mode}), None
     except (wandb.Error, OSError) as error:
         wandb.teardown()  # the run that did not start still has the name
         notice = f"W&B is not available ({_one_line(error)}); recording offline under {run_dir}/wandb"

@@ -1,0 +1,16 @@
+"""What a rank computes on at a time."""
+
+from typing import NotRequired, TypedDict
+
+from torch import Tensor
+
+
+class Batch(TypedDict):
+    """B rows of T tokens. A document begins where position_ids is 0; padding counts as one more document."""
+
+    input_ids: Tensor  # int64 [B, T]
+    position_ids: Tensor  # int64 [B, T]
+    targets: Tensor  # int64 [B, T], NO_TARGET where no loss is taken
+    num_targets: int
+    target_weights: NotRequired[Tensor]  # float32 [B, T], what each target counts; where tokens are masked
+    copies: NotRequired[int]  # of each row, side by side, noised and clean; T is then theirs together
