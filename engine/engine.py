@@ -112,7 +112,7 @@ class Engine:
         An idle gloo group costs two threads that wake a hundred times a second.
         """
         self.deepspeed.destroy()
-        internals.release_groups()
+        internals.forget_engine()
         dist.barrier()  # a rank that still receives would lose its peer
         for group in internals.process_groups():
             c10d.destroy_process_group(group)

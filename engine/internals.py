@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import deepspeed
 import torch
 from deepspeed import DeepSpeedEngine
+from deepspeed.runtime import torch_autocast
 from deepspeed.utils import groups
 from torch import nn
 from torch.distributed import distributed_c10d as c10d
@@ -50,6 +51,13 @@ INTERNALS = [
         ("tensor_model_parallel", "deepspeed.runtime.utils", HERE, "parts add up in the gradient norm", LAYOUTS),
         ("forward", "deepspeed.module_inject.layers", HERE, "one sum of gradients for several maps", LAYOUTS),
         ("_release_process_group_references", "deepspeed.utils.groups", HERE, "another engine after this", RESUME),
+        (
+            "TORCH_AUTOCAST_INITIALIZED",
+            "deepspeed.runtime.torch_autocast",
+            HERE,
+            "another engine after this",
+            REDUCTION,
+        ),
         ("__compatible_ops__", "deepspeed.ops", HERE, "no compilation at the start", "tests/test_train.py"),
         ("default_pg_timeout", C10D, HERE, "timeout of groups", "tests/launch"),
         ("default_pg_nccl_timeout", C10D, HERE, "timeout of groups", "a GPU"),
@@ -153,9 +161,10 @@ def set_timeout_of_groups(timeout: datetime.timedelta) -> None:
     c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout
 
 
-def release_groups() -> None:
-    """Let DeepSpeed forget the process groups of an engine that was destroyed."""
+def forget_engine() -> None:
+    """Let DeepSpeed forget the process groups of an engine that was destroyed, and that it computed under autocast."""
     groups._release_process_group_references()
+    torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
 
 
 def process_groups() -> list[torch.distributed.ProcessGroup]:

@@ -104,6 +104,12 @@ class Poison(NamedTuple):
         hook.remove()
 
 
+def join_process_group() -> None:
+    """The group that the ranks of a test run keep from call to call."""
+    if not torch.distributed.is_initialized():
+        start_process_group(read_topology())
+
+
 class Run:
     """One engine and its data, stepped by hand."""
 
@@ -113,8 +119,7 @@ class Run:
         file = folder / f"ds-{self.topology.rank}.json"
         file.write_text(json.dumps(ds_config))
         self.plan = make_plan(recipe, overrides or {}, str(file), data, self.topology)
-        if not torch.distributed.is_initialized():
-            start_process_group(self.topology)
+        join_process_group()
         plan, weights = self.plan, read_initial_weights(self.plan.recipe)
         self.engine = build_engine(plan.recipe, plan.ds_config, plan.mesh, plan.pipeline_bounds, weights)
         self.loop = TrainingLoop(self.engine, plan, new_state(plan))

@@ -1,13 +1,13 @@
 """`training.compile` changes how blocks run, not what they compute, whatever holds them."""
 
 from functools import partial
+from unittest import mock
 
 import numpy as np
 import torch._dynamo.utils
 
 from engine import build
 from tests.engine.programs import histories, prepare, zero
-from tests.ranks import run_ranks
 
 LAYOUTS = {
     "zero2": zero(2),
@@ -20,15 +20,20 @@ RECOMPUTED = COMPILED | {"training.activation_checkpointing": "true"}
 
 def compiled_histories(*arguments) -> tuple[dict, int]:
     """`histories` with a backend that captures graphs and differentiates them like the default one, but needs no C++."""
-    build.compile_blocks = partial(build.compile_blocks, backend="aot_eager")
-    return histories(*arguments), torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with mock.patch.object(build, "compile_blocks", partial(build.compile_blocks, backend="aot_eager")):
+        results = histories(*arguments)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+    return results, graphs
 
 
-def test_compiled_blocks_compute_the_same(tmp_path):
+def test_compiled_blocks_compute_the_same(tmp_path, on_ranks):
     runs = {name: (config, {}) for name, config in LAYOUTS.items()}
     runs |= {f"{name} compiled": (config, COMPILED) for name, config in LAYOUTS.items()}
     runs["zero2 recomputed"] = LAYOUTS["zero2"], RECOMPUTED
-    for results, graphs in run_ranks(compiled_histories, 2, str(tmp_path), *prepare(tmp_path), runs, 3, timeout=300):
+    for results, graphs in on_ranks(2, compiled_histories, str(tmp_path), *prepare(tmp_path), runs, 3):
         assert 0 < graphs < 40  # captured, and not again for every new set of documents
         for name in runs:
             expected, found = results[name.split()[0]], results[name]

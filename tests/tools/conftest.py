@@ -8,7 +8,6 @@ import yaml
 
 from data_prep.tokenizer_training import train
 from tests.data_prep.support import PROSE
-from tests.ranks import run_ranks
 from tests.tools import support
 
 
@@ -34,11 +33,11 @@ def data(tokenizer, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def trained(data, tmp_path_factory) -> support.Trained:
+def trained(data, tmp_path_factory, on_ranks) -> support.Trained:
     folder = tmp_path_factory.mktemp("runs")
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(support.RECIPE))
-    first, second = run_ranks(support.train_all, 2, str(folder), str(recipe), str(data), timeout=300)
+    first, second = on_ranks(2, support.train_all, str(folder), str(recipe), str(data))
     return support.Trained(folder, data, {name: first[name] | second[name] for name in first})
 
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from engine.reduction.compression import compressed_reduction
 from engine.reduction.compressors import merged
 from engine.reduction.wire import WireBytes
+from tests.engine.programs import join_process_group
 
 SHAPES = {
     "wide": (24, 100),
@@ -78,6 +79,7 @@ def equal(a, b) -> bool:
 
 def reduced(folder: str, sections: dict[str, dict], steps: int) -> dict[str, dict]:
     """Per section: what came out of so many steps, of a poisoned one and of a restored state."""
+    join_process_group()
     results = {}
     for name, section in sections.items():
         path = Path(folder) / name / f"world{dist.get_world_size()}"
@@ -132,6 +134,7 @@ def reduced(folder: str, sections: dict[str, dict], steps: int) -> dict[str, dic
 
 def moved(folder: str, pairs: list[tuple[str, dict, str]]) -> list[dict]:
     """Per (checkpoint, section, its name here): restore what other ranks or settings wrote, then one more step."""
+    join_process_group()
     results = []
     for checkpoint, section, name in pairs:
         owed = merged([torch.load(file) for file in sorted((Path(folder) / checkpoint).glob("*.pt"))])

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from engine.reduction.compressors import OneBit, PowerSGD, decode, encode
 from tests.engine.reduction.reductions import COMPRESSED, MIN_ELEMENTS, SHAPES, moved, reduced
-from tests.ranks import run_ranks
 
 WARMUP, STEPS = 3, 150
 POWERSGD = {"method": "powersgd", "rank": 2, "warmup_steps": WARMUP, "min_elements": MIN_ELEMENTS}
@@ -87,8 +86,8 @@ def state_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=[2, 3])
-def ranks(request, state_folder):
-    return run_ranks(reduced, request.param, str(state_folder), SECTIONS, STEPS, process_group=True)
+def ranks(request, state_folder, on_ranks):
+    return on_ranks(request.param, reduced, str(state_folder), SECTIONS, STEPS)
 
 
 @pytest.mark.parametrize("name", SECTIONS)
@@ -149,11 +148,11 @@ def test_bytes_on_the_wire_are_those_of_the_formula(ranks, method):
 
 
 @pytest.fixture(scope="module")
-def on_others(state_folder, ranks):
+def on_others(state_folder, ranks, on_ranks):
     """What 2 or 3 ranks left, on one rank, what that left on two again, and with other settings."""
     world = f"world{len(ranks)}"
     first = [(f"{name}/{world}", SECTIONS[name], f"{name}/{world}-one") for name in METHODS]
-    one = run_ranks(moved, 1, str(state_folder), first, process_group=True)
+    one = on_ranks(1, moved, str(state_folder), first)
     other_rank, larger_only = POWERSGD | {"rank": 3}, ONEBIT | {"min_elements": 2000}
     second = [(f"{name}/{world}-one/restored", SECTIONS[name], f"{name}/{world}-back") for name in METHODS]
     second += [(f"{name}/{world}-one", SECTIONS[name], f"{name}/{world}-empty") for name in METHODS]
@@ -163,7 +162,7 @@ def on_others(state_folder, ranks):
         (f"powersgd/{world}", other_rank, f"powersgd/{world}-rank"),
         (f"onebit/{world}", larger_only, f"onebit/{world}-larger"),
     ]
-    return one[0], run_ranks(moved, 2, str(state_folder), second, process_group=True)
+    return one[0], on_ranks(2, moved, str(state_folder), second)
 
 
 def test_another_number_of_ranks_or_another_method_keeps_the_total(on_others):

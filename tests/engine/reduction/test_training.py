@@ -7,7 +7,6 @@ import pytest
 
 from tests.engine.ds_json.test_read import problems, resolve
 from tests.engine.programs import Run, continued, histories, interrupted, prepare, zero
-from tests.ranks import run_ranks
 
 METHODS = ["powersgd", "onebit"]
 
@@ -42,12 +41,12 @@ def alone(folder: str, recipe: str, data: str) -> dict:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, on_ranks):
     folder = tmp_path_factory.mktemp("compressed")
     arguments = str(folder), *prepare(folder)
-    two = run_ranks(on_two_ranks, 2, *arguments, timeout=400)
-    one = run_ranks(alone, 1, *arguments, timeout=200)
-    back = run_ranks(continued, 2, *arguments, INTERRUPTED, 2, timeout=200)
+    two = on_ranks(2, on_two_ranks, *arguments)
+    one = on_ranks(1, alone, *arguments)
+    back = on_ranks(2, continued, *arguments, INTERRUPTED, 2)
     return two, one[0], back
 
 

@@ -8,14 +8,14 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from engine.reduction.wire import OPERATIONS, WireBytes
-from tests.engine.programs import Run, prepare, zero
-from tests.ranks import run_ranks
+from tests.engine.programs import Run, join_process_group, prepare, zero
 
 MICRO_BATCHES = 2
 
 
 def every_call() -> dict:
     """Each kind of call once or twice with 10 float32 (40 bytes), some where nobody looks."""
+    join_process_group()
     rank, ten, untouched = dist.get_rank(), torch.ones(10), vars(ProcessGroup).copy()
     with WireBytes() as wire:
         dist.all_reduce(ten)
@@ -48,6 +48,8 @@ def every_call() -> dict:
 def stages(folder: str, recipe: str, data: str) -> dict:
     """By stage and communication type: the second step's calls."""
     results = {}
+    autocast = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+    Run(recipe, data, zero(1, **autocast), Path(folder) / "autocast").close()  # leaves nothing to the next
     for stage in range(4):
         for dtype in ("fp32", "bf16"):
             run = Run(recipe, data, zero(stage, communication_data_type=dtype), Path(folder) / f"{stage}-{dtype}")
@@ -59,8 +61,8 @@ def stages(folder: str, recipe: str, data: str) -> dict:
     return results
 
 
-def test_every_call_is_counted_exactly():
-    results = run_ranks(every_call, 2, process_group=True)
+def test_every_call_is_counted_exactly(on_ranks):
+    results = on_ranks(2, every_call)
     for rank, result in enumerate(results):
         first = rank == 0
         assert result["by_operation"] == {
@@ -88,9 +90,9 @@ def test_every_method_that_moves_data_is_known():
 
 
 @pytest.fixture(scope="module")
-def by_stage(tmp_path_factory):
+def by_stage(tmp_path_factory, on_ranks):
     folder = tmp_path_factory.mktemp("wire")
-    return run_ranks(stages, 2, str(folder), *prepare(folder), timeout=300)
+    return on_ranks(2, stages, str(folder), *prepare(folder))
 
 
 def test_stage_0_hands_in_each_gradient_once(by_stage):

@@ -22,7 +22,6 @@ from model.config import ModelConfig
 from model.hf.weights import to_hf_state
 from model.llama import Llama
 from tests.engine.programs import RECIPE, Run, prepare, zero
-from tests.ranks import run_ranks
 from tests.training.corpus import build
 from tools import export
 from tools.trained import load_checkpoint
@@ -133,13 +132,13 @@ class Continued(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def continued(tmp_path_factory) -> Continued:
+def continued(tmp_path_factory, on_ranks) -> Continued:
     folder = tmp_path_factory.mktemp("initial")
     recipe, data = prepare(folder)
     lengths = {"long": np.random.default_rng(1).integers(40, 700, 40).tolist()}
     long_data = str(folder / "longer")
     build(folder / "longer", lengths, LONGER, vocab_size=256, splits=("train", "validation"))
-    ranks = run_ranks(program, 2, str(folder), recipe, data, long_data, timeout=200)
+    ranks = on_ranks(2, program, str(folder), recipe, data, long_data)
     return Continued(folder, recipe, data, long_data, ranks)
 
 
