@@ -10,7 +10,9 @@ Legend: B batch, T tokens of a row, n tokens of a document, H query heads, K key
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +46,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents, visibility: Vi
     if len(documents.lengths) == len(q):
         return _attend_document(q, k, v, visibility.window)
     pieces = (x.flatten(0, 1).split(documents.lengths) for x in (q, k, v))
-    out = [_attend_document(*(x.unsqueeze(0) for x in piece), visibility.window) for piece in zip(*pieces, strict=True)]
+    out = [
+        _attend_document(of_q.unsqueeze(0), of_k.unsqueeze(0), of_v.unsqueeze(0), visibility.window)
+        for of_q, of_k, of_v in zip(*pieces, strict=True)
+    ]
     return torch.cat(out, dim=1).view_as(q)
 
 
@@ -57,9 +62,18 @@ def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents, visibi
     longest, cu_seqlens = documents.max_length, documents.cu_seqlens
     left = -1 if visibility.window is None else visibility.window - 1
     right = 0 if visibility.span == 1 else -1
-    flat = (x.flatten(0, 1) for x in (q, k, v))
-    grouped = q.shape[2] != k.shape[2]
-    out = varlen_attn(*flat, cu_seqlens, cu_seqlens, longest, longest, window_size=(left, right), enable_gqa=grouped)
+    out = varlen_attn(
+        q.flatten(0, 1),
+        k.flatten(0, 1),
+        v.flatten(0, 1),
+        cu_seqlens,
+        cu_seqlens,
+        longest,
+        longest,
+        window_size=(left, right),
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    assert isinstance(out, Tensor), "only asked for more it gives a tuple"
     return out.view_as(q)
 
 
@@ -74,14 +88,14 @@ def _attend_flex(q: Tensor, k: Tensor, v: Tensor, documents: Documents, visibili
         size = len(tokens.document)
         documents.tables["block_mask"] = create_block_mask(sees, None, None, size, size, q.device, _compile=q.is_cuda)
     flat = (x.flatten(0, 1).transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # [1, H, B T, d]
-    kernel = _compiled_flex() if q.is_cuda else flex_attention
+    kernel: Any = _compiled_flex() if q.is_cuda else flex_attention
     grouped = q.shape[2] != k.shape[2]
     out = kernel(*flat, block_mask=documents.tables["block_mask"], enable_gqa=grouped)
     return out.squeeze(0).transpose(0, 1).reshape_as(q)
 
 
 @cache
-def _compiled_flex():
+def _compiled_flex() -> Callable[..., Any]:
     """Without compilation FlexAttention would hold all scores."""
     return torch.compile(flex_attention, dynamic=False)
 
@@ -102,7 +116,8 @@ class KeyValueCache:
         for buffer, new in zip(self.buffers, (k, v), strict=True):
             buffer[:, self.tokens : end] = new
         self.tokens = end
-        return tuple(buffer[:, :end] for buffer in self.buffers)
+        keys, values = self.buffers
+        return keys[:, :end], values[:, :end]
 
 
 def attend_cached(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
@@ -136,7 +151,7 @@ def _attend_window(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     return out.unflatten(0, (rows, blocks)).flatten(1, 2)[:, :n]
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, **mask) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, **mask: Any) -> Tensor:
     """`scaled_dot_product_attention` for [B, T, H, d], with key/value heads shared by groups of query heads."""
     grouped = q.shape[2] != k.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))

@@ -9,7 +9,7 @@ Legend: B batch, T tokens of a row, N = B T flattened, n tokens of a document, H
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,7 +49,8 @@ def plan_blocks(documents: Documents, visibility: Visibility) -> list[QueryBlock
             last = min(first + step, length)
             queries = slice(start + first, start + last)
             clean = start + half * noised
-            prefix, near, mask = slice(clean, clean + first), (queries,), None
+            prefix, mask = slice(clean, clean + first), None
+            near: tuple[slice, ...] = (queries,)
             if step > span:  # several chunks, each of which sees those before it
                 if noised:
                     near = (slice(clean + first, clean + last), queries)
@@ -76,7 +77,7 @@ class _BlockAttention(torch.autograd.Function):
     which makes its probabilities those of the whole."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, blocks: list[QueryBlock]) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: list[QueryBlock]) -> Tensor:
         out = torch.empty_like(q)
         logsumexp = q.new_empty(q.shape[:3], dtype=_wide(q.dtype))
         for block in blocks:
@@ -90,7 +91,7 @@ class _BlockAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, logsumexp = ctx.saved_tensors
         grads = [torch.zeros_like(x, dtype=_wide(x.dtype)) for x in (q, k, v)]
         grad_q, grad_k, grad_v = grads

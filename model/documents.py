@@ -35,9 +35,9 @@ class Documents:
     @classmethod
     def from_position_ids(cls, position_ids: Tensor, device: torch.device | None = None, copies: int = 1) -> Documents:
         """`position_ids` [B, T]; left on the CPU they cost no synchronisation when the model is on an accelerator."""
-        starts = position_ids == 0
-        starts[:, :: position_ids.shape[1] // copies] = True
-        starts = [*starts.flatten().nonzero().flatten().tolist(), position_ids.numel()]
+        begins = position_ids == 0
+        begins[:, :: position_ids.shape[1] // copies] = True
+        starts = [*begins.flatten().nonzero().flatten().tolist(), position_ids.numel()]
         lengths = [end - start for start, end in pairwise(starts)]
         device = device or position_ids.device
         cu_seqlens = torch.tensor(starts, dtype=torch.int32, device=device)

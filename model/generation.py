@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -74,7 +74,9 @@ def continuation_losses(model: Llama, prompt: Tensor, continuations: Sequence[Se
     return losses
 
 
-def _decode(model, prompt, max_new_tokens, stop, choose) -> Iterator[int]:
+def _decode(
+    model: Llama, prompt: Tensor, max_new_tokens: int, stop: Collection[int], choose: Callable[[Tensor], int]
+) -> Iterator[int]:
     ids, decoder = prompt, _Decoder(model, prompt.shape[1] + max_new_tokens)
     for _ in range(max_new_tokens):
         token = choose(decoder.logits(ids))

@@ -91,12 +91,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig, seed: Seed) -> None:
         super().__init__()
-        width, inner, bias, std = (
-            config.hidden_size,
-            config.intermediate_size,
-            config.mlp_bias,
-            config.initializer_range,
-        )
+        width, inner = config.hidden_size, config.intermediate_size
+        bias, std = config.mlp_bias, config.initializer_range
         self.gate_proj = Linear(width, inner, bias, std, seed, "mlp.gate_proj")
         self.up_proj = Linear(width, inner, bias, std, seed, "mlp.up_proj")
         self.down_proj = Linear(
@@ -145,6 +141,7 @@ class Head(nn.Module):
         z_loss_weight: float = 0.0,
         target_weights: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
+        assert self.weight is not None, "a tied head has been given the embedding's"
         if targets is None:
             return F.linear(x, self.weight)
         return linear_cross_entropy(x, self.weight, targets, z_loss_weight, target_weights=target_weights)
@@ -175,7 +172,7 @@ def layer_plan(config: ModelConfig) -> list[Layer]:
     """
     of_config = {"config": config}
     norm = {"width": config.hidden_size, "eps": config.rms_norm_eps}
-    entries = [("embed_tokens", Embedding, of_config)]
+    entries: list[tuple[Any, ...]] = [("embed_tokens", Embedding, of_config)]
     if config.position_embedding != "rope":
         layer = POSITION_LAYERS[config.position_embedding]
         entries.append(("embed_positions", layer, of_config, config.position_embedding == "learned"))
@@ -192,6 +189,10 @@ class Llama(nn.Module):
 
     activation_checkpointing: bool = False
     """Recompute each block in backward instead of keeping its activations. Set by the engine."""
+    embed_tokens: Embedding
+    embed_positions: nn.Module
+    norm: RMSNorm
+    lm_head: Head
 
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
         super().__init__()
@@ -224,7 +225,7 @@ class Llama(nn.Module):
         [B, T]: what each target counts. `copies` 2: the first half of every row is a noised copy of the second.
         """
         if position_ids is None:
-            documents = Documents.whole_rows(*input_ids.shape, input_ids.device)
+            documents = Documents.whole_rows(len(input_ids), input_ids.shape[1], input_ids.device)
         else:
             documents = Documents.from_position_ids(position_ids, input_ids.device, copies).part(columns)
         x = self.hidden_states(input_ids, documents)

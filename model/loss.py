@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +72,17 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int =
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, targets, target_weights, z_loss_weight, chunk_tokens, part, make_gradients):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        target_weights: Tensor | None,
+        z_loss_weight: float,
+        chunk_tokens: int,
+        part: VocabularyPart | None,
+        make_gradients: bool,
+    ) -> tuple[Tensor, Tensor]:
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         objective, cross_entropy = torch.zeros(2, dtype=wide, device=x.device).unbind()
         want_x, want_weight = (make_gradients and need for need in ctx.needs_input_grad[:2])
@@ -87,7 +97,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 nll, z = _softmax(*problem, wide, z_loss_weight, part, make_gradients)
                 cross_entropy += nll
                 objective += nll + z_loss_weight * z
-            if want_x:
+            if grad_x is not None:
                 grad_x[rows] = logits @ weight
             if want_weight:
                 of_chunk = logits.T @ x[rows]
@@ -98,7 +108,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return objective, cross_entropy
 
     @staticmethod
-    def backward(ctx, grad_objective, _):
+    def backward(ctx: Any, grad_objective: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         grad_x, grad_weight = ctx.saved_tensors
         if grad_x is not None:
             grad_x = _scaled(grad_x, grad_objective, grad_x.dtype)
@@ -107,17 +117,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_x, grad_weight, *[None] * 6
 
 
-def _scaled(grad, factor, dtype):
+def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """The product in the wide dtype of `factor`: 1 / targets rounded to bfloat16 would put a bias on every gradient."""
     return torch.mul(grad.to(factor.dtype), factor, out=torch.empty_like(grad, dtype=dtype))
 
 
-def _softmax_pieces(rows, at_once):
+def _softmax_pieces(rows: int, at_once: bool) -> list[slice]:
     step = rows if at_once else SOFTMAX_TOKENS
     return [slice(first, first + step) for first in range(0, rows, max(step, 1))]
 
 
-def _softmax(logits, targets, target_weights, wide, z_loss_weight, part, make_gradients):
+def _softmax(
+    logits: Tensor,
+    targets: Tensor,
+    target_weights: Tensor | None,
+    wide: torch.dtype,
+    z_loss_weight: float,
+    part: VocabularyPart | None,
+    make_gradients: bool,
+) -> tuple[Tensor, Tensor]:
     """Weighted sums of cross-entropy and of logsumexp^2 over the counted rows of `logits` [C, V].
 
     With `make_gradients` d objective / d logits takes the place of the logits.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,7 +24,7 @@ class _RMSNorm(torch.autograd.Function):
     """n = x / rms(x), y = n * weight; dx = (g - n * mean(g * n)) / rms(x) with g = dy * weight."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         inverse_rms = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         normal = (wide * inverse_rms).to(x.dtype)
@@ -30,7 +32,7 @@ class _RMSNorm(torch.autograd.Function):
         return normal * weight
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         normal, weight, inverse_rms = ctx.saved_tensors
         grad_weight = (grad * normal).flatten(0, -2).sum(0)
         wide_grad, wide_normal = (t.to(inverse_rms.dtype) for t in (grad * weight, normal))

@@ -7,7 +7,7 @@ and values are kept (Arriola et al. 2025, Block Diffusion, section 3.3). Legend:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -44,7 +44,9 @@ def unmask(
     return _chunks(model, input_ids.reshape(-1), input_ids.numel() + max_new_tokens, mask_id, steps, choose)
 
 
-def _chunks(model, ids, end, mask_id, steps, choose) -> Iterator[list[int]]:
+def _chunks(
+    model: Llama, ids: Tensor, end: int, mask_id: int, steps: int | None, choose: Callable[[Tensor], int]
+) -> Iterator[list[int]]:
     chunk_size = model.config.chunk_size or end
     states = _States(model, end)
     while len(ids) < end:

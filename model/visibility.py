@@ -19,6 +19,7 @@ class Tokens(NamedTuple):
     """bool, whether the token belongs to the noised copy of a row that holds a noised and a clean one."""
 
     def at(self, index: slice | Tensor | tuple) -> Tokens:
+        """Some of them, or all in another shape, as indexing a tensor gives."""
         return Tokens(*(column[index] for column in self))
 
 

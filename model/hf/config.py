@@ -70,6 +70,7 @@ def left_out(hf: dict[str, Any], known: set[str]) -> list[str]:
 
 
 def fields_from_hf(hf: dict[str, Any], known: set[str]) -> dict[str, Any]:
+    """The fields of a `ModelConfig`, whose names are `known`, in a `config.json`. Raises ValueError for another model."""
     model_type = hf.get("model_type")
     if isinstance(model_type, str) and hf.get("chunk_size") is not None:
         model_type = model_type.removeprefix(CHUNKED_PREFIX)

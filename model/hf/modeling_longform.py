@@ -6,6 +6,8 @@ config.json), or with `chunk_size` the chunk of so many tokens of its document t
 Legend: B batch, T tokens of a row.
 """
 
+from typing import Any, NoReturn
+
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils.versions import require_version
@@ -28,7 +30,7 @@ def visible(position_ids: torch.Tensor, attention_mask: torch.Tensor, chunk_size
 class MaskedLM:
     """What every class below adds to a causal one: its loss, which transformers chooses by the name, and this."""
 
-    def generate(self, *args, **kwargs):
+    def generate(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise ValueError("this model predicts masked tokens, not the next one: its README.md says how to use it")
 
 
@@ -40,10 +42,10 @@ class ChunkedMaskedLM(MaskedLM):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values=None,
+        past_key_values: Any = None,
         inputs_embeds: torch.Tensor | None = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> Any:
         """Logits [B, T, vocab_size]; with `labels` [B, T] also their mean cross-entropy, -100 being left out.
 
         `attention_mask` [B, T], 0 for padding, on either side. `position_ids` [B, T] restart at 0 where a document
@@ -54,6 +56,7 @@ class ChunkedMaskedLM(MaskedLM):
                 "past_key_values cannot be used: tokens of an unfinished chunk see those that follow in it"
             )
         rows = inputs_embeds if input_ids is None else input_ids
+        assert rows is not None, "input_ids or inputs_embeds"
         if attention_mask is None:
             attention_mask = torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
         if attention_mask.ndim != 2:

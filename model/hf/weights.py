@@ -6,15 +6,18 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import CUSTOM_MODULE, ModelConfig
 from ..llama import Llama
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 HEAD = "lm_head.weight"
 EMBEDDING = "embed_tokens.weight"
@@ -46,7 +49,7 @@ def from_hf_state(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Te
     return own
 
 
-def from_hf_model(model: nn.Module) -> tuple[ModelConfig, dict[str, Tensor]]:
+def from_hf_model(model: PreTrainedModel) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Config and `Llama` state of a loaded transformers model, whatever file format it came from.
 
     `save_hf(config, state.items(), folder)` then writes it as a folder. Raises ValueError for weights that are still
@@ -122,7 +125,9 @@ def save_hf(
     if present := [*folder.glob("model*.safetensors*"), *folder.glob("config.json")]:
         raise ValueError(f"{present[0]}: exists already; give an empty output folder")
     missing = {name for name, _ in _meta_model(config).named_parameters()}
-    total_bytes, shards, shard, shard_bytes = 0, [], {}, 0
+    shards: list[tuple[Path, list[str]]] = []
+    shard: dict[str, Tensor] = {}
+    total_bytes = shard_bytes = 0
     try:
         for name, tensor in tensors:
             if name == HEAD and config.tie_word_embeddings:
@@ -148,7 +153,7 @@ def save_hf(
     ids = {key: value for key, value in (token_ids or {}).items() if value is not None}
     write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
     name = str(dtype).removeprefix("torch.")
-    written = {"dtype": name, "torch_dtype": name, "transformers_version": TRANSFORMERS_VERSION}
+    written: dict[str, Any] = {"dtype": name, "torch_dtype": name, "transformers_version": TRANSFORMERS_VERSION}
     if objective is not None:
         written["objective"] = objective
     if "auto_map" in hf_config:
@@ -227,7 +232,7 @@ def _publish_shards(folder: Path, shards: list[tuple[Path, list[str]]], total_by
     if len(shards) == 1:
         shards[0][0].replace(folder / "model.safetensors")
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, (path, names) in enumerate(shards, start=1):
         final = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         path.replace(folder / final)
