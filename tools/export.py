@@ -190,7 +190,10 @@ def training_texts(manifest: "CheckpointManifest", tokenizer: Path) -> list[str]
         return []
 
 
-def counted(weights: Iterable[tuple[str, "torch.Tensor"]], item_bytes: int, progress: Progress) -> Iterator:
+def counted(
+    weights: Iterable[tuple[str, "torch.Tensor"]], item_bytes: int, progress: Progress
+) -> Iterator[tuple[str, "torch.Tensor"]]:
+    """The weights, counted as they pass; `item_bytes` is what a number of them will take."""
     for name, tensor in weights:
         yield name, tensor
         progress.advance(tensor.numel() * item_bytes)

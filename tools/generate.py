@@ -46,8 +46,8 @@ def main() -> None:
 
     trained = open_trained(arguments.source, arguments.step, arguments.device, arguments.dtype)
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
-    start = [] if trained.tokenizer.bos_id is None else [trained.tokenizer.bos_id]
-    ids = [*start, *trained.tokenizer.encode_batch([prompt])[0].tolist()]
+    begin = [] if trained.tokenizer.bos_id is None else [trained.tokenizer.bos_id]
+    ids = [*begin, *trained.tokenizer.encode_batch([prompt])[0].tolist()]
     start = torch.tensor(ids or [trained.tokenizer.eos_id], device=trained.device)
     tokens = new_tokens(trained, start, arguments)
     for piece in stream(trained.tokenizer, ids, tokens):

@@ -152,7 +152,7 @@ def _sentencepiece_forms(trained: Tokenizer, model_max_length: int) -> Iterator[
     kept, templates = _said_of_the_tokenizer(trained.path.parent), _templates(_companions(trained))
     leave_out_unknown(kept, vocabulary)
     surrounding = {"add_bos_token": trained.bos_id is not None, "add_eos_token": False}
-    config = INPUTS | DEFAULTS | surrounding | kept | {"model_max_length": model_max_length}
+    config: dict[str, Any] = INPUTS | DEFAULTS | surrounding | kept | {"model_max_length": model_max_length}
     config |= _names(trained, vocabulary, config)
     try:
         backend = from_sentencepiece(trained.path)
@@ -256,7 +256,8 @@ def _surrounding(trained: Tokenizer, config: dict[str, Any], vocabulary: dict[st
         "single": sequence("A", 0),
         "pair": sequence("A", 0) + sequence("B", 1),
         "special_tokens": {
-            pieces[i]: {"id": pieces[i], "ids": [i], "tokens": [pieces[i]]} for i in {begin, end} - {None}
+            pieces[i]: {"id": pieces[i], "ids": [i], "tokens": [pieces[i]]}
+            for i in {i for i in (begin, end) if i is not None}
         },
     }
 

@@ -61,6 +61,7 @@ def code_hashes(root: Path) -> dict[str, str] | None:
 
 
 def installed_version(package: str) -> str | None:
+    """None where it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

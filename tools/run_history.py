@@ -46,6 +46,7 @@ def read_run(run_dir: Path) -> Run:
 
 
 def is_step(record: dict[str, Any]) -> bool:
+    """Whether it has the metrics of an optimizer step."""
     return "loss" in record and "event" not in record
 
 
@@ -63,7 +64,8 @@ def launches(records: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 def hours_trained(records: list[dict[str, Any]]) -> list[float]:
     """Hours of training up to each record, without the time between launches, and without steps that were done again."""
-    hours, trained = [], 0.0
+    hours: list[float] = []
+    trained = 0.0
     for launch in launches(records):
         first = launch[0]
         before = first["time"] - (first["step_seconds"] * first["step"] if is_step(first) and not hours else 0.0)

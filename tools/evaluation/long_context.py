@@ -11,11 +11,11 @@ Legend: B rows, T tokens of a row, P pieces, K buckets.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from model.documents import Documents
 from model.llama import Llama
 from model.loss import token_losses
 from storage.shards import ShardedDataset
+from training.batch import Batch
 from training.data import NO_TARGET, make_batch
 from training.objective import Masking
 
@@ -95,7 +96,8 @@ class PositionSums:
         return math.sqrt(residual * pieces / (pieces - 1)) / n
 
 
-class Losses(NamedTuple):
+@dataclass(frozen=True)
+class Losses:
     """What one pass over the rows of a source measured."""
 
     full: PositionSums
@@ -106,7 +108,8 @@ class Losses(NamedTuple):
     """How much lower the former are than the latter, target by target."""
 
     def __add__(self, other: Losses) -> Losses:
-        limited, gains = ({c: a[c] + b[c] for c in a} for a, b in zip(self[1:], other[1:], strict=True))
+        limited = {c: sums + other.limited[c] for c, sums in self.limited.items()}
+        gains = {c: sums + other.gains[c] for c, sums in self.gains.items()}
         return Losses(self.full + other.full, limited, gains)
 
 
@@ -122,7 +125,7 @@ def in_chunks(documents: Documents, chunk_tokens: int) -> Documents:
         for start in firsts
     ]
     bounds = torch.tensor([0, *itertools.accumulate(lengths)]).to(documents.cu_seqlens)
-    return dataclasses.replace(documents, lengths=lengths, cu_seqlens=bounds)
+    return replace(documents, lengths=lengths, cu_seqlens=bounds)
 
 
 def measure(
@@ -156,12 +159,12 @@ def measure(
                 continue
             place = batch["position_ids"].numpy(), batch["targets"].numpy() != NO_TARGET
             documents = Documents.from_position_ids(batch["position_ids"], device)
-            inputs = [batch[key].to(device) for key in ("input_ids", "targets")]
-            losses = _losses(model, *inputs, documents)
+            inputs, targets = batch["input_ids"].to(device), batch["targets"].to(device)
+            losses = _losses(model, inputs, targets, documents)
             full.add(*place, losses)
             progress.advance(tokens * TOKEN_BYTES, tokens)
             for c in limits:
-                without = _losses(model, *inputs, in_chunks(documents, c))
+                without = _losses(model, inputs, targets, in_chunks(documents, c))
                 limited[c].add(*place, without)
                 gains[c].add(*place, without - losses)
                 progress.advance(tokens * TOKEN_BYTES, tokens)
@@ -175,7 +178,9 @@ def _losses(model: Llama, input_ids: torch.Tensor, targets: torch.Tensor, docume
     return token_losses(hidden, model.lm_head.weight, targets).double().cpu().numpy()
 
 
-def _masked(model: Llama, batch: dict, masking: Masking, samples: np.ndarray) -> tuple[np.ndarray, ...]:
+def _masked(
+    model: Llama, batch: Batch, masking: Masking, samples: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Arrays [B, T] of `batch` with the masks of the rows numbered `samples`: places, which count, weighted losses."""
     places, eligible = batch["position_ids"].numpy(), masking.eligible(batch)
     batch = masking(batch, samples)

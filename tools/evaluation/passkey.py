@@ -61,6 +61,7 @@ class Filler:
         self.control = dataset.manifest.tokenizer.control_ids
 
     def draw(self, generator: np.random.Generator, tokens: int) -> list[int]:
+        """So many of its tokens, from as many rows as they take."""
         ids: list[int] = []
         while len(ids) < tokens:
             number = int(generator.integers(self.bounds[-1]))
@@ -162,7 +163,7 @@ def _outcome(model: Llama, passkeys: Passkeys, trial: Trial, depth: float, witho
     return passkeys.is_answer(trial, written), all(key < other for other in others), without - key
 
 
-def _cell(outcomes: list[tuple[bool, bool, float]]) -> dict[str, float | None]:
+def _cell(outcomes: list[tuple[bool, bool, float]]) -> dict[str, Any]:
     exact, chosen, drops = zip(*outcomes, strict=True)
     return {
         "exact_match": statistics.fmean(exact),

@@ -4,6 +4,7 @@ Of each data set and split the newest checkpoint's figures are drawn; older ones
 """
 
 import html
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,10 @@ def _newest(evaluations: list[dict[str, Any]], analysis: str) -> dict[str, dict[
     return {found["fingerprint"] + found["split"]: found for found in evaluations if analysis in found}
 
 
-def _lines(evaluations: list[dict[str, Any]], analysis: str):
-    """Name, rows and style of a line for each evaluation and source."""
-    newest, colors = list(map(id, _newest(evaluations, analysis).values())), {}
+def _lines(evaluations: list[dict[str, Any]], analysis: str) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Rows and style of a line for each evaluation and source."""
+    newest = list(map(id, _newest(evaluations, analysis).values()))
+    colors: dict[tuple[str, str, str], int] = {}
     for found in evaluations:
         for source, rows in found.get(analysis, {}).items():
             is_newest = id(found) in newest
@@ -141,8 +143,8 @@ def _heat_map(found: dict[str, Any], name: str) -> Panel:
         hovertemplate="%{x} tokens, key at %{y}: %{z:.3f}<extra></extra>",
     )
     title = passkey_title(found["passkey"], name).capitalize()
-    x, y = {"type": "category", "showgrid": False, "title": {"text": "tokens of the text"}}, {"type": "category"}
-    y |= {"autorange": "reversed", "showgrid": False}
+    x = {"type": "category", "showgrid": False, "title": {"text": "tokens of the text"}}
+    y: dict[str, Any] = {"type": "category", "autorange": "reversed", "showgrid": False}
     if name == "exact_match":
         title = f"Pass key, {html.escape(_data(found))}, {html.escape(found['checkpoint'])}<br>{title}"
         y["title"] = {"text": "depth of the key"}

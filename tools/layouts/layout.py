@@ -95,15 +95,16 @@ def parse_layout(text: str, flag: str = "--layout") -> Layout:
     if match is None:
         raise ValueError(f"{flag} {text!r} is not {SYNTAX}")
     name, file, ranks, stages, rest = match.groups()
-    changes, overrides = {}, {}
+    changes: dict[str, Any] = {}
+    overrides: dict[str, str] = {}
     words = iter(shlex.split(rest))
     for word in words:
         key, given, value = word.partition("=")
         if word.startswith("--"):
-            value = value if given else next(words, None)
-            if value is None:
+            said = value if given else next(words, None)
+            if said is None:
                 raise ValueError(f"{flag} {text!r}: {word} has no value")
-            overrides[key.removeprefix("--")] = value
+            overrides[key.removeprefix("--")] = said
         elif given and key:
             changes[key] = _json_value(value)
         else:
@@ -115,7 +116,7 @@ def parse_layout(text: str, flag: str = "--layout") -> Layout:
     described = " ".join(
         [f"{Path(file).stem} x{ranks}", *([f"in {stages} stages"] if stages else []), *shlex.split(rest)]
     )
-    return Layout((name or described).strip(), file, int(ranks), stages and int(stages), changes, overrides)
+    return Layout((name or described).strip(), file, int(ranks), int(stages) if stages else None, changes, overrides)
 
 
 def _json_value(text: str) -> Any:
@@ -187,7 +188,8 @@ def launch(
 
 
 def _kill(process: subprocess.Popen) -> None:
-    for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
+    victims: list[psutil.Process | subprocess.Popen] = [*psutil.Process(process.pid).children(recursive=True), process]
+    for victim in victims:
         with contextlib.suppress(psutil.NoSuchProcess):
             victim.kill()
     process.wait()
@@ -224,9 +226,10 @@ def _over_ranks(ranks: list[list[dict]]) -> list[StepRecord]:
         if any(record["rows"] != by_data_rank[record["data_rank"]] for record in records):
             raise LaunchFailed(f"step {records[0]['step']}: ranks that must work on the same rows had different ones")
         rows = sorted(row for rows in by_data_rank.values() for row in rows)
-        worst = (max(record[key] for record in records) for key in ("seconds", "memory_bytes", "wire_bytes"))
-        same = (records[0][key] for key in ("step", "loss", "grad_norm", "applied"))
-        steps.append(StepRecord(*same, hashlib.blake2b("".join(rows).encode(), digest_size=8).hexdigest(), *worst))
+        same = {key: records[0][key] for key in ("step", "loss", "grad_norm", "applied")}
+        worst = {key: max(record[key] for record in records) for key in ("seconds", "memory_bytes", "wire_bytes")}
+        samples = hashlib.blake2b("".join(rows).encode(), digest_size=8).hexdigest()
+        steps.append(StepRecord(samples=samples, **same, **worst))
     return steps
 
 
