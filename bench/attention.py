@@ -41,7 +41,8 @@ def main() -> None:
             f"\n{row:16s} {'':12s} " + " ".join(f"{f'T={tokens:,}':>22s}" for tokens in arguments.tokens) + "   growth"
         )
         for contender in CONTENDERS:
-            cells, times = [], []
+            cells: list[str] = []
+            times: list[float] = []
             for tokens in arguments.tokens:
                 growth = (tokens / arguments.tokens[len(times) - 1]) ** 2 if times else 0
                 if times and times[-1] * growth > arguments.seconds:

@@ -3,15 +3,19 @@
 import math
 import resource
 import time
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from model.attention import attend
+from model.attention import CAUSAL, attend
 from model.config import ModelConfig
+from model.documents import Documents
 from model.hf.weights import to_hf_state
-from model.llama import Llama
+from model.llama import Block, Llama
+from model.visibility import Visibility
 
 CONFIG = ModelConfig(
     vocab_size=512,
@@ -22,13 +26,14 @@ CONFIG = ModelConfig(
     max_position_embeddings=1 << 17,
     tie_word_embeddings=True,
 )
-CHUNKED = CONFIG.model_copy(update={"is_causal": False, "attention": "chunked", "chunk_size": 512})
+CHUNK_TOKENS = 512
+CHUNKED = CONFIG.model_copy(update={"is_causal": False, "attention": "chunked", "chunk_size": CHUNK_TOKENS})
 DOCUMENT_TOKENS = 1024
 ROWS = ("one document", "chunks of 512", "documents of 1k")
 CONTENDERS = ("longform", "dense mask", "transformers")
 
 
-def dense(q, k, v, documents, visibility):
+def dense(q: Tensor, k: Tensor, v: Tensor, documents: Documents, visibility: Visibility = CAUSAL) -> Tensor:
     """`model.attention.attend` with all scores under one mask."""
     tokens = documents.tokens()
     mask = visibility.sees(tokens.at((slice(None), None)), tokens)
@@ -36,7 +41,7 @@ def dense(q, k, v, documents, visibility):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).squeeze(0).transpose(0, 1).unsqueeze(0)
 
 
-def step_of(row: str, contender: str, tokens: int, dtype: torch.dtype, device: str):
+def step_of(row: str, contender: str, tokens: int, dtype: torch.dtype, device: str) -> Callable[[int], None]:
     """A function that does one training step on the first n tokens of a row."""
     config = CHUNKED if row.startswith("chunks") else CONFIG
     ids = torch.randint(CONFIG.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0)).to(device)
@@ -44,16 +49,18 @@ def step_of(row: str, contender: str, tokens: int, dtype: torch.dtype, device: s
     positions = positions.unsqueeze(0).to(device)
     ours = Llama(config).to(device, dtype)
     if contender != "transformers":
-        ours.layers[0].self_attn.attend = dense if contender == "dense mask" else attend
+        (block,) = ours.layers
+        assert isinstance(block, Block)
+        block.self_attn.attend = dense if contender == "dense mask" else attend
         return lambda n: (ours(ids[:, :n], positions[:, :n], ids[:, :n])[0] / n).backward()
     theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**CONFIG.to_hf()), attn_implementation="sdpa")
     theirs.load_state_dict(to_hf_state(ours.state_dict(), CONFIG), strict=False)
     theirs = theirs.to(device, dtype)
 
     def step(n: int) -> None:
-        extra = {}
+        extra: dict[str, Tensor] = {}
         if row.startswith("chunks"):
-            chunk = positions[0, :n] // CHUNKED.chunk_size
+            chunk = positions[0, :n] // CHUNK_TOKENS
             extra["attention_mask"] = (chunk <= chunk.unsqueeze(1)).expand(1, 1, n, n)
         ids_, places = ids[:, :n], positions[:, :n]
         theirs(ids_, position_ids=places, shift_labels=ids_, labels=ids_, use_cache=False, **extra).loss.backward()
@@ -76,6 +83,7 @@ def measure(row: str, contender: str, tokens: int, dtype: str, device: str, repe
 
 
 def peak_bytes(device: str) -> int:
+    """Most memory so far: of the GPU, or of this process."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

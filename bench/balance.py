@@ -44,7 +44,7 @@ def spread(data: Path, steps: int = 100) -> None:
     places = TrainingData(dataset, order).places
     print(f"attention of the busiest rank beyond the average, mean of {steps} steps\n{'':24s}", *WAYS, sep="   ")
     for ranks, rows in ((2, 4), (8, 4), (8, 1), (64, 4)):
-        found = {way: [] for way in WAYS}
+        found: dict[str, list[float]] = {way: [] for way in WAYS}
         for step in range(steps):
             costs = row_costs(dataset, *places(step * ranks * rows + np.arange(ranks * rows)), recipe.model.visibility)
             found["in order"].append(imbalance(costs.reshape(rows, ranks).sum(0)))
@@ -82,7 +82,7 @@ def rank(folder: Path, steps: int) -> None:
         plan = make_plan("recipes/tiny.yaml", overrides, str(folder / "zero1.json"), str(folder / "data"), topology)
         engine = build_engine(plan.recipe, plan.ds_config, plan.mesh, plan.pipeline_bounds)
         runs[way] = TrainingLoop(engine, plan, new_state(plan))
-    results = {way: [] for way in WAYS}
+    results: dict[str, list[dict]] = {way: [] for way in WAYS}
     for step in range(steps + 1):
         for way, loop in runs.items():
             clock = StepClock(peak_flops_per_second=1.0)

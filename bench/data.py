@@ -21,16 +21,24 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from console.command import CommandParser
 
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
+
 SEQ_LENGTH = 4096
 VOCAB_SIZE = 32000
+Figures = dict[str, Any]
+"""What a contender took and made, JSON-able."""
 
 
 def usage() -> float:
+    """CPU seconds of this process and its children so far."""
     parts = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(part.ru_utime + part.ru_stime for part in parts)
 
@@ -43,7 +51,7 @@ def peak_megabytes() -> dict[str, float]:
     }
 
 
-def documents(limit: int):
+def documents(limit: int) -> Iterator[tuple[str, str]]:
     """(name, text) until `limit` bytes, in a fixed order."""
     from pydoc_data.topics import topics
 
@@ -63,7 +71,7 @@ def documents(limit: int):
         limit -= len(text.encode())
 
 
-def _readable(paths):
+def _readable(paths: Iterable[Path]) -> Iterator[tuple[str, str]]:
     for path in paths:
         try:
             yield path.name, path.read_bytes().decode()
@@ -71,7 +79,8 @@ def _readable(paths):
             continue
 
 
-def prepare(folder: Path, megabytes: int) -> dict:
+def prepare(folder: Path, megabytes: int) -> dict[str, int]:
+    """Write the texts and a tokenizer of them into `folder`; the bytes of each text, and `n` documents."""
     from data_prep.tokenizer_files import MODEL_FILE
     from data_prep.tokenizer_training import train
 
@@ -98,7 +107,7 @@ def prepare(folder: Path, megabytes: int) -> dict:
     }
 
 
-def run_sentencepiece(folder: Path, name: str) -> dict:
+def run_sentencepiece(folder: Path, name: str) -> Figures:
     import sentencepiece
 
     model = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer" / "tokenizer.model"))
@@ -108,7 +117,7 @@ def run_sentencepiece(folder: Path, name: str) -> dict:
     return watch.result | {"tokens": tokens}
 
 
-def run_build(folder: Path, name: str, workers: int, encoder: str) -> dict:
+def run_build(folder: Path, name: str, workers: int, encoder: str) -> Figures:
     import pandas  # noqa: F401 (pyarrow and gigatoken import it when first used, but the clock starts after imports)
 
     from data_prep.build import build
@@ -129,11 +138,12 @@ def run_build(folder: Path, name: str, workers: int, encoder: str) -> dict:
             plan = Plan([Source("bench", None, (str(place),))], options, tokenizer)
             manifest = build(plan, tokenizer, Path(output), workers, encoder=encoder)
         shards = [shard for entry in manifest.splits["train"].values() for shard in entry.shards]
-    size, tokens = sum(shard.bytes for shard in shards), manifest.statistics["tokens"]
+    size = sum(shard.bytes for shard in shards)
+    tokens: Any = manifest.statistics["tokens"]
     return watch.result | {"tokens": tokens, "bytes_per_token": size / tokens, "fingerprint": manifest.fingerprint}
 
 
-def run_repack(folder: Path, name: str, **packing) -> dict:
+def run_repack(folder: Path, name: str, **packing: Any) -> Figures:
     """Other rows of the token store that a build left, against that build."""
     from data_prep.build import build
     from data_prep.plan import BuildOptions, Plan
@@ -149,12 +159,13 @@ def run_repack(folder: Path, name: str, **packing) -> dict:
         build(plan, tokenizer, Path(output) / "built", encoder="accelerated")
         with Stopwatch() as watch:
             manifest = repack(Path(output) / "built", PackingPolicy(**packing), Path(output) / "packed")
-    rows = manifest.statistics["rows"]["train"]
+    statistics: dict[str, Any] = manifest.statistics
+    rows = statistics["rows"]["train"]
     shown = {"rows": rows["rows"], "padding": rows["padding"] / rows["row_tokens"], "cuts": rows["cuts"]}
-    return watch.result | {"tokens": manifest.statistics["tokens"], "packed": shown}
+    return watch.result | {"tokens": statistics["tokens"], "packed": shown}
 
 
-def run_run_clm(folder: Path, name: str) -> dict:
+def run_run_clm(folder: Path, name: str) -> Figures:
     import datasets
     import transformers
 
@@ -162,10 +173,10 @@ def run_run_clm(folder: Path, name: str) -> dict:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer" / "hf")
     cache = tempfile.mkdtemp(dir=folder)
 
-    def tokenize(examples):
+    def tokenize(examples: Any) -> Any:
         return tokenizer(examples["text"])
 
-    def group_texts(examples):
+    def group_texts(examples: dict[str, list]) -> dict[str, list]:
         concatenated = {key: list(chain(*examples[key])) for key in examples}
         total = len(concatenated["input_ids"]) // SEQ_LENGTH * SEQ_LENGTH
         result = {k: [t[i : i + SEQ_LENGTH] for i in range(0, total, SEQ_LENGTH)] for k, t in concatenated.items()}
@@ -180,7 +191,7 @@ def run_run_clm(folder: Path, name: str) -> dict:
     return watch.result | {"tokens": rows * SEQ_LENGTH, "bytes_per_token": size / (rows * SEQ_LENGTH)}
 
 
-_model = None
+_model: "SentencePieceProcessor | None" = None
 
 
 def _start_megatron(path: str) -> None:
@@ -192,10 +203,11 @@ def _start_megatron(path: str) -> None:
 
 def _encode_megatron(line: str) -> tuple[list[int], int]:
     text = json.loads(line)["text"]
+    assert _model is not None, "each process of the pool starts with one"
     return [*_model.encode(text), _model.eos_id()], len(line)
 
 
-def run_megatron(folder: Path, name: str, workers: int) -> dict:
+def run_megatron(folder: Path, name: str, workers: int) -> Figures:
     import numpy
 
     sizes = []
@@ -219,7 +231,7 @@ class Stopwatch:
         self.cpu, self.wall = usage(), time.perf_counter()
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *_: object) -> None:
         self.result = {"cpu": usage() - self.cpu, "wall": time.perf_counter() - self.wall, **peak_megabytes()}
 
 
@@ -249,11 +261,12 @@ def main() -> None:
         folder, name = Path(arguments.run[0]), arguments.run[1]
         print(json.dumps(prepare(folder, arguments.megabytes) if name == "prepare" else CONTENDERS[name](folder)))
         return
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         sizes = run_alone(folder, "prepare", arguments.megabytes)
-        save_huggingface(Path(folder) / "tokenizer")
+        save_huggingface(folder / "tokenizer")
         print(f"{sizes['n']:,} documents, {sizes['corpus'] / 1e6:.1f} MB, {VOCAB_SIZE:,} entries, rows of {SEQ_LENGTH}")
-        results = {}
+        results: dict[str, Figures] = {}
         for name in CONTENDERS:
             key = "third" if "third" in name else "pieces" if "16 MB" in name else "corpus"
             results[name] = measure(folder, name, sizes[key] / 1e6)
@@ -269,15 +282,17 @@ def save_huggingface(folder: Path) -> None:
     subprocess.run([sys.executable, "-c", program, str(folder)], check=True, capture_output=True)
 
 
-def run_alone(folder: str, name: str, megabytes: int = 0) -> dict:
-    command = [sys.executable, "-m", "bench.data", "--run", folder, name, "--megabytes", str(megabytes)]
+def run_alone(folder: Path, name: str, megabytes: int = 0) -> Figures:
+    """The figures of a contender, or of `prepare`, in a process of its own."""
+    command = [sys.executable, "-m", "bench.data", "--run", str(folder), name, "--megabytes", str(megabytes)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{name} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(folder: str, name: str, megabytes: float) -> dict:
+def measure(folder: Path, name: str, megabytes: float) -> Figures:
+    """Those of a contender over a text of this size, printed, with its speeds."""
     result = run_alone(folder, name)
     result |= {"speed": megabytes / result["cpu"], "wall_speed": megabytes / result["wall"]}
     print(
@@ -292,7 +307,7 @@ def measure(folder: str, name: str, megabytes: float) -> dict:
     return result
 
 
-def print_ratios(results: dict[str, dict]) -> None:
+def print_ratios(results: dict[str, Figures]) -> None:
     def speed(name: str) -> float:
         return results[name]["speed"]
 

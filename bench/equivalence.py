@@ -135,9 +135,9 @@ def compare_all(
             plans[layout.name] = plan_layout(layout, setting, folder)
         except ValueError as error:
             plans[layout.name] = error
-    if isinstance(plans[reference.name], ValueError):
-        raise plans[reference.name]
-    check_steps(plans[reference.name], arguments.steps)
+    if isinstance(of_reference := plans[reference.name], ValueError):
+        raise of_reference
+    check_steps(of_reference, arguments.steps)
 
     results: list[Result] = []
     weights = None
@@ -151,7 +151,7 @@ def compare_all(
                 steps = launch(layout, setting, folder / "run", arguments.steps, folder, progress)
             weights = weights or Weights(folder / "run", work / "weights")
             difference = compare(steps, results[0].steps if results else steps, weights.difference(folder / "run"))
-            tolerance = tolerance_between(arguments, plan, plans[reference.name])
+            tolerance = tolerance_between(arguments, plan, of_reference)
             verdict = "same" if tolerance.allows(difference) else "differs"
             results.append(Result(layout, verdict, "", steps, difference, tolerance, *speed(steps, plan)))
         except ValueError as error:

@@ -2,27 +2,36 @@
 
 import math
 import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 HEADS, WIDTH, BLOCK = 12, 64, 128
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Causal: [H, T, d] three times -> [H, T, d]."""
 
 
-def scores(q, k, first: int, last: int):
+def scores(q: Tensor, k: Tensor, first: int, last: int) -> Tensor:
     """[H, b, last] of the queries first .. last - 1, -infinity where the key comes later."""
     wide = torch.bmm(q[:, first:last], k[:, :last].transpose(1, 2)).float() * WIDTH**-0.5
     later = torch.ones(last - first, last - first, dtype=torch.bool).triu(1)
     return torch.cat([wide[:, :, :first], wide[:, :, first:].masked_fill(later, -math.inf)], -1)
 
 
-def forward_block(q, k, v, first: int, last: int):
+def forward_block(q: Tensor, k: Tensor, v: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
+    """Output [H, b, d] of those queries and their log-sum-exps [H, b, 1]."""
     wide = scores(q, k, first, last)
     logsumexp = wide.logsumexp(-1, keepdim=True)
     return torch.bmm((wide - logsumexp).exp().to(q.dtype), v[:, :last]), logsumexp
 
 
-def backward_block(q, k, v, grad, out, logsumexp, first: int, last: int):
+def backward_block(
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, out: Tensor, logsumexp: Tensor, first: int, last: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of those queries, and what they add to those of the keys and values up to `last`."""
     p = (scores(q, k, first, last) - logsumexp).exp()
     delta = (grad.float() * out.float()).sum(-1, keepdim=True)
     dp = torch.bmm(grad, v[:, :last].transpose(1, 2)).float()
@@ -35,7 +44,9 @@ class Blocks(torch.autograd.Function):
     """[H, T, d] three times -> [H, T, d]."""
 
     @staticmethod
-    def forward(ctx, q, k, v, forward, backward):
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, forward: Callable[..., Any], backward: Callable[..., Any]
+    ) -> Tensor:
         out, logsumexp = torch.empty_like(q), torch.empty(*q.shape[:2], 1)
         for first in range(0, q.shape[1], BLOCK):
             rows = slice(first, first + BLOCK)
@@ -45,7 +56,7 @@ class Blocks(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, logsumexp = ctx.saved_tensors
         dq, dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v))
         for first in range(0, q.shape[1], BLOCK):
@@ -58,7 +69,7 @@ class Blocks(torch.autograd.Function):
         return *(x.to(q.dtype) for x in (dq, dk, dv)), None, None
 
 
-def contenders() -> dict:
+def contenders() -> dict[str, Attention]:
     torch._dynamo.config.recompile_limit = 64  # the first blocks are special cases to it
     compiled = [torch.compile(function, dynamic=True) for function in (forward_block, backward_block)]
     return {
@@ -68,7 +79,8 @@ def contenders() -> dict:
     }
 
 
-def milliseconds(attention, tensors, grad) -> float:
+def milliseconds(attention: Attention, tensors: Sequence[Tensor], grad: Tensor) -> float:
+    """Of one forward and backward pass."""
     began = time.perf_counter()
     torch.autograd.grad(attention(*tensors), tensors, grad)
     return 1e3 * (time.perf_counter() - began)

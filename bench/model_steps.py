@@ -77,7 +77,8 @@ def compare(args: argparse.Namespace) -> None:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(LLAMA_110M.vocab_size, (args.batch, args.tokens + 1), generator=generator).to(device)
     steps = contestants(device, dtype)
-    runs, began = {name: [] for name in steps}, time.perf_counter()
+    runs: dict[str, list[tuple[float, float, float]]] = {name: [] for name in steps}
+    began = time.perf_counter()
     for step in steps.values():
         step(ids)  # loads the kernels, compiles
     while not runs["longform"] or (time.perf_counter() - began < args.seconds and len(runs["longform"]) < 10):
@@ -86,7 +87,12 @@ def compare(args: argparse.Namespace) -> None:
     report(args, runs, device, dtype)
 
 
-def report(args: argparse.Namespace, runs: dict[str, list[tuple]], device: torch.device, dtype: torch.dtype) -> None:
+def report(
+    args: argparse.Namespace,
+    runs: dict[str, list[tuple[float, float, float]]],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
     peak = peak_rate(device, dtype)
     tokens, flops = args.batch * args.tokens, LLAMA_110M.flops_per_token(args.tokens)
     size = LLAMA_110M.num_parameters() / 1e6

@@ -49,12 +49,12 @@ class ModelConfig(BaseModel):
     """Width of one head, even. Default: hidden_size / num_attention_heads."""
     max_position_embeddings: PositiveInt = 4096
     """Longest document, in tokens, that the positions are made for."""
-    rms_norm_eps: float = Field(1e-5, gt=0)
+    rms_norm_eps: float = Field(default=1e-5, gt=0)
     """Added to the mean square inside RMSNorm."""
     position_embedding: Literal["rope", "sinusoidal", "learned"] = "rope"
     """How a token knows its place in its document: queries and keys turned by rotary angles, fixed sinusoids added to the
     embedding (Vaswani et al. 2017), or the rows of a trained table added to it (GPT-2). transformers has the first only."""
-    rope_theta: float = Field(10000.0, gt=1)
+    rope_theta: float = Field(default=10000.0, gt=1)
     """Base of the rotary frequencies; larger for longer contexts."""
     rope_scaling: dict[str, Any] | None = None
     """Rotary scaling as in Hugging Face configs: {rope_type: linear|dynamic|yarn|llama3|longrope, factor: ..., ...}."""
@@ -64,7 +64,7 @@ class ModelConfig(BaseModel):
     """Whether the four attention projections have biases."""
     mlp_bias: bool = False
     """Whether the three feed-forward projections have biases."""
-    initializer_range: float = Field(0.02, gt=0)
+    initializer_range: float = Field(default=0.02, gt=0)
     """Standard deviation of initial weights; a block's output projections get it over sqrt(2 * num_hidden_layers)."""
     qk_norm: bool = False
     """RMSNorm over each query and key head before the rotation (as in Qwen3)."""

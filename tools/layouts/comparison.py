@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -175,7 +175,7 @@ def tolerance_between(arguments: argparse.Namespace, *plans: "RunPlan") -> Toler
     return Tolerance(arguments.tolerance, NEXT_TO_LOSS * arguments.tolerance)
 
 
-def compare(steps: list[StepRecord], expected: list[StepRecord], weights: float | None = None) -> Difference:
+def compare(steps: Sequence[StepRecord], expected: Sequence[StepRecord], weights: float | None = None) -> Difference:
     """Raises LaunchFailed when the two are not about the same steps."""
     numbers, due = ([step.step for step in run] for run in (steps, expected))
     if numbers != due:
