@@ -60,24 +60,29 @@ def main(arguments: argparse.Namespace, stop: StopSignal) -> int:
 
     topology = read_topology()
 
-    from engine.build import build_engine
-    from engine.checkpoint.folder import agree_on_checkpoint
     from engine.checkpoint.manifest import steps
     from engine.process_group import start_process_group
+    from engine.run.begin import begin_or_continue
     from engine.run.folder import claim_run, describe, fill_run, layout_facts
-    from engine.run.initial_weights import read_initial_weights
-    from engine.run.loop import TrainingLoop, new_state, train
+    from engine.run.loop import train
     from engine.run.memory import check_memory, largest_need
     from engine.run.outputs import Outputs
     from engine.run.plan import make_plan
-    from engine.run.resume import check_resumable, restore
+    from engine.run.resume import check_resumable
 
     overrides = {name: value for name, value in vars(arguments).items() if "." in name or name == "stages"}
 
     # Whatever can be wrong is found here, before any process group exists.
-    files = (arguments.recipe, overrides, arguments.deepspeed_config, arguments.data)
     run = Path(arguments.output)
-    plan = make_plan(*files, topology, arguments.pipeline_stages, fresh=not steps(run))
+    plan = make_plan(
+        arguments.recipe,
+        overrides,
+        arguments.deepspeed_config,
+        arguments.data,
+        topology,
+        arguments.pipeline_stages,
+        fresh=not steps(run),
+    )
     notices = plan.warnings + check_resumable(run, plan, arguments.allow_data_change, arguments.resume_step)
     memory = check_memory(plan, topology, arguments.allow_overcommit)
     if topology.is_first:
@@ -87,22 +92,17 @@ def main(arguments: argparse.Namespace, stop: StopSignal) -> int:
     lock = claim_run(run) if topology.is_first else None
 
     # Continue where the newest good checkpoint stopped, or begin.
-    found, damaged = agree_on_checkpoint(run, arguments.resume_step)
-    weights = None if found else read_initial_weights(plan.recipe)
-    engine = build_engine(plan.recipe, plan.ds_config, plan.mesh, plan.pipeline_bounds, weights)
-    state = restore(engine, *found) if found else new_state(plan)
-    if arguments.resume_step is not None:
-        state.wandb_id = new_state(plan).wandb_id  # W&B takes no step back
+    loop, checkpoint, damaged = begin_or_continue(plan, run, arguments.resume_step)
     facts = describe(plan)
     if topology.is_first:
         fill_run(run, facts | {"layout": layout_facts(plan), "memory": largest_need(plan)._asdict()})
-    with Outputs(engine, plan, state, facts, run, lock) as outputs:
+    with Outputs(loop.engine, plan, loop.state, facts, run, lock) as outputs:
         for notice in [*notices, *damaged]:
-            outputs.logger.log_event(state.step, "notice", text=notice)
-        if found:
-            words = {"checkpoint": found[0].name, "written_by": str(found[1].layout)}
-            outputs.logger.log_event(state.step, "resume", **words)
-        code = train(TrainingLoop(engine, plan, state), outputs, stop)
+            outputs.logger.log_event(loop.state.step, "notice", text=notice)
+        if checkpoint:
+            folder, manifest = checkpoint
+            outputs.logger.log_event(loop.state.step, "resume", checkpoint=folder.name, written_by=str(manifest.layout))
+        code = train(loop, outputs, stop)
         outputs.logger.close(code)
     return code
 

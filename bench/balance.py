@@ -59,9 +59,8 @@ def rank(folder: Path, steps: int) -> None:
 
     topology = read_topology()
 
-    from engine.build import build_engine
     from engine.process_group import start_process_group
-    from engine.run.loop import TrainingLoop, new_state
+    from engine.run.begin import begin
     from engine.run.plan import make_plan
     from launch.rank import leave
     from training.throughput import StepClock
@@ -80,8 +79,7 @@ def rank(folder: Path, steps: int) -> None:
             "data.balance_attention": value,
         }
         plan = make_plan("recipes/tiny.yaml", overrides, str(folder / "zero1.json"), str(folder / "data"), topology)
-        engine = build_engine(plan.recipe, plan.ds_config, plan.mesh, plan.pipeline_bounds)
-        runs[way] = TrainingLoop(engine, plan, new_state(plan))
+        runs[way] = begin(plan)
     results: dict[str, list[dict]] = {way: [] for way in WAYS}
     for step in range(steps + 1):
         for way, loop in runs.items():

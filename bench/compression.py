@@ -58,9 +58,8 @@ def rank(folder: Path, steps: int) -> None:
 
 def train(folder: Path, ds_config: dict[str, Any], steps: int, topology: "Topology") -> list[dict]:
     """Loss, and bytes handed in and in a ring, of each step."""
-    from engine.build import build_engine
     from engine.reduction.wire import WireBytes
-    from engine.run.loop import TrainingLoop, new_state
+    from engine.run.begin import begin
     from engine.run.plan import make_plan
 
     file = folder / f"rank-{topology.rank}.json"
@@ -73,13 +72,12 @@ def train(folder: Path, ds_config: dict[str, Any], steps: int, topology: "Topolo
         "validation.every_steps": "null",
     }
     plan = make_plan("recipes/tiny.yaml", overrides, str(file), str(folder / "data"), topology)
-    engine, records = build_engine(plan.recipe, plan.ds_config, plan.mesh, plan.pipeline_bounds), []
-    loop = TrainingLoop(engine, plan, new_state(plan))
+    loop, records = begin(plan), []
     for _ in range(steps):
         with WireBytes() as wire:
             result = loop.step().result
         records.append({"loss": result.loss, "bytes": wire.total, "ring": wire.ring_total})
-    engine.close()
+    loop.engine.close()
     return records
 
 

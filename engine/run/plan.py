@@ -1,11 +1,12 @@
 """Everything that can be wrong with a run, found before any process group exists and reported at once."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from engine.ds_json.keys import key_problems
 from engine.ds_json.legality import illegal_combinations
-from engine.ds_json.read import StepDivision, read_ds_config, resolve_ds_config
+from engine.ds_json.read import Resolved, StepDivision, read_ds_config, resolve_ds_config
 from engine.layout.mesh import Mesh
 from engine.layout.pipeline import pipeline_bounds
 from engine.layout.sequence import sequence_problems
@@ -20,6 +21,9 @@ from training.data import TrainingData
 from training.objective import recipe_masking
 from training.sampler import SampleOrder
 from training.schedule import landmarks, lr_factor
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 FEW_ROWS = 4
 """A validation set with fewer says next to nothing."""
@@ -91,69 +95,134 @@ def make_plan(
     Not `fresh`: a run that has begun continues, without its `training.initial_weights`, which may be gone by now.
     """
     problems: list[str] = []
-    recipe = _collect(problems, load_recipe, recipe_file, overrides)
-    raw = _collect(problems, read_ds_config, ds_config_file)
-    folders = [stage.data or data for stage in recipe.all_stages] if recipe else [data]
-    opened = {folder: _collect(problems, open_split, Path(folder), "train") for folder in dict.fromkeys(folders)}
-    if recipe is None or None in opened.values():
-        problems += [f"{ds_config_file}: {problem}" for problem in key_problems(raw or {})]
+    recipe, ds_config, opened = _read(recipe_file, overrides, ds_config_file, data, problems)
+    resolved, bounds = _lay_out(recipe, ds_config, ds_config_file, opened[0], topology, pipeline_stages, problems)
+    stages, sets = _open_stages(recipe, recipe_file, opened, resolved, problems)
+    _cross_check(recipe, ds_config_file, resolved, stages, sets, topology, fresh, problems)
+    if problems:
         raise ValueError("\n".join(problems))
-    data, datasets = folders[0], [opened[folder] for folder in folders]
-    dataset, seq_length = datasets[0], datasets[0].manifest.seq_length
-    resolved = None
-    if raw is not None:
-        launch = (recipe, seq_length, topology, pipeline_stages)
-        resolved = _collect(problems, resolve_ds_config, raw, ds_config_file, *launch)
-    bounds = []
-    if resolved is not None and "pipeline" in resolved.config:
-        section = resolved.config["pipeline"]
-        cut = (recipe.model, section["stages"], section["partition"], seq_length, recipe.objective.copies)
-        bounds = _collect(problems, pipeline_bounds, *cut)
-    stages, stage_problems = plan_stages(recipe, folders, datasets, resolved)
+    assert resolved is not None
+    plan = RunPlan(recipe, resolved.config, resolved.mesh, stages, sets, bounds, [])
+    notices = config_json_notices(recipe_file, overrides, fresh) + _notices(plan, recipe_file)
+    notices += [f"{ds_config_file}: {notice}" for notice in resolved.notices]
+    if "gradient_compression" in plan.ds_config and topology.world_size == 1:
+        notices.append(f"{ds_config_file}: gradient_compression has no effect on one rank")
+    return plan._replace(warnings=notices)
+
+
+class OpenData(NamedTuple):
+    """The training split of a stage."""
+
+    folder: str
+    dataset: ShardedDataset
+
+
+def _read(
+    recipe_file: str, overrides: dict[str, str], ds_config_file: str, data: str, problems: list[str]
+) -> tuple[Recipe, dict[str, Any] | None, list[OpenData]]:
+    """What the user named: recipe, JSON (None: it cannot be read) and the data of each stage.
+
+    Raises ValueError, with all that is wrong so far, where recipe or data cannot be read.
+    """
+    recipe = _collect(problems, load_recipe, recipe_file, overrides)
+    ds_config = _collect(problems, read_ds_config, ds_config_file)
+    folders = [stage.data or data for stage in recipe.all_stages] if recipe else [data]
+    found = {folder: _collect(problems, open_split, Path(folder), "train") for folder in dict.fromkeys(folders)}
+    opened = {folder: OpenData(folder, dataset) for folder, dataset in found.items() if dataset is not None}
+    if recipe is None or len(opened) < len(found):
+        problems += [f"{ds_config_file}: {problem}" for problem in key_problems(ds_config or {})]
+        raise ValueError("\n".join(problems))
+    return recipe, ds_config, [opened[folder] for folder in folders]
+
+
+def _lay_out(
+    recipe: Recipe,
+    ds_config: dict[str, Any] | None,
+    ds_config_file: str,
+    first: OpenData,
+    topology: Topology,
+    pipeline_stages: int | None,
+    problems: list[str],
+) -> tuple[Resolved | None, list[int]]:
+    """How the ranks hold the run: the filled JSON (None: it is wrong) and where a pipeline divides the layers."""
+    if ds_config is None:
+        return None, []
+    seq_length = first.dataset.manifest.seq_length
+    resolved = _collect(
+        problems, resolve_ds_config, ds_config, ds_config_file, recipe, seq_length, topology, pipeline_stages
+    )
+    if resolved is None or "pipeline" not in resolved.config:
+        return resolved, []
+    section, copies = resolved.config["pipeline"], recipe.objective.copies
+    stages, partition = section["stages"], section["partition"]
+    return resolved, _collect(problems, pipeline_bounds, recipe.model, stages, partition, seq_length, copies) or []
+
+
+def _open_stages(
+    recipe: Recipe, recipe_file: str, opened: list[OpenData], resolved: Resolved | None, problems: list[str]
+) -> tuple[list[Stage], dict[str, ShardedDataset]]:
+    """What is trained on, stage by stage, and the validation sets that are open."""
+    first = opened[0]
+    stages, found = plan_stages(recipe, [each.folder for each in opened], [each.dataset for each in opened], resolved)
     for stage in stages:
-        stage_problems += model_data_problems(recipe.model, stage.dataset, stage.data)
-        if stage.dataset.manifest.tokenizer.sha256 != dataset.manifest.tokenizer.sha256:
-            stage_problems.append(f"stages: {stage.name}: {stage.data} was built with another tokenizer than {data}")
-    problems += [f"{recipe_file}: {problem}" for problem in dict.fromkeys(stage_problems)]
-    sets = _open_validation_sets(recipe, stages, problems)
+        found += model_data_problems(recipe.model, stage.dataset, stage.data)
+        if stage.dataset.manifest.tokenizer.sha256 != first.dataset.manifest.tokenizer.sha256:
+            found.append(f"stages: {stage.name}: {stage.data} was built with another tokenizer than {first.folder}")
+    problems += [f"{recipe_file}: {problem}" for problem in dict.fromkeys(found)]
+    return stages, _open_validation_sets(recipe, stages, problems)
+
+
+def _cross_check(
+    recipe: Recipe,
+    ds_config_file: str,
+    resolved: Resolved | None,
+    stages: list[Stage],
+    sets: dict[str, ShardedDataset],
+    topology: Topology,
+    fresh: bool,
+    problems: list[str],
+) -> None:
+    """What only recipe, layout and data together show."""
     if resolved is not None:
-        read = [*datasets, *(other for other in sets.values() if other is not None)]
-        lengths = sorted({other.manifest.seq_length for other in read})
+        read = [*(stage.dataset for stage in stages), *sets.values()]
+        lengths = sorted({dataset.manifest.seq_length for dataset in read})
         found = [p for length in lengths for p in sequence_problems(recipe.model, resolved.mesh, length)]
         for stage in stages[1:]:
             found += illegal_combinations(resolved.config, stage.batch, resolved.mesh, recipe, topology.device)
         problems += [f"{ds_config_file}: {problem}" for problem in dict.fromkeys(found)]
     if fresh and recipe.training.initial_weights:
-        problems += initial_weights_problems(recipe, dataset.manifest.tokenizer, data)
+        first = stages[0]
+        problems += initial_weights_problems(recipe, first.dataset.manifest.tokenizer, first.data)
     _collect(problems, landmarks, recipe.schedule, stages[-1].end, recipe.training.global_batch_tokens)
-    if problems:
-        raise ValueError("\n".join(problems))
-    warnings = config_json_notices(recipe_file, overrides, fresh)
-    warnings += [f"{recipe_file}: schedule.{key} has no effect here" for key in recipe.schedule.without_effect()]
-    if recipe.model.vocab_size > dataset.manifest.tokenizer.vocab_size:
-        unused = recipe.model.vocab_size - dataset.manifest.tokenizer.vocab_size
-        warnings.append(
+
+
+def _notices(plan: RunPlan, recipe_file: str) -> list[str]:
+    """What a run may do, but its user should know before it takes days."""
+    recipe, first = plan.recipe, plan.stages[0]
+    manifest = first.dataset.manifest
+    notices = [f"{recipe_file}: schedule.{key} has no effect here" for key in recipe.schedule.without_effect()]
+    if recipe.model.vocab_size > manifest.tokenizer.vocab_size:
+        unused = recipe.model.vocab_size - manifest.tokenizer.vocab_size
+        notices.append(
             f"{recipe_file}: model.vocab_size has {unused} entries more than the tokenizer; they stay untrained"
         )
-    warnings += export_notices(data, dataset.manifest, recipe.model.vocab_size, topology.is_first)
+    notices += _export_notices(first.data, manifest, recipe.model.vocab_size, plan.mesh.rank == 0)
     if recipe.model.position_embedding != "rope":
-        warnings.append(
+        notices.append(
             f"{recipe_file}: transformers has no LLaMA with model.position_embedding {recipe.model.position_embedding}: this "
             "model can be evaluated and used here, but not exported"
         )
-    warnings += [f"{ds_config_file}: {notice}" for notice in resolved.notices]
-    warnings += [
-        f"validation set {name} has {len(other)} {'row' if len(other) == 1 else 'rows'} of {other.manifest.seq_length} tokens: "
-        "its loss is noise; build with more documents or a larger --validation-fraction"
-        for name, other in sets.items()
-        if len(other) < FEW_ROWS
-    ]
-    if "gradient_compression" in resolved.config and topology.world_size == 1:
-        warnings.append(f"{ds_config_file}: gradient_compression has no effect on one rank")
-    return RunPlan(recipe, resolved.config, resolved.mesh, stages, sets, bounds, warnings)
+    for name, other in plan.validation_sets.items():
+        if len(other) < FEW_ROWS:
+            rows = "1 row" if len(other) == 1 else f"{len(other)} rows"
+            notices.append(
+                f"validation set {name} has {rows} of {other.manifest.seq_length} tokens: its loss is noise; build with more "
+                "documents or a larger --validation-fraction"
+            )
+    return notices
 
 
-def export_notices(data: str, manifest: Manifest, vocab_size: int, first: bool) -> list[str]:
+def _export_notices(data: str, manifest: Manifest, vocab_size: int, first: bool) -> list[str]:
     """What an export will not keep of the tokenizer, as the build found; of older data sets the `first` rank looks for it."""
     found = manifest.statistics
     if first and "tokenizer_names_without_entry" not in found:
@@ -205,24 +274,23 @@ def _open_validation_sets(recipe: Recipe, stages: list[Stage], problems: list[st
             name = "validation" if stage is stages[0] else f"validation_{stage.name}"
             sets[name] = _collect(problems, open_split, Path(stage.data), "validation")
     for name, path in recipe.validation.sets.items():
-        other = _collect(problems, open_split, Path(path), "validation")
+        other = sets[name] = _collect(problems, open_split, Path(path), "validation")
         if other is not None and other.manifest.tokenizer.sha256 != dataset.manifest.tokenizer.sha256:
             problems.append(f"validation.sets.{name}: {path} was built with another tokenizer than {data}")
         elif other is not None:
             problems += [f"validation.sets.{name}: {p}" for p in model_data_problems(recipe.model, other, path)]
-        sets[name] = other
     if not sets:
         problems.append(
             f"validation.every_steps is set but {data} has no validation split and validation.sets is empty: build the "
             "data with one, or set validation.every_steps to null"
         )
-    return sets
+    return {name: dataset for name, dataset in sets.items() if dataset is not None}
 
 
-def _collect(problems: list[str], function, *arguments):
+def _collect(problems: list[str], function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R | None:
     """Call; on ValueError note its sentences and return None."""
     try:
-        return function(*arguments)
+        return function(*args, **kwargs)
     except ValueError as error:
         problems += str(error).splitlines()
         return None

@@ -12,14 +12,12 @@ import numpy as np
 import torch
 import yaml
 
-from engine.build import build_engine
 from engine.checkpoint.folder import agree_on_checkpoint, save
 from engine.layout.names import named_parameters
 from engine.layout.slices import cut_dimensions, join
 from engine.process_group import start_process_group
+from engine.run.begin import begin
 from engine.run.folder import describe
-from engine.run.initial_weights import read_initial_weights
-from engine.run.loop import TrainingLoop, new_state
 from engine.run.plan import make_plan
 from engine.run.resume import restore
 from engine.run.validation import validate_all
@@ -120,9 +118,8 @@ class Run:
         file.write_text(json.dumps(ds_config))
         self.plan = make_plan(recipe, overrides or {}, str(file), data, self.topology)
         join_process_group()
-        plan, weights = self.plan, read_initial_weights(self.plan.recipe)
-        self.engine = build_engine(plan.recipe, plan.ds_config, plan.mesh, plan.pipeline_bounds, weights)
-        self.loop = TrainingLoop(self.engine, plan, new_state(plan))
+        self.loop = begin(self.plan)
+        self.engine = self.loop.engine
 
     def steps(self, count: int, poison: "Poison | None" = None) -> list[dict]:
         """Train, the activations or gradients of every step poisoned if so asked."""

@@ -17,15 +17,13 @@ def main(folder: Path) -> int:
 
     topology = read_topology()
 
-    from engine.build import build_engine
-    from engine.checkpoint.folder import agree_on_checkpoint, save
+    from engine.checkpoint.folder import save
     from engine.process_group import start_process_group
+    from engine.run.begin import begin_or_continue
     from engine.run.folder import describe
-    from engine.run.initial_weights import read_initial_weights
-    from engine.run.loop import TrainingLoop, new_state
     from engine.run.memory import check_memory
     from engine.run.plan import make_plan
-    from engine.run.resume import check_resumable, restore
+    from engine.run.resume import check_resumable
 
     job = json.loads((folder / "job.json").read_text())
     run = Path(job["run"])
@@ -33,13 +31,10 @@ def main(folder: Path) -> int:
     check_resumable(run, plan, allow_data_change=False)
     check_memory(plan, topology)
     start_process_group(topology)
-    found, _ = agree_on_checkpoint(run)
-    weights = None if found else read_initial_weights(plan.recipe)
-    engine = build_engine(plan.recipe, plan.ds_config, plan.mesh, plan.pipeline_bounds, weights)
-    state = restore(engine, *found) if found else new_state(plan)
+    loop = begin_or_continue(plan, run).loop
     with (folder / f"rank-{topology.rank}.jsonl").open("w", buffering=1) as records:
-        train(TrainingLoop(engine, plan, state), job["last_step"], records)
-    save(engine, run, state, describe(plan))
+        train(loop, job["last_step"], records)
+    save(loop.engine, run, loop.state, describe(plan))
     return 0
 
 

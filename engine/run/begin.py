@@ -1,0 +1,45 @@
+"""From the plan of a run to its loop: at the first step, or where the newest good checkpoint stopped."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from engine.build import build_engine
+from engine.checkpoint.folder import agree_on_checkpoint
+from engine.checkpoint.manifest import CheckpointManifest
+from engine.engine import Engine
+from engine.run.initial_weights import read_initial_weights
+from engine.run.loop import TrainingLoop, new_state
+from engine.run.plan import RunPlan
+from engine.run.resume import restore
+
+
+class Beginning(NamedTuple):
+    loop: TrainingLoop
+    checkpoint: tuple[Path, CheckpointManifest] | None
+    """What the run continues from."""
+    damaged: list[str]
+    """A sentence for each newer checkpoint that is none."""
+
+
+def begin(plan: RunPlan) -> TrainingLoop:
+    """At the first step, with the recipe's initial weights. Collective over all ranks."""
+    return TrainingLoop(_engine_of(plan, read_initial_weights(plan.recipe)), plan, new_state(plan))
+
+
+def begin_or_continue(plan: RunPlan, run: Path, resume_step: int | None = None) -> Beginning:
+    """`resume_step`: go back to this one. Collective over all ranks."""
+    found, damaged = agree_on_checkpoint(run, resume_step)
+    if found is None:
+        return Beginning(begin(plan), None, damaged)
+    engine = _engine_of(plan, None)
+    state = restore(engine, *found)
+    if resume_step is not None:
+        state.wandb_id = new_state(plan).wandb_id  # W&B takes no step back
+    return Beginning(TrainingLoop(engine, plan, state), found, damaged)
+
+
+def _engine_of(plan: RunPlan, weights: Iterator[tuple[str, Tensor]] | None) -> Engine:
+    return build_engine(plan.recipe, plan.ds_config, plan.mesh, plan.pipeline_bounds, weights)
