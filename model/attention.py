@@ -79,18 +79,18 @@ def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents, visibi
 
 def _attend_flex(q: Tensor, k: Tensor, v: Tensor, documents: Documents, visibility: Visibility) -> Tensor:
     """All rows as one sequence under a block-sparse mask (Dong et al. 2024, Flex Attention)."""
-    if "block_mask" not in documents.tables:
+    if documents.block_mask is None:
         tokens = documents.tokens()
 
         def sees(_row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return visibility.sees(tokens.at(query), tokens.at(key))
 
         size = len(tokens.document)
-        documents.tables["block_mask"] = create_block_mask(sees, None, None, size, size, q.device, _compile=q.is_cuda)
+        documents.block_mask = create_block_mask(sees, None, None, size, size, q.device, _compile=q.is_cuda)
     flat = (x.flatten(0, 1).transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # [1, H, B T, d]
     kernel: Any = _compiled_flex() if q.is_cuda else flex_attention
     grouped = q.shape[2] != k.shape[2]
-    out = kernel(*flat, block_mask=documents.tables["block_mask"], enable_gqa=grouped)
+    out = kernel(*flat, block_mask=documents.block_mask, enable_gqa=grouped)
     return out.squeeze(0).transpose(0, 1).reshape_as(q)
 
 

@@ -9,12 +9,12 @@ Legend: B batch, T tokens of a row, N = B T flattened, n tokens of a document, H
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .documents import Documents
+from .documents import Documents, QueryBlock
 from .visibility import Tokens, Visibility
 
 BLOCK_TOKENS = 128
@@ -22,18 +22,6 @@ BLOCK_TOKENS = 128
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-
-class QueryBlock(NamedTuple):
-    """Queries and the keys that they see, as places in the flattened rows."""
-
-    queries: slice
-    prefix: slice
-    """Keys that all of the queries see."""
-    near: tuple[slice, ...]
-    """Further keys, of which `mask` says who sees which."""
-    mask: Tensor | None
-    """bool [b, keys of `near`]; None: all see all."""
 
 
 def plan_blocks(documents: Documents, visibility: Visibility) -> list[QueryBlock]:
@@ -63,13 +51,13 @@ def plan_blocks(documents: Documents, visibility: Visibility) -> list[QueryBlock
 
 def attend_blocks(q: Tensor, k: Tensor, v: Tensor, documents: Documents, visibility: Visibility) -> Tensor:
     """`q` [B, T, H, d]; `k`, `v` [B, T, K, d] on the CPU, H a multiple of K. Returns [B, T, H, d]."""
-    if "blocks" not in documents.tables:
-        documents.tables["blocks"] = plan_blocks(documents, visibility)
+    if documents.query_blocks is None:
+        documents.query_blocks = plan_blocks(documents, visibility)
     group = q.shape[2] // k.shape[2]
     if group > 1:
         k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
     flat = (x.flatten(0, 1).transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # [1, H, N, d]
-    return _BlockAttention.apply(*flat, documents.tables["blocks"]).squeeze(0).transpose(0, 1).view_as(q)
+    return _BlockAttention.apply(*flat, documents.query_blocks).squeeze(0).transpose(0, 1).view_as(q)
 
 
 class _BlockAttention(torch.autograd.Function):

@@ -4,11 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 from .visibility import Tokens
+
+
+class QueryBlock(NamedTuple):
+    """Queries and the keys that they see, as places in the flattened rows."""
+
+    queries: slice
+    prefix: slice
+    """Keys that all of the queries see."""
+    near: tuple[slice, ...]
+    """Further keys, of which `mask` says who sees which."""
+    mask: Tensor | None
+    """bool [b, keys of `near`]; None: all see all."""
 
 
 @dataclass
@@ -29,8 +43,12 @@ class Documents:
     """Which tokens of every row are here; the others are on other devices."""
     copies: int = 1
     """2 where the first half of every row is a noised copy of the second, which is clean."""
-    tables: dict = field(default_factory=dict, repr=False)
-    """What is made once for all layers of a forward: rotary tables (rope.py), the plan of attention (attention.py)."""
+    rotary: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+    """Made by rope.py at the first layer of a forward, for all of them."""
+    block_mask: BlockMask | None = field(default=None, repr=False)
+    """The same of attention.py, where FlexAttention attends."""
+    query_blocks: list[QueryBlock] | None = field(default=None, repr=False)
+    """The same of block_attention.py."""
 
     @classmethod
     def from_position_ids(cls, position_ids: Tensor, device: torch.device | None = None, copies: int = 1) -> Documents:

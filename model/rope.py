@@ -31,12 +31,12 @@ def rotary_tables(config: ModelConfig, documents: Documents) -> tuple[Tensor, Te
     Where transformers takes the longest sequence of the batch to choose frequencies (`dynamic`, `longrope`), the
     length of each token's own document is taken: a packed row then equals its documents alone.
     """
-    if "rotary" not in documents.tables:
+    if documents.rotary is None:
         frequencies, factor = _frequencies_of_tokens(config, documents)
         angles = documents.position_ids.unsqueeze(-1).float() * frequencies
         cos, sin = ((f(angles) * factor).unsqueeze(2) for f in (torch.cos, torch.sin))
-        documents.tables["rotary"] = torch.cat([cos, cos], dim=-1), sin
-    return documents.tables["rotary"]
+        documents.rotary = torch.cat([cos, cos], dim=-1), sin
+    return documents.rotary
 
 
 def _frequencies_of_tokens(config: ModelConfig, documents: Documents) -> tuple[Tensor, float]:

@@ -99,7 +99,7 @@ class _States:
         x = self.model.embed(ids.unsqueeze(0), whole)
         documents = Documents.whole_rows(1, len(ids), ids.device)
         if self.model.config.position_embedding == "rope":
-            documents.tables["rotary"] = rotary_tables(self.model.config, whole)
+            documents.rotary = rotary_tables(self.model.config, whole)
         for block, cache in zip(self.model.layers, self.caches, strict=True):
             x = block(x, documents, cache)
         return x
