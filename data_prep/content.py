@@ -31,7 +31,7 @@ DECODERS: dict[str, Callable[[], Any]] = {
     "zst": lambda: zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW).decompressobj(),
 }
 DAMAGED = "behind damage in compressed data"
-CUT = "cut off in compressed data (what is missing cannot be counted, only what is there and gives nothing)"
+TRUNCATED = "cut off in compressed data (what is missing cannot be counted, only what is there and gives nothing)"
 BEHIND = "something else behind compressed data"
 DECODING_ERRORS = (zlib.error, OSError, lzma.LZMAError, zstandard.ZstdError, EOFError, ValueError)
 
@@ -76,14 +76,14 @@ class Content:
         return self.stream is self._raw
 
     @property
-    def cut(self) -> bool:
+    def truncated(self) -> bool:
         """The stream has ended early: its last line may be a part of one."""
         return self.damage is not None and not self.damage.trailing
 
     @property
-    def cut_before_a_record(self) -> str | None:
+    def damaged_before_a_record(self) -> str | None:
         """Where no whole record stands before damage in the file itself: the reason to leave all of it out."""
-        return self.damage.reason if self.damage and self.damage.reason in (DAMAGED, CUT) else None
+        return self.damage.reason if self.damage and self.damage.reason in (DAMAGED, TRUNCATED) else None
 
     def _members(self) -> Iterator[bytes]:
         begin: int | None = 0
@@ -97,7 +97,7 @@ class Content:
         while not decoder.eof:
             block = self._raw.read(COMPRESSED_BYTES)
             if not block:
-                self.damage = Damage("it ends in the middle", self._size - given, CUT)
+                self.damage = Damage("it ends in the middle", self._size - given, TRUNCATED)
                 return None
             try:
                 data = _decompressed(decoder, block)

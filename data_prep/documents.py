@@ -106,7 +106,7 @@ def _of_text(content: Content, reason: str) -> str:
 
 
 def _report_damage(content: Content, path: str, line: int, problems: Problems) -> None:
-    if content.cut:
+    if content.truncated:
         problems.report(f"{path} line {line}", content.damage.place, content.damage.words)
 
 
@@ -120,7 +120,7 @@ def _read_text(
 ) -> Generator[Document, None, str | None]:
     """Returns why all of the file is left out, if it is."""
     data, of_all = lines.rest(), None
-    if content.cut:
+    if content.truncated:
         data = data[: data.rfind(b"\n") + 1]
     try:
         text = data.decode()
@@ -128,10 +128,10 @@ def _read_text(
         _report_undecodable(file.path, data, error, problems)
         of_all = "invalid UTF-8"
     else:
-        if data or not content.cut:
+        if data or not content.truncated:
             yield Document(file.name, text)
         else:
-            of_all = content.cut_before_a_record
+            of_all = content.damaged_before_a_record
     _report_damage(content, file.path, data.count(b"\n") + 1, problems)
     return of_all
 
@@ -157,7 +157,7 @@ def _read_lines(
         try:
             record = json.loads(line.decode())
         except (ValueError, RecursionError) as error:
-            if line.endswith(b"\n") or not content.cut:  # else it is only the beginning of a record
+            if line.endswith(b"\n") or not content.truncated:  # else it is only the beginning of a record
                 _report_line(place(), line, error, problems)
             continue
         document = checked_document(record, f"{file.name}#{offset}", fields, place, problems)
@@ -165,7 +165,7 @@ def _read_lines(
             yield document
     whole = number + line.endswith(b"\n")
     _report_damage(content, file.path, whole + 1, problems)
-    return None if whole else content.cut_before_a_record
+    return None if whole else content.damaged_before_a_record
 
 
 def _report_line(place: str, line: bytes, error: Exception, problems: Problems) -> None:
@@ -199,9 +199,9 @@ def _read_json(
         document = checked_document(record, f"{file.name}#{index}", fields, place, problems)
         if document is not None:
             yield document
-    if content.cut:
+    if content.truncated:
         _report_damage(content, file.path, data.count(b"\n") + 1, problems)
-        return None if kept else content.cut_before_a_record
+        return None if kept else content.damaged_before_a_record
     if isinstance(error, UnicodeDecodeError):
         _report_undecodable(file.path, data, error, problems)
     elif error is not None:
@@ -255,7 +255,9 @@ def _read_separated(
 ) -> Generator[Document, None, str | None]:
     """Rows of a .csv or .tsv file, whose first line names the columns; returns why all of it is left out, if it is."""
     csv.field_size_limit(sys.maxsize)
-    decoded = (line.decode("utf-8", "surrogateescape") for _, line in lines if line.endswith(b"\n") or not content.cut)
+    decoded = (
+        line.decode("utf-8", "surrogateescape") for _, line in lines if line.endswith(b"\n") or not content.truncated
+    )
     rows = csv.reader(decoded, "excel-tab" if file.kind == "tsv" else "excel", strict=True)
     header: list[str] | None = None
     count = 0
@@ -264,7 +266,7 @@ def _read_separated(
         try:
             row = next(rows, None)
         except csv.Error as error:
-            if not content.cut or content.stream.peek(1):  # else it is only the beginning of a record
+            if not content.truncated or content.stream.peek(1):  # else it is only the beginning of a record
                 problems.report(place, "invalid CSV", str(error))
                 problems.leave_out(file.path, _of_text(content, "invalid CSV"), lines.offset - begin)
             continue
@@ -285,4 +287,4 @@ def _read_separated(
                     yield document
             count += 1
     _report_damage(content, file.path, rows.line_num + 1, problems)
-    return content.cut_before_a_record if header is None else None
+    return content.damaged_before_a_record if header is None else None

@@ -88,10 +88,10 @@ def show_row(directory: Path, split: str, source: str | None, number: int) -> No
         place += f", the first {context:,} of them context" if context else ""
         console.print(Text(place, "cyan"))
         if store and offset and offset + context < len(store.tokens(doc)):
-            console.print(_cut(store.tokens(doc), offset + context, breaks))
+            console.print(_place_of_cut(store.tokens(doc), offset + context, breaks))
         console.print(_text(tokenizer, row.ids[begin : begin + length], context))
         if store and offset + length < len(store.tokens(doc)):
-            console.print(_cut(store.tokens(doc), offset + length, breaks))
+            console.print(_place_of_cut(store.tokens(doc), offset + length, breaks))
         begin += length
     if begin < len(row.ids):
         console.print(Text(f"tokens {begin:,}-{len(row.ids) - 1:,}: padding", "cyan"))
@@ -118,7 +118,7 @@ def show_document(directory: Path, manifest: Manifest, wanted: str) -> None:
             where = f"tokens {offset:,}-{offset + length - 1:,} in row {row} of source {source}, split {split}"
             console.print(Text(where, "cyan"))
             if offset + length < len(ids):
-                console.print(_cut(ids, offset + length, breaks))
+                console.print(_place_of_cut(ids, offset + length, breaks))
     console.print(Text(tokenizer.decode(ids)))
 
 
@@ -140,7 +140,7 @@ def _document(store: TokenStore | None, number: int) -> str:
     return f"document {number}" + (f", key {store.key(number)!r}" if store else "")
 
 
-def _cut(ids: np.ndarray, position: int, breaks: Breaks) -> Text:
+def _place_of_cut(ids: np.ndarray, position: int, breaks: Breaks) -> Text:
     """Such as "cut before token 4,096 (paragraph): …the end.⏎⏎ ✂ And then…"."""
     sides = ids[max(0, position - CUT_TOKENS) : position], ids[position : position + CUT_TOKENS]
     before, after = (b"".join(breaks.pieces[i] for i in side).decode(errors="replace") for side in sides)

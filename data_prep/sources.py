@@ -73,7 +73,7 @@ def plan_units(
     units: list[Unit] = []
     everything: list[InputFile] = []
     for name, files, _ in found:
-        for cut in _cut(files, unit_bytes):
+        for cut in _stretches(files, unit_bytes):
             first, last, start, end, row, size = cut
             base = len(everything)
             units.append(Unit(len(units), name, base + first, base + last, start, end, row, size))
@@ -81,7 +81,7 @@ def plan_units(
     return units, everything, [entry for _, _, left_out in found for entry in left_out]
 
 
-def _cut(files: list[InputFile], unit_bytes: int) -> Iterator[tuple[int, int, int, int, int, int]]:
+def _stretches(files: list[InputFile], unit_bytes: int) -> Iterator[tuple[int, int, int, int, int, int]]:
     position = 0
     while position < len(files):
         file = files[position]

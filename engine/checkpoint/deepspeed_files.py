@@ -78,8 +78,8 @@ def _read_shards(folder: Path, manifest: CheckpointManifest, part: int, keys: tu
     files = _optimizer_files(folder, manifest, part)
     contents = [load_file(path)["optimizer_state_dict"] for path in files]
     ranks = [_vectors(content, keys[1:]) for content in contents]
-    for name, cut in _cuts(folder, manifest, part, len(ranks), contents[0].get("param_alignment_paddings")):
-        yield name, {key: cut([rank[key] for rank in ranks]) for key in keys}, ranks[0]["step"]
+    for name, place in _places(folder, manifest, part, len(ranks), contents[0].get("param_alignment_paddings")):
+        yield name, {key: place.read([rank[key] for rank in ranks]) for key in keys}, ranks[0]["step"]
 
 
 def _vectors(content: dict, moments: tuple[str, ...]) -> dict:
@@ -90,10 +90,10 @@ def _vectors(content: dict, moments: tuple[str, ...]) -> dict:
     return {"weight": weights, "step": int(states[0]["step"]) if states else 0, **vectors}
 
 
-def _cuts(
+def _places(
     folder: Path, manifest: CheckpointManifest, part: int, ranks: int, paddings: list[list[int]] | None
-) -> Iterator[tuple[str, object]]:
-    """Every parameter's name, with a function that cuts it out of the vectors of all ranks."""
+) -> Iterator[tuple[str, "_StageOnePlace | _StageThreePlace"]]:
+    """Every parameter's name, with where it lies in the vectors of all ranks."""
     stage_3 = manifest.layout.zero_stage == 3
     prefix = "zero_pp_rank_0_" if stage_3 else ""
     groups = load_file(folder / f"{prefix}mp_rank_{part:02d}_model_states.pt")["param_shapes"]
@@ -101,36 +101,36 @@ def _cuts(
         offset = 0
         for name, shape in (item for group in groups for item in group.items()):
             share = -(-prod(shape) // ranks)
-            yield name, _StageThreeCut(offset, share, shape)
+            yield name, _StageThreePlace(offset, share, shape)
             offset += share
         return
     for number, group in enumerate(groups):
         offset = 0
         for index, (name, shape) in enumerate(group.items()):
-            yield name, _StageOneCut(number, offset, shape)
+            yield name, _StageOnePlace(number, offset, shape)
             offset += prod(shape) + (paddings[number][index] if paddings else 0)
 
 
-class _StageOneCut(NamedTuple):
+class _StageOnePlace(NamedTuple):
     group: int
     offset: int
     shape: torch.Size
 
-    def __call__(self, ranks: list[list[torch.Tensor]]) -> torch.Tensor:
-        return _cut([vectors[self.group] for vectors in ranks], self.offset, prod(self.shape)).view(self.shape)
+    def read(self, ranks: list[list[torch.Tensor]]) -> torch.Tensor:
+        return _stretch([vectors[self.group] for vectors in ranks], self.offset, prod(self.shape)).view(self.shape)
 
 
-class _StageThreeCut(NamedTuple):
+class _StageThreePlace(NamedTuple):
     offset: int
     share: int
     shape: torch.Size
 
-    def __call__(self, ranks: list[list[torch.Tensor]]) -> torch.Tensor:
-        parts = [_cut(vectors, self.offset, self.share) for vectors in ranks]
+    def read(self, ranks: list[list[torch.Tensor]]) -> torch.Tensor:
+        parts = [_stretch(vectors, self.offset, self.share) for vectors in ranks]
         return torch.cat(parts)[: prod(self.shape)].view(self.shape)
 
 
-def _cut(pieces: list[torch.Tensor], start: int, count: int) -> torch.Tensor:
+def _stretch(pieces: list[torch.Tensor], start: int, count: int) -> torch.Tensor:
     """Elements start .. start + count - 1 of the concatenation of `pieces`, copied."""
     parts, first = [], 0
     for piece in pieces:

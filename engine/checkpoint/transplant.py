@@ -16,7 +16,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from engine.checkpoint.deepspeed_files import ParameterState
 from engine.engine import Engine
 from engine.layout.names import named_parameters
-from engine.layout.slices import cut, cut_dimensions
+from engine.layout.slices import cut_dimensions, slice_of
 from engine.optimizer import Guarded
 
 
@@ -45,7 +45,7 @@ def _parts(engine: Engine, states: Iterable[ParameterState]) -> Iterator[Paramet
     mesh, dimensions = engine.mesh, cut_dimensions(engine.module.config)
     for name, weight, moments, step in states:
         place = dimensions[name], mesh.tensor_rank, mesh.tensor
-        yield ParameterState(name, cut(weight, *place), {k: cut(m, *place) for k, m in moments.items()}, step)
+        yield ParameterState(name, slice_of(weight, *place), {k: slice_of(m, *place) for k, m in moments.items()}, step)
 
 
 def _into_stage_0(engine: Engine, states: Iterable[ParameterState]) -> None:

@@ -45,7 +45,7 @@ def cut_dimensions(config: ModelConfig) -> dict[str, int | None]:
     return dimensions
 
 
-def cut(whole: Tensor, dimension: int | None, rank: int, ranks: int) -> Tensor:
+def slice_of(whole: Tensor, dimension: int | None, rank: int, ranks: int) -> Tensor:
     """The part of a parameter that one rank of a tensor-parallel group holds; a view. The first parts may be 1 longer."""
     return whole if dimension is None else whole.tensor_split(ranks, dimension)[rank]
 

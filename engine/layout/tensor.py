@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from engine import internals
 from engine.layout.mesh import Mesh
-from engine.layout.slices import cut, partition_spec
+from engine.layout.slices import partition_spec, slice_of
 from model.config import ModelConfig
 from model.documents import Documents
 from model.llama import Attention, FeedForward, Llama
@@ -100,7 +100,7 @@ def divide_vocabulary(model: Llama, mesh: Mesh) -> None:
     tied = model.lm_head.weight is model.embed_tokens.weight
     embedding = _part(model.embed_tokens.weight, mesh)
     head = embedding if tied else _part(model.lm_head.weight, mesh)
-    rows = cut(torch.arange(model.config.vocab_size), 0, mesh.tensor_rank, mesh.tensor)
+    rows = slice_of(torch.arange(model.config.vocab_size), 0, mesh.tensor_rank, mesh.tensor)
     model.embed_tokens = VocabularyEmbedding(embedding, int(rows[0]))
     model.lm_head = VocabularyHead(head, int(rows[0]), mesh.tensor)
     for module in model.modules():
@@ -113,7 +113,7 @@ def divide_vocabulary(model: Llama, mesh: Mesh) -> None:
 
 def _part(parameter: nn.Parameter, mesh: Mesh) -> nn.Parameter:
     with deepspeed.zero.GatheredParameters([parameter]):
-        part = nn.Parameter(cut(parameter.data, 0, mesh.tensor_rank, mesh.tensor).clone())
+        part = nn.Parameter(slice_of(parameter.data, 0, mesh.tensor_rank, mesh.tensor).clone())
     internals.mark_as_part(part)
     return part
 

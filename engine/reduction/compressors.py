@@ -127,7 +127,7 @@ class OneBit:
         if not all_finite([*plain, mean]):
             return None
         self.held_back = total - decode(answer, share)
-        both = cut(decode(message, filled), shapes), cut(mean, shapes)
+        both = tensors_of(decode(message, filled), shapes), tensors_of(mean, shapes)
         return (Reduced(name, both[0][name], both[1][name]) for name in shapes)
 
     def state(self) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def all_finite(tensors: Sequence[torch.Tensor]) -> bool:
     return bool(torch.isfinite(torch.nn.utils.get_total_norm(tensors)))
 
 
-def cut(blocks: torch.Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
+def tensors_of(blocks: torch.Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
     """The gradients of these shapes again, as views of the blocks [K, BLOCK] into which they were put in this order."""
     flat, size, first, result = blocks.flatten(), blocks.shape[1], 0, {}
     for name, shape in shapes.items():
@@ -160,7 +160,7 @@ def _blocks(vectors: Named, size: int, ranks: int) -> tuple[torch.Tensor, torch.
     filled = torch.full((len(blocks),), size, device=like.device)
     filled[rows:] = 0
     last = -1
-    for vector, place in zip(vectors.values(), cut(blocks, shapes).values(), strict=True):
+    for vector, place in zip(vectors.values(), tensors_of(blocks, shapes).values(), strict=True):
         place.copy_(vector)
         last += -(-vector.numel() // size)
         filled[last] = vector.numel() - (vector.numel() - 1) // size * size
@@ -195,6 +195,6 @@ def merged(states: Iterable[dict[str, Any]]) -> dict[str, torch.Tensor]:
         residual /= len(states)
     shares = [state["compressor"].get("held_back") for state in states]
     if total and shares[0] is not None:
-        for name, share in cut(torch.cat(shares), {name: r.shape for name, r in total.items()}).items():
+        for name, share in tensors_of(torch.cat(shares), {name: r.shape for name, r in total.items()}).items():
             total[name] += share
     return total

@@ -37,7 +37,7 @@ def begin_or_continue(plan: RunPlan, run: Path, resume_step: int | None = None) 
     engine = _engine_of(plan, None)
     state = restore(engine, *found)
     if resume_step is not None:
-        state.wandb_id = new_state(plan).wandb_id  # W&B takes no step back
+        state = state.model_copy(update={"wandb_id": new_state(plan).wandb_id})  # W&B takes no step back
     return Beginning(TrainingLoop(engine, plan, state), found, damaged)
 
 

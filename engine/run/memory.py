@@ -16,7 +16,7 @@ from engine.ds_json.read import read_ds_config, resolve_ds_config
 from engine.layout.mesh import Mesh
 from engine.layout.pipeline import pipeline_bounds
 from engine.layout.sequence import sequence_problems
-from engine.layout.slices import cut, cut_dimensions
+from engine.layout.slices import cut_dimensions, slice_of
 from engine.run.plan import RunPlan
 from launch.topology import Topology
 from model.config import ModelConfig
@@ -71,7 +71,8 @@ def parameter_sizes(model: ModelConfig, bounds: list[int], mesh: Mesh) -> list[i
             named = entry.build(seed=0).named_parameters()
             parts = {f"{entry.name}.{name}": parameter for name, parameter in named}
             of_layer[entry.name] = [
-                cut(whole, dimensions[name], mesh.tensor_rank, mesh.tensor).numel() for name, whole in parts.items()
+                slice_of(whole, dimensions[name], mesh.tensor_rank, mesh.tensor).numel()
+                for name, whole in parts.items()
             ]
     held = [entry.name if entry.cls is not Block else "layers.0" for entry in plan[first:last]]
     held += [entry.tied_to for entry in plan[first:last] if entry.tied_to and entry.tied_to not in held]

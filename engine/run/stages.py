@@ -81,7 +81,7 @@ def plan_stages(
             )
         elif number and resolved:
             rows = step_tokens // length, part.micro_batch_samples, micro_tokens // length
-            batch, problem = _cut(*rows, resolved.mesh.data)
+            batch, problem = _divide_step(*rows, resolved.mesh.data)
             problems += [f"{label}{problem}"] * bool(problem)
         end = begin + part.steps(step_tokens)
         stages.append(Stage(part.name, folder, dataset, config, begin, end, batch))
@@ -89,7 +89,7 @@ def plan_stages(
     return stages, problems
 
 
-def _cut(samples: int, micro: int | None, at_most: int, data_ranks: int) -> tuple[StepDivision, str]:
+def _divide_step(samples: int, micro: int | None, at_most: int, data_ranks: int) -> tuple[StepDivision, str]:
     """A step of so many rows as micro-batches of `micro` rows, else of up to `at_most`; and why it cannot be cut so."""
     share, rest = divmod(samples, data_ranks)
     if rest:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from engine.layout.slices import cut, cut_dimensions, join, partition_spec
+from engine.layout.slices import cut_dimensions, join, partition_spec, slice_of
 from model.config import ModelConfig
 from model.llama import Llama
 
@@ -65,7 +65,7 @@ def test_autotp_is_told_of_every_matrix_once(model):
 )
 def test_joining_undoes_cutting(rows, columns, ranks, dimension):
     whole = torch.arange(rows * columns).view(rows, columns)
-    parts = [cut(whole, dimension, rank, ranks) for rank in range(ranks)]
+    parts = [slice_of(whole, dimension, rank, ranks) for rank in range(ranks)]
     torch.testing.assert_close(join(parts, dimension), whole, rtol=0, atol=0)
     if dimension is not None:
         lengths = [part.shape[dimension] for part in parts]
