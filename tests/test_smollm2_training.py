@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from data_prep.tokenizer import open_tokenizer
 from model.hf.weights import from_hf_model, save_hf
 from storage.shards import open_split
-from tests.data_prep.support import PROSE
+from tests.data_prep.texts import PROSE
 from tests.processes import free_port, run_cli
 from tests.smollm2 import load
-from tests.tools import support
+from tests.tools.trained import build_data, export_to, write_documents
 from training.data import make_batch
 from training.records import read_records
 
@@ -52,8 +52,8 @@ def start(tmp_path_factory) -> Iterator[Path]:
 def continued(start, tmp_path_factory) -> Iterator[Continued]:
     folder = tmp_path_factory.mktemp("continued")
     texts = [text[:size] for text, size in zip(PROSE[2:], (1200, 200, 200, 200), strict=False)]
-    documents = support.write_documents(folder / "documents.jsonl", texts)
-    data = support.build_data([f"topics={documents}"], start, folder / "data", seq_length=256, validation_fraction=0)
+    documents = write_documents(folder / "documents.jsonl", texts)
+    data = build_data([f"topics={documents}"], start, folder / "data", seq_length=256, validation_fraction=0)
     recipe = {
         "model": {"config_json": str(start / "config.json")},
         "training": {"initial_weights": str(start), "global_batch_tokens": 512, "max_steps": STEPS},
@@ -67,7 +67,7 @@ def continued(start, tmp_path_factory) -> Iterator[Continued]:
     done = run_cli([*launch, *inputs, "--output", folder / "run"], timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     losses = [r["loss"] for r in read_records(folder / "run/metrics.jsonl") if "loss" in r]
-    export = support.exported(folder / "run", folder / "export", "float32")
+    export = export_to(folder / "run", folder / "export", "float32")
     yield Continued(start, data, losses, export)
     shutil.rmtree(folder)
 

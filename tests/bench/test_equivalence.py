@@ -11,7 +11,7 @@ import pytest
 from bench import equivalence
 from tests.engine.programs import prepare
 from tests.processes import run_cli, start_cli
-from tests.tools.support import call
+from tests.tools.called import call
 
 ZERO2 = "two ranks=ds_configs/zero2_fp32.json:2"
 

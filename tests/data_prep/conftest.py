@@ -3,7 +3,8 @@ import pytest
 from data_prep.tokenizer import SentencePieceTokenizer
 from data_prep.tokenizer_files import MODEL_FILE
 from data_prep.tokenizer_training import train
-from tests.data_prep.support import PROSE, UNIT_BYTES, build_here, write_prose
+from tests.data_prep.builds import UNIT_BYTES, build_here
+from tests.data_prep.texts import PROSE, write_prose
 
 
 @pytest.fixture(scope="session")

@@ -16,18 +16,8 @@ from data_prep.store import Columns, TokenStore
 from data_prep.tokenizer import open_tokenizer
 from storage.manifest import PackingPolicy, read_manifest
 from storage.shards import open_split
-from tests.data_prep.support import (
-    DEEPSEEK,
-    MISTRAL,
-    PROSE,
-    UNIT_BYTES,
-    arguments,
-    build_here,
-    command,
-    contents,
-    run,
-    write_lines,
-)
+from tests.data_prep.builds import UNIT_BYTES, arguments, build_here, command, contents, run
+from tests.data_prep.texts import DEEPSEEK, MISTRAL, PROSE, write_lines
 
 # --- the same bytes ---------------------------------------------------------------------------------------------------
 

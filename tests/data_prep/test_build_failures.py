@@ -17,17 +17,8 @@ from data_prep.plan import locked
 from data_prep.repack import repack
 from data_prep.verify import problems
 from storage.manifest import PackingPolicy, read_manifest
-from tests.data_prep.support import (
-    UNIT_BYTES,
-    arguments,
-    build_here,
-    command,
-    contents,
-    failure,
-    run,
-    write_lines,
-    write_prose,
-)
+from tests.data_prep.builds import UNIT_BYTES, arguments, build_here, command, contents, failure, run
+from tests.data_prep.texts import write_lines, write_prose
 
 # --- odd input --------------------------------------------------------------------------------------------------------
 

@@ -17,8 +17,8 @@ from data_prep.pack import pack
 from data_prep.token_bytes import token_bytes
 from data_prep.tokenizer import open_tokenizer
 from storage.manifest import PackingPolicy
-from tests.data_prep.support import DEEPSEEK, MISTRAL, PROSE, awkward
 from tests.data_prep.test_pack import targets_seen
+from tests.data_prep.texts import DEEPSEEK, MISTRAL, PROSE, awkward
 
 BLANKS = r"[ \t\r\v\f]*"
 SENTENCE = re.compile(rf"([{re.escape(STOPS)}][{re.escape(STOPS + CLOSERS)}]*)({BLANKS})\Z")

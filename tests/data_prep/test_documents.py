@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from data_prep.documents import Problems, read_unit
 from data_prep.sources import parse_sources, plan_units
-from tests.data_prep.support import awkward, read, write_lines
+from tests.data_prep.builds import read
+from tests.data_prep.texts import awkward, write_lines
 
 TEXTS = ["first", "", " \n", "zwei\r\nLinien", "三\0", "x" * 1000, "</s>", "last"]
 

@@ -11,7 +11,8 @@ from data_prep.ledger import unit_path
 from data_prep.sources import parse_sources, plan_units
 from data_prep.store import unit_schema
 from data_prep.tokenizer import open_tokenizer
-from tests.data_prep.support import DEEPSEEK, MISTRAL, PROSE, ROOT, awkward, write_prose
+from tests.data_prep.builds import ROOT
+from tests.data_prep.texts import DEEPSEEK, MISTRAL, PROSE, awkward, write_prose
 
 fixture_safe = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

@@ -10,8 +10,9 @@ import pytest
 
 from data_prep.verify import problems as problems_of
 from storage.manifest import read_manifest
-from tests.data_prep.support import build_here, failure, left_out_of, read, run, unprivileged, write_lines
+from tests.data_prep.builds import build_here, failure, left_out_of, read, run, unprivileged
 from tests.data_prep.test_formats import as_arrow
+from tests.data_prep.texts import write_lines
 
 CLOSED = "a folder that cannot be opened (what it holds cannot be counted)"
 

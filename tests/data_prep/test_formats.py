@@ -20,7 +20,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.data_prep.support import awkward, left_out_of, read
+from tests.data_prep.builds import left_out_of, read
+from tests.data_prep.texts import awkward
 
 
 def as_lines(texts: list[str]) -> list[bytes]:

@@ -14,7 +14,7 @@ import pytest
 import zstandard
 
 from storage.manifest import read_manifest
-from tests.data_prep.support import build_here, read
+from tests.data_prep.builds import build_here, read
 
 TEXTS = [f"{number} {random.Random(number).randbytes(30).hex()}" for number in range(60)]
 COMPRESS = {".gz": gzip.compress, ".zst": zstandard.compress, ".bz2": bz2.compress, ".xz": lzma.compress}

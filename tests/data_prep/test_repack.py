@@ -18,21 +18,10 @@ from data_prep.sources import parse_sources
 from data_prep.tokenizer import open_tokenizer
 from data_prep.verify import problems
 from storage.manifest import PackingPolicy, read_manifest
-from tests.data_prep.support import (
-    DEEPSEEK,
-    MISTRAL,
-    PROSE,
-    UNIT_BYTES,
-    awkward,
-    build_here,
-    command,
-    contents,
-    failure,
-    run,
-    write_lines,
-)
+from tests.data_prep.builds import UNIT_BYTES, build_here, command, contents, failure, run
 from tests.data_prep.test_cut import CHINESE
 from tests.data_prep.test_verify import flip_bit, remove, shorten
+from tests.data_prep.texts import DEEPSEEK, MISTRAL, PROSE, awkward, write_lines
 
 # --- the same bytes ---------------------------------------------------------------------------------------------------
 

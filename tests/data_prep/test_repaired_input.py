@@ -18,7 +18,8 @@ from data_prep import build as building
 from data_prep import plan as planning
 from data_prep.ledger import Ledger
 from storage.manifest import PackingPolicy
-from tests.data_prep.support import build_here, contents, failure, run, write_lines
+from tests.data_prep.builds import build_here, contents, failure, run
+from tests.data_prep.texts import write_lines
 
 LEDGER = Ledger(unit=0, plan_sha256="0", input_sha256="0", sha256="0", file_bytes=0, documents=1).model_dump_json()
 TEXTS = [f"text {number} of some words" for number in range(40)]

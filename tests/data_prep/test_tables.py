@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.data_prep.support import left_out_of, read
+from tests.data_prep.builds import left_out_of, read
 
 TEXTS = ["one", "zwei\n", "", "四", "one"]
 

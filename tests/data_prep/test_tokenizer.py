@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from data_prep.tokenizer import open_tokenizer
 from data_prep.tokenizer_files import CONFIG_FILE
 from data_prep.tokenizer_training import train
-from tests.data_prep.support import DEEPSEEK, MISTRAL, PROSE, awkward, run
+from tests.data_prep.builds import run
+from tests.data_prep.texts import DEEPSEEK, MISTRAL, PROSE, awkward
 
 fixture_safe = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

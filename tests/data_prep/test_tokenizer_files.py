@@ -14,7 +14,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from data_prep.token_bytes import token_bytes
 from data_prep.tokenizer import open_tokenizer
 from data_prep.tokenizer_files import TokenizerConfig
-from tests.data_prep.support import PROSE, arguments, failure, run
+from tests.data_prep.builds import arguments, failure, run
+from tests.data_prep.texts import PROSE
 
 TEXTS = ["Hello wörld 123 \n</s><|im_end|>", "", " ", "a" * 5000]
 quiet = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

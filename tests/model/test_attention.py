@@ -11,7 +11,7 @@ from model import block_attention
 from model.attention import _attend_flex, attend, attend_cached
 from model.documents import Documents
 from model.visibility import Visibility
-from tests.model.support import TensorSizes, formula, positions
+from tests.model.tiny import TensorSizes, formula, positions
 
 
 def qkv(rows, tokens, heads=4, kv_heads=2, width=8, dtype=torch.float64, seed=0):

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from model.config import ModelConfig
 from model.hf.config import left_out
 from model.llama import Llama
-from tests.model.support import SCALINGS, tiny
+from tests.model.tiny import SCALINGS, tiny
 
 LLAMA_1B = {
     # the published config of Llama 3.2 1B, as transformers 4 wrote it

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from model.generation import continuation_losses, generate, sample
 from model.hf.weights import to_hf_state
 from model.llama import Llama
-from tests.model.support import SCALINGS, TensorSizes, tiny
+from tests.model.tiny import SCALINGS, TensorSizes, tiny
 
 VARIANTS = {
     "gqa": {},

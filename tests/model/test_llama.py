@@ -5,7 +5,7 @@ import torch
 
 from model.documents import Documents
 from model.llama import Llama, layer_plan
-from tests.model.support import SCALINGS, TensorSizes, positions, tiny
+from tests.model.tiny import SCALINGS, TensorSizes, positions, tiny
 
 
 def batch(config, rows, seed=0):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from model import loss
 from model.loss import IGNORED, VocabularyPart, linear_cross_entropy, token_losses
-from tests.model.support import TensorSizes
+from tests.model.tiny import TensorSizes
 
 
 def full(x, weight, targets, z_loss_weight, target_weights=None):

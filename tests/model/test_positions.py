@@ -15,7 +15,7 @@ from model.generation import generate
 from model.hf.weights import save_hf, to_hf_state
 from model.llama import Llama, layer_plan
 from model.positions import resize_positions, sinusoids
-from tests.model.support import positions, tiny
+from tests.model.tiny import positions, tiny
 from training.optimizer import parameter_groups
 from training.sections import OptimizerConfig
 

@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from model.documents import Documents
 from model.rope import inverse_frequencies, rope_depends_on_length, rotary_tables, rotate
-from tests.model.support import SCALINGS, positions, tiny
+from tests.model.tiny import SCALINGS, positions, tiny
 
 
 @pytest.mark.parametrize("tokens", [5, 16, 17, 32, 33, 200])

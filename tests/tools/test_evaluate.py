@@ -19,10 +19,11 @@ from data_prep.tokenizer_training import train
 from model.config import ModelConfig
 from model.hf.weights import save_hf
 from model.llama import Llama
-from tests.data_prep.support import PROSE
+from tests.data_prep.texts import PROSE
 from tests.processes import run_cli
-from tests.tools import support
+from tests.tools.called import call
 from tests.tools.test_report import Page
+from tests.tools.trained import build_data, export_to, write_documents
 from tools import evaluate
 from tools.evaluation.files import read_evaluations
 from tools.hf_tokenizer import write_hf_tokenizer
@@ -35,12 +36,12 @@ ANALYSES = {"scores", "positions", "context_gain", "passkey"}
 
 @pytest.fixture(scope="module")
 def exported(trained, tmp_path_factory):
-    return support.exported(trained.folder / "zero2", tmp_path_factory.mktemp("exported") / "hf", "float32")
+    return export_to(trained.folder / "zero2", tmp_path_factory.mktemp("exported") / "hf", "float32")
 
 
 @pytest.fixture
 def command(capsys, monkeypatch):
-    return lambda *arguments: support.call(evaluate.main, capsys, monkeypatch, "--device", "cpu", *arguments)
+    return lambda *arguments: call(evaluate.main, capsys, monkeypatch, "--device", "cpu", *arguments)
 
 
 @pytest.fixture
@@ -132,8 +133,8 @@ def test_the_command_measures_the_use_of_length_and_keeps_it(trained, figures):
 
 def test_it_is_the_loss_of_transformers_document_by_document(tokenizer, exported, tmp_path, figures):
     texts = [text[:120] for text in PROSE[:12]]  # every one of them fits into a row
-    source = support.write_documents(tmp_path / "short.jsonl", texts)
-    data = support.build_data([f"short={source}"], tokenizer, tmp_path / "data", seq_length=128, validation_fraction=0)
+    source = write_documents(tmp_path / "short.jsonl", texts)
+    data = build_data([f"short={source}"], tokenizer, tmp_path / "data", seq_length=128, validation_fraction=0)
     model, opened = AutoModelForCausalLM.from_pretrained(exported), open_tokenizer(tokenizer)
     total, targets = 0.0, 0
     for ids in opened.encode_batch(texts):
@@ -174,9 +175,9 @@ def test_the_export_of_a_foreign_tokenizer_belongs_to_its_data(tmp_path, figures
     trained.train_from_iterator(PROSE[:20], vocab_size=300, special_tokens=["<s>", "</s>"], show_progress=False)
     (tmp_path / "tokenizer").mkdir()
     trained.save(str(tmp_path / "tokenizer/tokenizer.json"))
-    documents = support.write_documents(tmp_path / "documents.jsonl", PROSE[:8])
+    documents = write_documents(tmp_path / "documents.jsonl", PROSE[:8])
     build = {"seq_length": 64, "validation_fraction": 0.2}
-    data = support.build_data([f"topics={documents}"], tmp_path / "tokenizer", tmp_path / "data", **build)
+    data = build_data([f"topics={documents}"], tmp_path / "tokenizer", tmp_path / "data", **build)
     config = ModelConfig(vocab_size=300, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     save_hf(config, Llama(config, seed=0).state_dict().items(), tmp_path / "hf")
     source = tmp_path / "data/tokenizer/tokenizer.json"
@@ -234,6 +235,6 @@ def test_bad_input_is_one_sentence(trained, other_data, command, flags, sentence
 def other_data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("other")
     (folder / "tokenizer.model").write_bytes(train(PROSE[40:60], 600))
-    documents = support.write_documents(folder / "documents.jsonl", PROSE[:8])
+    documents = write_documents(folder / "documents.jsonl", PROSE[:8])
     build = {"seq_length": 64, "validation_fraction": 0.2}
-    return support.build_data([f"topics={documents}"], folder / "tokenizer.model", folder / "data", **build)
+    return build_data([f"topics={documents}"], folder / "tokenizer.model", folder / "data", **build)

@@ -28,9 +28,11 @@ from engine.checkpoint.manifest import steps
 from model.config import ModelConfig
 from model.hf.weights import load_hf
 from storage.shards import open_split
-from tests.data_prep.support import PROSE
+from tests.data_prep.texts import PROSE
 from tests.processes import run_cli, start_cli
-from tests.tools import support
+from tests.tools.called import call
+from tests.tools.large_run import LargeRun, anonymous_bytes, reads, write_large_run
+from tests.tools.trained import LAYOUTS, MASKED
 from tools import export
 from tools.trained import remembered_objective
 from training.records import read_records
@@ -41,7 +43,7 @@ TEXT = "O, for a Muse of fire — that would ascend\n\nthe brightest heaven of i
 
 @pytest.fixture
 def command(capsys, monkeypatch):
-    return lambda *arguments: support.call(export.main, capsys, monkeypatch, *arguments)
+    return lambda *arguments: call(export.main, capsys, monkeypatch, *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,7 @@ def files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.parametrize("name", support.LAYOUTS)
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_transformers_computes_what_the_engine_did(trained, rows, tmp_path, command, name):
     assert command(trained.folder / name, "--output", tmp_path / "hf", "--dtype", "float32").code == 0
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
@@ -75,7 +77,7 @@ def test_transformers_computes_what_the_engine_did(trained, rows, tmp_path, comm
 
 def test_transformers_fills_in_what_the_engine_did(trained, rows, tmp_path, command, monkeypatch, capsys):
     """Masked models: the same logits in whole, packed and padded rows; the model card says how to get them."""
-    for name in support.MASKED:
+    for name in MASKED:
         assert command(trained.folder / name, "--output", tmp_path / name, "--dtype", "float32").code == 0
         loaded = AutoModelForMaskedLM.from_pretrained(tmp_path / name, trust_remote_code=True)
         expected = logits(trained.live(name), rows)
@@ -126,7 +128,7 @@ def test_a_masked_model_is_not_taken_for_another_one(trained, rows, tmp_path, co
 
 
 def trained_for(name: str) -> ObjectiveConfig:
-    keys = {tuple(key.split(".")): yaml.safe_load(value) for key, value in support.MASKED[name][1].items()}
+    keys = {tuple(key.split(".")): yaml.safe_load(value) for key, value in MASKED[name][1].items()}
     return ObjectiveConfig(**{key: value for (section, key), value in keys.items() if section == "objective"})
 
 
@@ -261,9 +263,9 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(trained, tmp_path, command):
 
 
 @pytest.fixture(scope="module")
-def large(trained, tmp_path_factory) -> Iterator[support.LargeRun]:
+def large(trained, tmp_path_factory) -> Iterator[LargeRun]:
     folder = tmp_path_factory.mktemp("large")
-    yield support.write_large_run(trained, folder)
+    yield write_large_run(trained, folder)
     shutil.rmtree(folder)
 
 
@@ -302,8 +304,8 @@ def test_a_killed_export_is_repeated_in_memory_that_does_not_grow_with_the_check
     with start_cli(command, env={"MALLOC_MMAP_THRESHOLD_": "1000000"}) as running:
         samples = {False: [], True: []}
         while running.process.poll() is None:
-            samples[support.reads(running.process.pid, large) or bool(samples[True])].append(
-                support.anonymous_bytes(running.process.pid)
+            samples[reads(running.process.pid, large) or bool(samples[True])].append(
+                anonymous_bytes(running.process.pid)
             )
             time.sleep(0.002)
         assert running.finish().returncode == 0
@@ -319,12 +321,12 @@ def test_a_killed_export_is_repeated_in_memory_that_does_not_grow_with_the_check
 
 
 def test_that_measure_of_memory_tells_a_copy_from_a_mapped_file(large):
-    before = support.anonymous_bytes(os.getpid())
+    before = anonymous_bytes(os.getpid())
     mapped = torch.load(large.shards[0], mmap=True)["optimizer_state_dict"]["single_partition_of_fp32_groups"][0]
     assert float(mapped.max()) == 65520
-    assert support.anonymous_bytes(os.getpid()) - before < large.bytes / 8
+    assert anonymous_bytes(os.getpid()) - before < large.bytes / 8
     copied = mapped.clone()
-    assert support.anonymous_bytes(os.getpid()) - before > large.bytes * 0.4
+    assert anonymous_bytes(os.getpid()) - before > large.bytes * 0.4
     assert torch.equal(copied[:100], mapped[:100])
 
 

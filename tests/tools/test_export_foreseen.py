@@ -15,8 +15,8 @@ from engine.checkpoint.manifest import CheckpointManifest
 from engine.run.plan import RunPlan, make_plan
 from launch.topology import Topology
 from storage.manifest import PackingPolicy, read_manifest
-from tests.data_prep.support import PROSE
-from tests.tools import support
+from tests.data_prep.texts import PROSE
+from tests.tools.trained import RECIPE, build_data, write_documents
 from tools.export import exported_config
 
 SHORT, LONG, RECIPE_LENGTH = 48, 96, 128
@@ -26,7 +26,7 @@ STAGES = [{"name": "short", "max_steps": 2}, {"name": "long", "max_steps": 2}]
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("documents")
-    return f"documents={support.write_documents(folder / 'documents.jsonl', PROSE[:40])}"
+    return f"documents={write_documents(folder / 'documents.jsonl', PROSE[:40])}"
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +34,13 @@ def lengths(source, tokenizer, tmp_path_factory) -> dict[int, Path]:
     """Data sets with rows of both lengths."""
     folder = tmp_path_factory.mktemp("lengths")
     return {
-        length: support.build_data([source], tokenizer, folder / str(length), length, validation_fraction=0)
+        length: build_data([source], tokenizer, folder / str(length), length, validation_fraction=0)
         for length in (SHORT, LONG)
     }
 
 
 def plan_of(folder: Path, data: Path, **sections) -> RunPlan:
-    recipe = {key: dict(value) for key, value in support.RECIPE.items() if key != "validation"}
+    recipe = {key: dict(value) for key, value in RECIPE.items() if key != "validation"}
     for name, keys in sections.items():
         recipe[name] = recipe[name] | keys if isinstance(keys, dict) else keys
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -81,7 +81,7 @@ def test_positions_made_for_longer_texts_stay_and_that_is_said(lengths, tmp_path
     assert exported_at(scaled, 1) == (RECIPE_LENGTH, RECIPE_LENGTH)
     words = f"max_position_embeddings is the recipe's {RECIPE_LENGTH}; the rows of this training held {SHORT} tokens\n"
     assert capsys.readouterr().err == words
-    begun = scaled.recipe.model_dump(mode="json") | {"model": support.RECIPE["model"]}
+    begun = scaled.recipe.model_dump(mode="json") | {"model": RECIPE["model"]}
     begun["training"] = begun["training"] | {"initial_weights": "somewhere"}
     manifest = CheckpointManifest.model_construct(
         recipe=begun, data={"seq_length": SHORT}, state=SimpleNamespace(step=1)
@@ -98,7 +98,7 @@ def test_a_tokenizer_that_transformers_lacks_is_said_before_the_work(source, tok
     (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
     (tmp_path / "tokenizer.json").write_text("{}")  # that it has a broken one beside it changes nothing
     capsys.readouterr()
-    data = support.build_data([source], tmp_path / "tokenizer.model", tmp_path / "data", SHORT, validation_fraction=0)
+    data = build_data([source], tmp_path / "tokenizer.model", tmp_path / "data", SHORT, validation_fraction=0)
     said = capsys.readouterr().err.splitlines()
     wanted = f"{tmp_path}/tokenizer.model has no exact equivalent in transformers (it is not a BPE model): "
     assert [line for line in said if line.startswith(wanted) and "trust_remote_code=True" in line] == said[:1]

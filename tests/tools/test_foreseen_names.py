@@ -10,10 +10,10 @@ import sentencepiece
 
 from data_prep.repack import repack
 from storage.manifest import PackingPolicy, fingerprint, read_manifest
-from tests.data_prep.support import PROSE
 from tests.data_prep.test_tokenizer_files import byte_level
-from tests.tools import support
+from tests.data_prep.texts import PROSE
 from tests.tools.test_export_foreseen import SHORT, plan_of
+from tests.tools.trained import build_data, write_documents
 from tools.hf_tokenizer import write_hf_tokenizer
 
 NAMED = {
@@ -28,7 +28,7 @@ KEYS = ("tokenizer_names_without_entry", "tokenizer_needs_own_code")
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("documents")
-    return f"documents={support.write_documents(folder / 'documents.jsonl', PROSE[:40])}"
+    return f"documents={write_documents(folder / 'documents.jsonl', PROSE[:40])}"
 
 
 def of_an_earlier_version(data: Path) -> None:
@@ -57,7 +57,7 @@ def test_names_without_an_entry(source, tokenizer, tmp_path, capsys, kind):
     names = NAMES if kind == "huggingface" else NAMES.replace("<pad>, ", "")
     words = f"no entries for tokens that the files beside it name ({names})"
     capsys.readouterr()
-    data = support.build_data([source], given, tmp_path / "data", SHORT, validation_fraction=0)
+    data = build_data([source], given, tmp_path / "data", SHORT, validation_fraction=0)
     assert [line for line in capsys.readouterr().err.splitlines() if line.startswith(f"{given / main} has {words}")]
     repack(data, PackingPolicy(seq_length=SHORT // 2), tmp_path / "again")
     assert f"has {words}" in capsys.readouterr().err
@@ -82,7 +82,7 @@ def test_an_earlier_build_with_a_tokenizer_that_transformers_lacks(source, tmp_p
         sentence_iterator=iter(PROSE[:40]), model_writer=model, model_type="unigram", vocab_size=300, minloglevel=2
     )
     (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
-    data = support.build_data([source], tmp_path / "tokenizer.model", tmp_path / "data", SHORT, validation_fraction=0)
+    data = build_data([source], tmp_path / "tokenizer.model", tmp_path / "data", SHORT, validation_fraction=0)
     now = said(plan_of(tmp_path, data))
     assert len(now) == 1
     of_an_earlier_version(data)
@@ -92,7 +92,7 @@ def test_an_earlier_build_with_a_tokenizer_that_transformers_lacks(source, tmp_p
 
 def test_nothing_is_said_of_others(source, tokenizer, tmp_path, capsys):
     capsys.readouterr()
-    data = support.build_data([source], tokenizer, tmp_path / "data", SHORT, validation_fraction=0)
+    data = build_data([source], tokenizer, tmp_path / "data", SHORT, validation_fraction=0)
     assert "export" not in capsys.readouterr().err
     assert read_manifest(data).statistics["tokenizer_names_without_entry"] == []
     assert said(plan_of(tmp_path, data)) == []

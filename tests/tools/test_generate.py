@@ -14,9 +14,10 @@ from data_prep.tokenizer import open_tokenizer
 from model.config import ModelConfig
 from model.hf.weights import save_hf
 from model.llama import Llama
-from tests.data_prep.support import DEEPSEEK, PROSE, awkward
+from tests.data_prep.texts import DEEPSEEK, PROSE, awkward
 from tests.processes import run_cli
-from tests.tools import support
+from tests.tools.called import call
+from tests.tools.trained import MASKED, export_to
 from tools import generate
 from tools.hf_tokenizer import write_hf_tokenizer
 from tools.trained import open_trained
@@ -26,12 +27,12 @@ PROMPT = "Enter HAMLET — ☃"
 
 @pytest.fixture(scope="module")
 def exported(trained, tmp_path_factory):
-    return support.exported(trained.folder / "zero3", tmp_path_factory.mktemp("exported") / "hf", "float32")
+    return export_to(trained.folder / "zero3", tmp_path_factory.mktemp("exported") / "hf", "float32")
 
 
 @pytest.fixture
 def command(capsys, monkeypatch):
-    return lambda *arguments: support.call(generate.main, capsys, monkeypatch, "--device", "cpu", *arguments)
+    return lambda *arguments: call(generate.main, capsys, monkeypatch, "--device", "cpu", *arguments)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +54,7 @@ def test_seeds_and_steps_make_a_difference(trained, command):
     assert len({command(trained.folder / "zero2", *flags, *choice).out for choice in choices}) == 3
 
 
-@pytest.mark.parametrize("name", support.MASKED)
+@pytest.mark.parametrize("name", MASKED)
 def test_a_masked_run_and_its_export_say_the_same(trained, masked_exports, command, name):
     choices = [["--temperature", "0"], ["--seed", "7"], ["--seed", "7", "--top-k", "50", "--top-p", "0.9"]]
     choices += [["--seed", "7", "--unmasking-steps", "2"], ["--seed", "8"]]

@@ -24,8 +24,8 @@ from data_prep.tokenizer import open_tokenizer
 from model.config import ModelConfig
 from model.hf.weights import save_hf
 from model.llama import Llama
-from tests.data_prep.support import MISTRAL, PROSE
 from tests.data_prep.test_tokenizer_files import FILES, KEYS, anything, byte_level
+from tests.data_prep.texts import MISTRAL, PROSE
 from tools.hf_tokenizer import Written, write_hf_tokenizer
 
 LENGTH = 4096

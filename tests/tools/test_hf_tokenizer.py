@@ -18,7 +18,7 @@ from data_prep.sentencepiece_json import from_sentencepiece, needs_own_code
 from data_prep.tokenizer import Tokenizer, open_tokenizer
 from data_prep.tokenizer_training import train
 from model.config import ModelConfig
-from tests.data_prep.support import DEEPSEEK, MISTRAL, PROSE
+from tests.data_prep.texts import DEEPSEEK, MISTRAL, PROSE
 from tools.hf_tokenizer import Written, write_hf_tokenizer
 
 PLAYS = [

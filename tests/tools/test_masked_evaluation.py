@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from model.llama import Llama
-from tests.data_prep.support import PROSE
-from tests.model.support import formula, tiny
-from tests.tools import support
+from tests.data_prep.texts import PROSE
+from tests.model.tiny import formula, tiny
+from tests.tools.called import call
 from tests.tools.test_report import Page
+from tests.tools.trained import MASKED, packed
 from tools import evaluate
 from tools.evaluation.files import read_evaluations
 from tools.evaluation.long_context import measure
@@ -40,7 +41,7 @@ OBJECTIVES = {
 def dataset(tokenizer, tmp_path_factory):
     """Rows of 24 tokens: pieces of long documents that overlap by 5, and short documents together in a row."""
     texts = [PROSE[2][:900], *(text[:18] for text in PROSE[3:15])]
-    return support.packed(texts, tokenizer, tmp_path_factory.mktemp("masked"), seq_length=TOKENS, overlap=5)
+    return packed(texts, tokenizer, tmp_path_factory.mktemp("masked"), seq_length=TOKENS, overlap=5)
 
 
 def definition(model, dataset, masking):
@@ -120,10 +121,10 @@ def test_the_bound_of_a_model_that_knows_nothing_is_its_entropy(dataset):
 @pytest.fixture
 def command(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
-    return lambda *arguments: support.call(evaluate.main, capsys, monkeypatch, "--device", "cpu", *arguments)
+    return lambda *arguments: call(evaluate.main, capsys, monkeypatch, "--device", "cpu", *arguments)
 
 
-@pytest.mark.parametrize("name", support.MASKED)
+@pytest.mark.parametrize("name", MASKED)
 def test_it_is_the_validation_loss_that_the_run_logged(trained, masked_exports, command, tmp_path, name):
     run, file = trained.folder / name, tmp_path / "figures.json"
     validations = {r["step"]: r["validation"] for r in read_records(run / "metrics.jsonl") if "validation" in r}

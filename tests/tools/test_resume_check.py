@@ -7,7 +7,7 @@ import pytest
 
 from tests.engine.programs import prepare
 from tests.processes import run_cli
-from tests.tools.support import call
+from tests.tools.called import call
 from tools import resume_check
 
 FROM = ["--steps", "3", "--stop-at", "1", "--from", "ds_configs/zero1_fp32.json:1"]

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.shards import open_split
-from tests.model.support import tiny
+from tests.model.tiny import tiny
 from tests.training.corpus import build
 from training.balance import deal, imbalance, row_costs
 from training.data import make_batch

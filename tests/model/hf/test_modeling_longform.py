@@ -19,7 +19,7 @@ from model.hf.weights import load_model, save_hf
 from model.llama import Llama
 from model.visibility import Visibility
 from tests.model.hf.test_parity import randomised
-from tests.model.support import SCALINGS, positions, tiny
+from tests.model.tiny import SCALINGS, positions, tiny
 
 CHUNKS = {"attention": "chunked", "chunk_size": 6}
 MODELS = {

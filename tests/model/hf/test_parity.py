@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from model.hf.weights import from_hf_model, load_model, save_hf
 from model.llama import Llama
-from tests.model.support import SCALINGS, tiny
+from tests.model.tiny import SCALINGS, tiny
 
 OPTIONS = {
     "mha": {"num_key_value_heads": 4},

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from model.hf.weights import from_hf_state, load_hf, load_model, save_hf, to_hf_state
 from model.llama import Llama
-from tests.model.support import tiny
+from tests.model.tiny import tiny
 
 
 def saved(folder, config=None, dtype=torch.float32, **options):

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from model.documents import Documents
 from model.llama import Llama
-from tests.data_prep.support import PROSE
-from tests.model.support import SCALINGS, tiny
-from tests.tools import support
+from tests.data_prep.texts import PROSE
+from tests.model.tiny import SCALINGS, tiny
+from tests.tools.trained import packed
 from tools.evaluation.long_context import PositionSums, context_gain, default_limits, in_chunks, measure, positions
 
 TOKENS, LIMITS = 24, (1, 5, 8, 24, 100)
@@ -23,7 +23,7 @@ TOKENS, LIMITS = 24, (1, 5, 8, 24, 100)
 def dataset(tokenizer, tmp_path_factory):
     """Rows of 24 tokens: pieces of long documents that overlap by 5, and short documents together in a row."""
     texts = [PROSE[2][:200], *(text[:18] for text in PROSE[3:8])]
-    found = support.packed(texts, tokenizer, tmp_path_factory.mktemp("long_context"), seq_length=TOKENS, overlap=5)
+    found = packed(texts, tokenizer, tmp_path_factory.mktemp("long_context"), seq_length=TOKENS, overlap=5)
     pieces = [row.seg_len for row in rows_of(found)]
     assert len(pieces) < 30
     assert any(len(lengths) > 1 for lengths in pieces)

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from data_prep.tokenizer import open_tokenizer
 from model.llama import Llama
 from storage.shards import open_split
-from tests.data_prep.support import DEEPSEEK, PROSE
-from tests.model.support import tiny
-from tests.tools import support
+from tests.data_prep.texts import DEEPSEEK, PROSE
+from tests.model.tiny import tiny
+from tests.tools.trained import build_data, write_documents
 from tools.evaluation.passkey import PHRASES, Filler, Passkeys, default_lengths, language_of, passkey
 
 CHINESE = "长文本语言模型需要记住很久以前读过的内容，才能回答最后提出的问题。我们把文档切分成若干块，再逐块阅读。" * 6
@@ -63,8 +63,8 @@ def chinese(tmp_path_factory):
 
 
 def built(folder, tokenizer, texts):
-    documents = support.write_documents(folder / "documents.jsonl", texts)
-    support.build_data([f"texts={documents}"], tokenizer, folder / "data", seq_length=64, validation_fraction=0)
+    documents = write_documents(folder / "documents.jsonl", texts)
+    build_data([f"texts={documents}"], tokenizer, folder / "data", seq_length=64, validation_fraction=0)
     return open_tokenizer(tokenizer), open_split(folder / "data", "train")
 
 

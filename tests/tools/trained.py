@@ -1,26 +1,18 @@
-"""For the tests of the commands: a trained run of every layout with its live weights, and the commands called."""
+"""A trained run of every layout with its live weights, and the data and exports that belong to it."""
 
-import itertools
 import json
-import re
-import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import xxhash
 import yaml
 
-from console.command import run_command
 from data_prep.build import build
 from data_prep.plan import BuildOptions, Plan
 from data_prep.sources import parse_sources
 from data_prep.tokenizer import open_tokenizer
 from engine.checkpoint.folder import find
-from engine.checkpoint.manifest import MANIFEST, read_manifest, seal, steps
 from engine.ds_json.read import read_ds_config
 from engine.run.folder import claim_run, describe, fill_run
 from engine.run.loop import train
@@ -30,7 +22,7 @@ from model.config import ModelConfig
 from model.llama import Llama
 from storage.manifest import PackingPolicy
 from storage.shards import ShardedDataset, open_split
-from tests.data_prep.support import build_here
+from tests.data_prep.builds import build_here
 from tests.engine.programs import Run, zero
 from tools import export
 
@@ -124,24 +116,7 @@ class Trained(NamedTuple):
         return model.eval()
 
 
-class Called(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-def call(main: Callable[[], None], capsys, monkeypatch, *arguments) -> Called:
-    """A command's main function with its command line, as its `__main__` block runs it."""
-    monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
-    capsys.readouterr()
-    try:
-        run_command(main)
-    except SystemExit as end:
-        return Called(end.code, *capsys.readouterr())
-    raise AssertionError("run_command returned")
-
-
-def exported(run: Path, output: Path, dtype: str) -> Path:
+def export_to(run: Path, output: Path, dtype: str) -> Path:
     """`tools.export` of the newest checkpoint."""
     export.export(run, *find(run), output, getattr(torch, dtype), 5 * 10**9)
     return output
@@ -165,74 +140,3 @@ def build_data(sources: list[str], tokenizer: Path, output: Path, seq_length: in
     opened = open_tokenizer(tokenizer)
     build(Plan(parse_sources([], sources), options, opened), opened, output, encoder="plain")
     return output
-
-
-LARGE_MODEL = RECIPE["model"] | {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 7,
-    "num_attention_heads": 16,
-    "head_dim": 64,
-}
-
-
-class LargeRun(NamedTuple):
-    """A run whose only checkpoint, of ZeRO-2 on two ranks, has more than 400 MB of weights."""
-
-    folder: Path
-    shards: list[Path]
-    """The optimizer files, one a rank."""
-    starts: dict[str, int]
-    """Where each parameter begins in the vector of all weights, which is cut over the ranks."""
-
-    @property
-    def bytes(self) -> int:
-        return sum(path.stat().st_size for path in self.shards)
-
-    @staticmethod
-    def values(start: int, count: int) -> torch.Tensor:
-        """Elements of that vector: each says where it stands."""
-        return (torch.arange(start, start + count) % 65521).float()
-
-
-def write_large_run(trained: Trained, run: Path) -> LargeRun:
-    """The files of a real run with another checkpoint, written in the form of DeepSpeed's."""
-    newest = steps(trained.folder / "zero2")[0]
-    shutil.copytree(trained.folder / "zero2/tokenizer", run / "tokenizer")
-    folder = run / "checkpoints" / newest.name
-    folder.mkdir(parents=True)
-    with torch.device("meta"):
-        shapes = {name: parameter.shape for name, parameter in Llama(ModelConfig(**LARGE_MODEL)).named_parameters()}
-    ends = list(itertools.accumulate(shape.numel() for shape in shapes.values()))
-    share = -(-ends[-1] // 2)
-    torch.save({"param_shapes": [shapes]}, folder / "mp_rank_00_model_states.pt")
-    shards = [folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(2)]
-    for rank, shard in enumerate(shards):
-        weights = {"single_partition_of_fp32_groups": [LargeRun.values(rank * share, share)]}
-        torch.save({"optimizer_state_dict": weights | {"base_optimizer_state": {"state": {}}}}, shard)
-    manifest = read_manifest(newest, full=False)
-    manifest.recipe["model"] = LARGE_MODEL
-    manifest.files = {
-        path.name: (path.stat().st_size, xxhash.xxh3_128(path.read_bytes()).hexdigest()) for path in folder.iterdir()
-    }
-    (folder / MANIFEST).write_bytes(seal(manifest))
-    return LargeRun(run, shards, dict(zip(shapes, [0, *ends], strict=False)))
-
-
-def reads(pid: int, large: LargeRun) -> bool:
-    """Whether the process has begun with the checkpoint's files (it checks their hashes first)."""
-    try:
-        opened = {link.readlink() for link in Path(f"/proc/{pid}/fd").iterdir()}
-    except OSError:
-        return False
-    return not opened.isdisjoint(large.shards)
-
-
-def anonymous_bytes(pid: int) -> int:
-    """What a process holds for itself; pages of mapped files, which the kernel can drop at any time, do not count."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return 0
-    found = re.search(r"RssAnon:\s+(\d+) kB", status)
-    return int(found[1]) * 1024 if found else 0
