@@ -2,11 +2,12 @@
 PYTHON ?= python3.11
 BIN = .venv/bin
 
-.PHONY: help demo test check bench bench-gpu test-checkpoint
+.PHONY: help demo test test-fast check bench bench-gpu test-checkpoint
 
 help:
 	@echo "make demo              documents -> tokenizer -> shards -> training, killed and resumed -> export -> text -> report"
 	@echo "make test              every test that needs no accelerator and no network"
+	@echo "make test-fast         those of them that start no process, and a few layouts on two ranks"
 	@echo "make check             linter, formatter and type checker"
 	@echo "make bench             side-by-side measurements on this machine"
 	@echo "make bench-gpu         the model's training step and long rows on a GPU, with MFU"
@@ -22,6 +23,9 @@ demo: .venv/installed
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+
+test-fast: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --fast
 
 check: .venv/installed
 	$(BIN)/ruff check .

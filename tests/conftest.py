@@ -2,17 +2,36 @@
 
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from hypothesis import settings
 
+from tests import processes
 from tests.ranks import RankPool
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before anything imports DeepSpeed, which would look for a GPU
 settings.register_profile("longform", deadline=None, derandomize=True)
+settings.register_profile("fast", parent=settings.get_profile("longform"), max_examples=20)
 settings.load_profile("longform")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help="skip what starts processes and is not marked `fast`")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("fast"):
+        settings.load_profile("fast")
+        sys.addaudithook(processes.skip_before_python)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Whatever a test needs to run is asked for after this, and may skip it."""
+    processes.left_out = item.config.getoption("fast") and not item.get_closest_marker("fast")
 
 
 @pytest.fixture(autouse=True)

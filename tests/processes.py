@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = (
@@ -31,6 +32,8 @@ KEPT_VARIABLES = ("HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR", "TORCH_
 MARK = "LONGFORM_TEST_PROCESS"
 OUTPUT_TAIL_CHARACTERS = 6000
 LIBC = ctypes.CDLL(None)
+left_out = False
+"""Whether a test that comes to start a process, or to send something to waiting ranks, is skipped there."""
 
 
 def clean_environment(changes: Mapping[str, str | None] | None = None) -> dict[str, str]:
@@ -151,10 +154,22 @@ def start_cli(
         yield RunningCommand(process, Path(folder), mark)
 
 
+def skip_if_left_out() -> None:
+    if left_out:
+        pytest.skip("starts processes: not with --fast")
+
+
+def skip_before_python(event: str, arguments: tuple[Any, ...]) -> None:
+    """`skip_if_left_out` as an audit hook: for tests that start an interpreter by themselves."""
+    if event == "subprocess.Popen" and Path(os.fspath(arguments[1][0])).name.startswith("python"):
+        skip_if_left_out()
+
+
 def start_process(
     command: Sequence[str], variables: Mapping[str, str | None], **options: Any
 ) -> subprocess.Popen[bytes]:
     """The child leads a session of its own, so a Ctrl-C in the terminal reaches only the test, which then cleans up."""
+    skip_if_left_out()
     environment = clean_environment(variables)
     options = {"cwd": ROOT, "stdin": subprocess.DEVNULL} | options
     return subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=die_with_parent, **options)

@@ -11,7 +11,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.processes import MARK, OUTPUT_TAIL_CHARACTERS, dump_stacks, free_port, marked_processes, start_process
+from tests.processes import (
+    MARK,
+    OUTPUT_TAIL_CHARACTERS,
+    dump_stacks,
+    free_port,
+    marked_processes,
+    skip_if_left_out,
+    start_process,
+)
 
 
 class RankError(AssertionError):
@@ -180,6 +188,7 @@ class RankPool:
 
     def call(self, world_size: int, target: str | Callable[..., Any], *args: Any, timeout: float = 400) -> list[Any]:
         """`run_ranks(target, world_size, *args)` on processes that may have answered calls before."""
+        skip_if_left_out()
         if world_size not in self._waiting:
             self._waiting[world_size] = Ranks(world_size)
         ranks = self._waiting[world_size]

@@ -91,7 +91,7 @@ def test_without_gigatoken_the_tokenizer_does_the_work(tmp_path, tokenizer):
     path = write_prose(tmp_path / "a.jsonl")
     program = (
         "import sys; sys.modules['gigatoken'] = None\n"
-        "from data_prep.build import main; from data_prep.command import run_command; run_command(main)"
+        "from data_prep.build import main; from console.command import run_command; run_command(main)"
     )
     words = [sys.executable, "-c", program, "--input", path, "--tokenizer", tokenizer.path, "--seq-length", "64"]
     for wanted, status, message in (

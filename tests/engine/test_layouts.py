@@ -112,6 +112,8 @@ positions; masks instead of the next token."""
 FLOAT32_RUNS = [(ranks, name) for ranks, layouts in FLOAT32.items() for name in layouts]
 for variant, (_, layouts_of) in VARIANTS.items():
     FLOAT32_RUNS += [(ranks, name + variant) for ranks, names in layouts_of.items() for name in names]
+FAST = {(2, name) for name in ("zero0", "zero2", "zero3", "pipeline2", "sequence2-zero1", "tensor2_zero0_fp32")}
+FLOAT32_RUNS = [pytest.param(*run, marks=[pytest.mark.fast] * (run in FAST)) for run in FLOAT32_RUNS]
 ALL_RUNS = [*FLOAT32_RUNS, *((2, name) for name in HALF)]
 
 
