@@ -130,6 +130,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def options_from(arguments: argparse.Namespace) -> BuildOptions:
+    """Raises ValueError for what does not go together, by the flags' names."""
     packing = packing_from(arguments)
     names = set(BuildOptions.model_fields) - {"packing"}
     try:

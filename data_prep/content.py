@@ -5,9 +5,9 @@ import codecs
 import io
 import lzma
 import os
+import re
 import zlib
 from collections.abc import Callable, Generator, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import zstandard
@@ -53,10 +53,10 @@ class Content:
     def __init__(self, path: str, promised: str | None = None) -> None:
         """`promised`: the compression by the file's name; its first bytes decide."""
         self.damage: Damage | None = None
-        self._raw = Path(path).open("rb", buffering=READ_BYTES)  # noqa: SIM115 (closed by __exit__)
+        self._raw: io.BufferedReader = io.BufferedReader(io.FileIO(path), READ_BYTES)
         self._size = os.fstat(self._raw.fileno()).st_size
         head = self._raw.peek(HEAD_BYTES)[:HEAD_BYTES]
-        self._compression = compression_of(head, promised)
+        self._compression = compression_of(head, promised) or ""
         self.stream: io.BufferedReader = self._raw
         if self._compression:
             self.stream = io.BufferedReader(_Blocks(self._members()), READ_BYTES)
@@ -67,7 +67,7 @@ class Content:
     def __enter__(self) -> "Content":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._raw.close()
 
     @property
@@ -147,7 +147,7 @@ class Content:
         self.damage = Damage(words, lost, BEHIND if trailing else DAMAGED, trailing=trailing)
         return None
 
-    def _finds(self, signature, position: int) -> bool:
+    def _finds(self, signature: re.Pattern[bytes], position: int) -> bool:
         """Is there another member somewhere behind `position`? Then what stands before it is damage."""
         self._raw.seek(position)
         before = b""
@@ -177,7 +177,7 @@ class Content:
                 return
 
 
-def _decompressed(decoder, block: bytes) -> bytes:
+def _decompressed(decoder: Any, block: bytes) -> bytes:
     """All that follows from a block: some decoders keep a part until they are asked again."""
     parts = [decoder.decompress(block)]
     while parts[-1] and not decoder.eof:
@@ -194,7 +194,7 @@ class _Blocks(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer) -> int:
+    def readinto(self, buffer: Any) -> int:
         while not self._left:
             block = next(self._blocks, None)
             if block is None:

@@ -6,6 +6,7 @@ it is kept, to the last whole record, and the rest is reported.
 """
 
 import csv
+import hashlib
 import json
 import sys
 from collections.abc import Generator, Iterable, Iterator
@@ -21,7 +22,12 @@ Line = tuple[int, bytes]  # the offset at which it begins, and its bytes
 
 
 def read_unit(
-    unit: Unit, files: list[InputFile], text_field: str, id_field: str | None, problems: Problems, digest=None
+    unit: Unit,
+    files: list[InputFile],
+    text_field: str,
+    id_field: str | None,
+    problems: Problems,
+    digest: "hashlib._Hash | None" = None,
 ) -> Iterator[Document]:
     """Yield the unit's documents in order; `digest`, a hashlib object, is fed the unit's input bytes."""
     fields = Fields(text_field, id_field)
@@ -42,7 +48,9 @@ def _check_unchanged(file: InputFile) -> None:
         raise ValueError(f"{file.path} changed while the data set was being built: run the command again")
 
 
-def _read_content(file: InputFile, unit: Unit, fields: Fields, problems: Problems, digest) -> Iterator[Document]:
+def _read_content(
+    file: InputFile, unit: Unit, fields: Fields, problems: Problems, digest: "hashlib._Hash | None"
+) -> Iterator[Document]:
     try:
         content = Content(file.path, file.compression)
     except OSError as error:
@@ -68,9 +76,10 @@ def _read_content(file: InputFile, unit: Unit, fields: Fields, problems: Problem
 class _Lines:
     """Iterates over (offset, line) of a file, or of a unit of a plain one; `rest` gives what is left in one piece."""
 
-    def __init__(self, content: Content, file: InputFile, unit: Unit, digest) -> None:
+    def __init__(self, content: Content, file: InputFile, unit: Unit, digest: "hashlib._Hash | None") -> None:
         self.stream, self.digest = content.stream, digest
-        self.offset, self.end = 0, None
+        self.offset = 0
+        self.end: int | None = None
         self.mark_counts = file.kind != "json"
         if content.plain and file.kind == "lines":
             self.end = unit.end
@@ -94,6 +103,7 @@ class _Lines:
             yield offset, line
 
     def rest(self) -> bytes:
+        """All that no line was made of yet, without a byte order mark."""
         data = self.stream.read()
         if self.digest is not None:
             self.digest.update(data)
@@ -107,6 +117,7 @@ def _of_text(content: Content, reason: str) -> str:
 
 def _report_damage(content: Content, path: str, line: int, problems: Problems) -> None:
     if content.truncated:
+        assert content.damage is not None
         problems.report(f"{path} line {line}", content.damage.place, content.damage.words)
 
 
@@ -228,6 +239,7 @@ def _is_object(lines: list[Line]) -> bool:
 
 def _parse_json(data: bytes) -> tuple[list, int, Exception | None]:
     """The records of a JSON text, the bytes they take, and what is wrong; of a damaged list those before the damage."""
+    error: Exception
     try:
         text = data.decode()
         content = json.loads(text)
@@ -238,7 +250,8 @@ def _parse_json(data: bytes) -> tuple[list, int, Exception | None]:
     else:
         return (content if isinstance(content, list) else [content]), len(data), None
     records, kept = [], 0
-    skip_space, parse = json.decoder.WHITESPACE.match, json.JSONDecoder().raw_decode
+    skip_space = json.decoder.WHITESPACE.match  # type: ignore[attr-defined]  # the stubs leave it out
+    parse = json.JSONDecoder().raw_decode
     position, expected = skip_space(text).end(), "["
     try:
         while text[position] == expected:

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -55,7 +55,7 @@ class Encoder:
     def __init__(self, tokenizer: Tokenizer, accelerated: str | None = None) -> None:
         self.tokenizer = tokenizer
         self._accelerated = accelerated
-        self._fast = _load_accelerated(accelerated) if accelerated is not None else None
+        self._fast: Any = _load_accelerated(accelerated) if accelerated is not None else None
         self._memory = psutil.Process()
         self._grown_from = self._memory.memory_info().rss
         self._batches = 0
@@ -96,6 +96,7 @@ class Encoder:
         parts = [ids[start:end] for start, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)]
         self._batches += 1
         if self._batches % 16 == 0 and self._memory.memory_info().rss > self._grown_from + CACHE_BYTES:
+            assert self._accelerated is not None
             self._fast = _load_accelerated(self._accelerated)
             self._grown_from = self._memory.memory_info().rss
         return parts
@@ -119,7 +120,7 @@ def _accelerated_form(tokenizer: Tokenizer) -> str:
     return json.dumps(content)
 
 
-def _load_accelerated(form: str):
+def _load_accelerated(form: str) -> Any:
     import gigatoken
 
     return gigatoken.Tokenizer.from_json(form)
@@ -191,6 +192,7 @@ class UnitEncoder:
         self.encoder = Encoder(self.tokenizer, work.accelerated)
 
     def run(self, unit: Unit) -> Ledger:
+        """Write the unit's file, then its ledger, by which it counts as done."""
         try:
             return self._run(unit, self.encoder, disagreed=False)
         except Disagreement:

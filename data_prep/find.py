@@ -70,12 +70,12 @@ def find_files(source: Source, on_error: str = "fail") -> tuple[list[InputFile],
             raise ValueError(f"{place} holds no new document files (known: {KNOWN}; saved `datasets` folders){others}")
     files: list[InputFile] = []
     taken: dict[str, int] = {}
-    for name, path, format_ in sorted(chosen.values()):
-        facts = Path(path).stat()
+    for name, file, format_ in sorted(chosen.values()):
+        facts = Path(file).stat()
         name = printable(name)
         taken[name] = taken.get(name, 0) + 1
         unique = name if taken[name] == 1 else f"{name}@{taken[name]}"
-        files.append(InputFile(str(Path(path).absolute()), unique, format_, facts.st_size, facts.st_mtime_ns))
+        files.append(InputFile(str(Path(file).absolute()), unique, format_, facts.st_size, facts.st_mtime_ns))
     return files, [
         entry for path, entry in sorted(left_out.items()) if entry.files and os.path.realpath(path) not in chosen
     ]
@@ -140,13 +140,13 @@ class _Walk:
         try:
             listed = _dataset_files(state)
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            closed = isinstance(error, OSError)
             if self.on_error == "fail":
-                words = (
-                    f"cannot be opened: {error.strerror}" if closed else "does not describe a saved `datasets` folder"
-                )
+                words = "does not describe a saved `datasets` folder"
+                if isinstance(error, OSError):
+                    words = f"cannot be opened: {error.strerror}"
                 raise ValueError(f"{state} {words}; --on-error skip leaves the folder out") from None
-            reason = f"a saved `datasets` folder whose state.json {'cannot be opened' if closed else 'is damaged'}"
+            fault = "cannot be opened" if isinstance(error, OSError) else "is damaged"
+            reason = f"a saved `datasets` folder whose state.json {fault}"
             return [(folder, _folder_left_out(folder, reason))]
         missing = [name for name in listed if not (folder / name).is_file()]
         if missing and self.on_error == "fail":

@@ -26,7 +26,7 @@ from data_prep.store import LEFT_OUT, SPLITS, Columns, TokenStore, read_columns,
 from data_prep.summary import statistics
 from data_prep.token_bytes import token_bytes
 from data_prep.tokenizer import Tokenizer
-from storage.manifest import LeftOutFiles, Manifest, SourceRows
+from storage.manifest import LeftOutFiles, Manifest, SourceRows, token_dtype
 from storage.shards import ShardWriter, write_manifest
 
 FEW_ROWS, FEW_TARGETS = 4, 1000
@@ -59,7 +59,7 @@ def finish(plan: PackingPlan, tokenizer: Tokenizer, tokenizer_file: Path, output
         inputs=made.inputs,
         tokenizer=tokenizer.info(tokenizer_file.relative_to(output).as_posix()),
         tokenizer_files=_hashes(tokenizer_file, output),
-        dtype=str(tokenizer.dtype),
+        dtype=token_dtype(tokenizer.vocab_size),
         packing=plan.options.packing,
         seed=plan.options.seed,
         splits=_write_rows(plan, tokenizer, output, packings),

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from pydantic import JsonValue
 
@@ -17,7 +18,8 @@ OWN_CODE, WITHOUT_ENTRY = "tokenizer_needs_own_code", "tokenizer_names_without_e
 def foreseen(tokenizer: Tokenizer) -> dict[str, JsonValue]:
     """Why an export has to come with code of its own, if it has to; and the tokens that have a name but no id."""
     reason = needs_own_code(tokenizer)
-    return ({OWN_CODE: reason} if reason else {}) | {WITHOUT_ENTRY: absent_names(tokenizer)}
+    facts: dict[str, Any] = {OWN_CODE: reason} if reason else {}
+    return facts | {WITHOUT_ENTRY: absent_names(tokenizer)}
 
 
 def foreseen_of(file: Path) -> dict[str, JsonValue]:
@@ -41,7 +43,7 @@ def absent_names(tokenizer: Tokenizer) -> list[str]:
 
 def say_what_is_foreseen(tokenizer: Tokenizer) -> dict[str, JsonValue]:
     """Before any work; returns what was said, for the manifest."""
-    facts = foreseen(tokenizer)
+    facts: dict[str, Any] = foreseen(tokenizer)
     if OWN_CODE in facts:
         say(
             f"{tokenizer.path} has no exact equivalent in transformers ({facts[OWN_CODE]}): a model trained on these data is "

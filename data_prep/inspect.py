@@ -16,6 +16,7 @@ if __name__ == "__main__":
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -40,6 +41,7 @@ console = Console(
 
 
 def show_overview(directory: Path, manifest: Manifest) -> None:
+    """Print what the data set holds, and how it was made."""
     table = Table(
         "split", "source", title=f"{directory}: rows of {manifest.seq_length:,} + 1 tokens", title_justify="left"
     )
@@ -56,7 +58,8 @@ def show_overview(directory: Path, manifest: Manifest) -> None:
     console.print(
         f"packing      {policy.policy}, overlap {policy.overlap}, cut {cut}, tail {policy.tail}, seed {manifest.seed}"
     )
-    for split, rows in manifest.statistics.get("rows", {}).items():
+    statistics: dict[str, Any] = manifest.statistics
+    for split, rows in statistics.get("rows", {}).items():
         console.print(f"padding      {rows['padding'] / rows['row_tokens']:.3%} of {split}")
         if any(rows.get("cuts", {}).values()):
             console.print(f"             {cut_words(rows['cuts'])}")
@@ -69,10 +72,11 @@ def show_overview(directory: Path, manifest: Manifest) -> None:
 
 
 def show_row(directory: Path, split: str, source: str | None, number: int) -> None:
+    """Print a row piece by piece; without `source` the number counts the rows of the split."""
     dataset = open_split(directory, split)
     if source is not None and source not in dataset.rows_per_source:
         raise ValueError(f"split {split} has no source {source!r}: it has {', '.join(dataset.sources)}")
-    rows = dataset.rows_per_source.get(source, len(dataset))
+    rows = len(dataset) if source is None else dataset.rows_per_source[source]
     if not 0 <= number < rows:
         raise ValueError(f"there is no row {number}: {source or f'split {split}'} has {rows} rows, counted from 0")
     if source is None:
@@ -98,6 +102,7 @@ def show_row(directory: Path, split: str, source: str | None, number: int) -> No
 
 
 def show_document(directory: Path, manifest: Manifest, wanted: str) -> None:
+    """Print a document and the rows that hold it; `wanted` is its number or its key."""
     store = _store(directory)
     if store is None:
         raise ValueError(f"{directory / 'tokens'} is gone, so documents cannot be shown (rows can: --row N)")

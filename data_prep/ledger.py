@@ -33,6 +33,7 @@ class Ledger(BaseModel):
 
 
 def unit_path(folder: Path, unit: int) -> Path:
+    """The file with a unit's tokens; its ledger lies beside it."""
     return folder / f"unit-{unit:05d}.arrow"
 
 

@@ -60,7 +60,7 @@ def add_packing_arguments(parser: argparse.ArgumentParser, keep: bool = False) -
             type=int if field.annotation is int else float if "float" in str(field.annotation) else str,
             default=None if keep or required else field.default,
             required=required,
-            help=" ".join(field.description.split())
+            help=" ".join((field.description or "").split())
             + ("" if default is None or required else f" (default: {default})"),
         )
 
@@ -82,6 +82,7 @@ def packing_from(arguments: argparse.Namespace, before: PackingPolicy | None = N
 
 
 def option_problems(error: ValidationError) -> str:
+    """What is wrong with the options, by the names of their flags."""
     flags = {"policy": "packing"}
     return "; ".join(
         "".join(f"--{flags.get(name, name).replace('_', '-')}: " for name in map(str, problem["loc"]))

@@ -1,7 +1,8 @@
 """What every reader of documents shares: the document, the check of one record, and the place for every complaint."""
 
 from collections import Counter
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 EXAMPLES_KEPT = 20
 
@@ -17,6 +18,7 @@ class InputFile(NamedTuple):
 
     @property
     def kind(self) -> str:
+        """What it is once it is decompressed."""
         return self.format.partition(".")[0]
 
     @property
@@ -27,7 +29,7 @@ class InputFile(NamedTuple):
 class Unit(NamedTuple):
     """One piece of work: whole small files, a byte range of lines, or a range of row groups (record batches)."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides that of tuples
     source: str
     first_file: int
     last_file: int  # exclusive
@@ -77,6 +79,7 @@ class Problems:
         return self.reasons.total()
 
     def report(self, place: str, reason: str, detail: str = "") -> None:
+        """Count something that is left out, or raise BadInput."""
         words = printable(f"{place}: {reason}" + (f" ({detail})" if detail else ""))
         if self.on_error == "fail":
             raise BadInput(f"{words}; --on-error skip leaves such records out")
@@ -94,10 +97,13 @@ def printable(text: str) -> str:
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
-def checked_document(record, place_key: str, fields: Fields, place, problems: Problems) -> Document | None:
+def checked_document(
+    record: Any, place_key: str, fields: Fields, place: str | Callable[[], str], problems: Problems
+) -> Document | None:
     """The document of one record; `place` is a string or a function that returns it."""
     reason = detail = None
-    text, key = None, place_key
+    text: Any = None
+    key: Any = place_key
     if not isinstance(record, dict):
         reason = "not a JSON object"
     elif fields.text not in record:
@@ -130,8 +136,10 @@ def _encodable(text: str) -> bool:
 def column_problem(present: list[str], fields: Fields) -> str | None:
     """Why a table with columns of these names cannot be read: one is missing or there twice."""
     for name, flag in zip(fields, FLAGS, strict=True):
+        if name is None:
+            continue
         count = present.count(name)
-        if name is not None and not count:
+        if not count:
             return f"no column {name!r}: it has {', '.join(present) or 'none'} (see {flag})"
         if count > 1:
             return f"{count} columns are called {name!r}: rename all but one, or choose another ({flag})"

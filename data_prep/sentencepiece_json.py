@@ -108,7 +108,7 @@ def _no_equivalent(proto: ModelProto) -> str | None:
 def _merges(scores: dict[str, float]) -> list[Pair]:
     """Pairs in the order in which `tokenizers` must prefer them to join what SentencePiece joins."""
     last = {entry: pair for entry in scores if (pair := _last_pair(entry, scores)) is not None}
-    groups = defaultdict(dict)
+    groups: dict[float, dict[str, Pair]] = defaultdict(dict)
     for entry, pair in last.items():
         groups[scores[entry]][entry] = pair
     for entry, pair in last.items():

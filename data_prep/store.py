@@ -48,6 +48,7 @@ class DocumentBatch(NamedTuple):
 
 
 def unit_schema(dtype: np.dtype) -> pa.Schema:
+    """Columns of a unit's file: one row a document, ids of this type."""
     tokens = pa.large_list(pa.field("item", pa.from_numpy_dtype(dtype), nullable=False))
     columns = {"tokens": tokens, "key": pa.string(), "nbytes": pa.int64()}
     return pa.schema(columns | {"key_hash": pa.uint64(), "text_hash": pa.binary(16)})
@@ -100,7 +101,7 @@ def _record_batch(batch: DocumentBatch, schema: pa.Schema) -> pa.RecordBatch:
     return pa.record_batch(columns, schema=schema)
 
 
-def _offsets(lengths: Sequence[int] | np.ndarray, dtype) -> np.ndarray:
+def _offsets(lengths: Sequence[int] | np.ndarray, dtype: type[np.integer]) -> np.ndarray:
     offsets = np.zeros(len(lengths) + 1, dtype)
     np.cumsum(lengths, out=offsets[1:])
     return offsets
@@ -128,9 +129,8 @@ def read_columns(folder: Path, unit_sources: Sequence[int]) -> Columns:
                 nbytes, key_hash = rest
                 parts.append((lengths, nbytes, np.full(len(lengths), source, np.uint16), key_hash, text_hash.copy()))
     if not parts:
-        return Columns(
-            *(np.zeros(0, t) for t in (np.int64, np.int64, np.uint16, np.uint64)), np.zeros((0, 2), np.uint64)
-        )
+        kinds = (np.int64, np.int64, np.uint16, np.uint64)
+        return Columns._make([*(np.zeros(0, kind) for kind in kinds), np.zeros((0, 2), np.uint64)])
     return Columns(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 
 

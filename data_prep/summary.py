@@ -101,6 +101,7 @@ def left_out_words(reasons: dict[str, LeftOutFiles]) -> Iterator[str]:
 
 
 def print_summary(manifest: Manifest, output: Path, seconds: float) -> None:
+    """What a build made, in a few lines."""
     numbers: Any = manifest.statistics
     given, lengths = numbers["input"], numbers["document_tokens"]
     table = Table(title=f"{output} in {seconds:.1f} s", show_header=False, title_justify="left")

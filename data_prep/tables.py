@@ -1,10 +1,11 @@
 """Documents in tables: Parquet and Arrow files, by row groups and record batches."""
 
+import hashlib
 import os
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -52,7 +53,7 @@ class _Parquet:
     def __enter__(self) -> "_Parquet":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.file.close(force=True)
 
     def groups(self) -> Iterator[Group]:
@@ -113,7 +114,7 @@ class _Arrow:
     def __enter__(self) -> "_Arrow":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stream.close()
         self.map.close()
 
@@ -156,11 +157,13 @@ class _Arrow:
         return batch
 
 
-_TABLES = {"parquet": _Parquet, "arrow": _Arrow}
+_TABLES: dict[str, type[_Parquet] | type[_Arrow]] = {"parquet": _Parquet, "arrow": _Arrow}
 BYTES = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
 
 
-def read_table(file: InputFile, unit: Unit, fields: Fields, problems: Problems, digest) -> Iterator[Document]:
+def read_table(
+    file: InputFile, unit: Unit, fields: Fields, problems: Problems, digest: "hashlib._Hash | None"
+) -> Iterator[Document]:
     """The rows of a unit's groups; of a damaged group those before the damage, and then the next group."""
     if digest is not None and unit.start == 0:  # the file's first unit vouches for all of it
         with Path(file.path).open("rb") as handle:
@@ -181,7 +184,8 @@ def read_table(file: InputFile, unit: Unit, fields: Fields, problems: Problems, 
         names = [name for name in fields if name is not None]
         row = unit.first_row
         for group in range(unit.start, unit.end):
-            end, errors = row + table.rows(group), []
+            end = row + table.rows(group)
+            errors: list[str] = []
             for batch in _up_to_error(table.batches(group, names), errors):
                 yield from _documents(batch, row, file, fields, problems)
                 row += batch.num_rows
@@ -209,7 +213,7 @@ def _documents(
     for index in range(batch.num_rows):
         place = f"{file.path} row {row + index}"
         try:
-            record = {fields.text: _text(texts[index].as_py())}
+            record: dict[str | None, Any] = {fields.text: _text(texts[index].as_py())}
             if keys is not None:
                 record[fields.key] = _text(keys[index].as_py())
         except UnicodeDecodeError:
@@ -220,7 +224,7 @@ def _documents(
             yield document
 
 
-def _text(value):
+def _text(value: Any) -> Any:
     """Older writers store text as bytes."""
     return value.decode() if isinstance(value, bytes) else value
 

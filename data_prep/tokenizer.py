@@ -16,6 +16,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import sentencepiece
@@ -49,7 +50,7 @@ USUAL_NAMES = {  # of control tokens in a tokenizer.json that has no tokenizer_c
 class Tokenizer(ABC):
     """Ids are 0 .. vocab_size - 1; an id that the tokenizer lacks is None (`pad_id` then falls back to `eos_id`)."""
 
-    type: str
+    type: Literal["sentencepiece", "huggingface"]
     path: Path
     vocab_size: int
     bos_id: int | None
@@ -149,9 +150,9 @@ class SentencePieceTokenizer(Tokenizer):
         except ValueError as error:  # UnicodeDecodeError is one
             raise ValueError(f"{path} is damaged: an entry is not text ({error})") from None
         control = {pieces[i]: i for i in ids if model.is_control(i)}
-        self.bos_id, self.eos_id, self.pad_id, self.unk_id = (
-            i if i >= 0 else None for i in (model.bos_id(), model.eos_id(), model.pad_id(), model.unk_id())
-        )
+        own = (model.bos_id(), model.eos_id(), model.pad_id(), model.unk_id())
+        given: list[Any] = [i if i >= 0 else None for i in own]  # what must be there is checked below
+        self.bos_id, self.eos_id, self.pad_id, self.unk_id = given
         self.mask_id = next((control[name] for name in USUAL_NAMES["mask"] if name in control), None)
         self.control_strings = (*control, *(pieces[i] for i in ids if model.is_unknown(i)))
         self.fallback_ids = np.array([i for i, byte in single_bytes.items() if byte not in b"\t\n\r"], dtype=np.int64)
@@ -212,8 +213,10 @@ class HuggingFaceTokenizer(Tokenizer):
         if not 0 < self.vocab_size <= MOST_ENTRIES:
             raise ValueError(f"{path} has {self.vocab_size:,} entries; 1 to {MOST_ENTRIES:,} can be used")
         named = self._named_tokens(vocabulary)
-        self.bos_id, self.eos_id, self.pad_id, self.mask_id = (named.get(kind) for kind in USUAL_NAMES)
-        self.unk_id = vocabulary.get(getattr(model.model, "unk_token", None))
+        given: list[Any] = [named.get(kind) for kind in USUAL_NAMES]  # what must be there is checked below
+        self.bos_id, self.eos_id, self.pad_id, self.mask_id = given
+        unknown: Any = getattr(model.model, "unk_token", None)
+        self.unk_id = vocabulary.get(unknown)
         added = model.get_added_tokens_decoder()
         self._mark_special([added[i].content for i in named.values() if i in added and not added[i].special])
         special = {i: token.content for i, token in model.get_added_tokens_decoder().items() if token.special}

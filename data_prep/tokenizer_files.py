@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel, StringConstraints, ValidationError
 
@@ -99,7 +99,10 @@ def read_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def _checked(kind: type[BaseModel], content: dict[str, Any], path: Path) -> BaseModel:
+Checked = TypeVar("Checked", bound=BaseModel)
+
+
+def _checked(kind: type[Checked], content: dict[str, Any], path: Path) -> Checked:
     try:
         return kind.model_validate(content)
     except ValidationError as error:

@@ -46,6 +46,7 @@ def problems(directory: Path, full: bool = False) -> Iterator[tuple[int, str | N
 
 
 def tokenizer_problem(directory: Path, manifest: Manifest) -> str | None:
+    """What is wrong with the tokenizer in a data set."""
     path = directory / manifest.tokenizer.file
     if not path.is_file():
         return f"{path} is missing: the tokenizer belongs to the data set, restore it"
@@ -100,6 +101,7 @@ def _token_store_problems(folder: Path, manifest: Manifest, full: bool) -> Itera
 
 
 def unit_problem(path: Path, ledger: Ledger, full: bool) -> str | None:
+    """What is wrong with a unit's file; `full`: its content is hashed, too."""
     if not path.is_file():
         return f"{path} is missing: restore it or build the data set again"
     if path.stat().st_size != ledger.file_bytes:

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager
+from multiprocessing.sharedctypes import Synchronized, SynchronizedArray
+from multiprocessing.synchronize import Event
 
 from console.progress import Progress
 from data_prep.encode import UnitEncoder, Work
@@ -86,7 +88,7 @@ def _blocked(number: signal.Signals) -> Iterator[None]:
 
 
 @contextmanager
-def _stopping(pool: ProcessPoolExecutor, stop) -> Iterator[None]:
+def _stopping(pool: ProcessPoolExecutor, stop: Event) -> Iterator[None]:
     try:
         yield
     except BaseException:
@@ -96,7 +98,7 @@ def _stopping(pool: ProcessPoolExecutor, stop) -> Iterator[None]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _start_worker(work: Work, counters, stop, started) -> None:
+def _start_worker(work: Work, counters: "SynchronizedArray[int]", stop: Event, started: "Synchronized[int]") -> None:
     global _encoder
     with started.get_lock():
         started.value += 1
