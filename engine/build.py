@@ -57,6 +57,7 @@ def _build_engine(
     weights: Iterator[tuple[str, torch.Tensor]] | None,
 ) -> Engine:
     compression, loss = config.pop("gradient_compression", None), QueuedLoss()
+    model: Llama | PipelinedLlama
     if bounds:
         model = PipelinedLlama(recipe, bounds, loss)
         config["pipeline"] = {"use_reentrant": False}

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
@@ -14,6 +15,7 @@ from engine.layout.mesh import Mesh
 from engine.layout.pipeline import QueuedLoss
 from engine.reduction.compression import CompressedReduction
 from model.visibility import Visibility
+from training.batch import Batch
 
 
 class Engine:
@@ -34,7 +36,7 @@ class Engine:
         return self.deepspeed.module
 
     @property
-    def optimizer(self) -> torch.optim.Optimizer:
+    def optimizer(self) -> Any:
         """DeepSpeed's wrapper, or the base optimizer where it has none."""
         return self.deepspeed.optimizer
 
@@ -58,7 +60,7 @@ class Engine:
             engine.set_train_batch_size(math.prod((rows, micro_batches, engine.dp_world_size)))
             internals.restart_accumulation(engine)
 
-    def update(self, micro_batches: list[dict], z_loss_weight: float, weight: float) -> Tensor:
+    def update(self, micro_batches: list[Batch], z_loss_weight: float, weight: float) -> Tensor:
         """Forward, backward and update of a step. Returns this rank's sums [objective, cross-entropy], in float64.
 
         `weight`: of the objective's sum in the loss that DeepSpeed averages.
@@ -71,7 +73,7 @@ class Engine:
             self.deepspeed.step()
         return sums
 
-    def evaluate(self, batches: list[dict]) -> float:
+    def evaluate(self, batches: list[Batch]) -> float:
         """This rank's sum of the cross-entropy over batches of one shape, without gradients."""
         self.deepspeed.eval()
         with torch.no_grad():
@@ -79,21 +81,23 @@ class Engine:
         self.deepspeed.train()
         return loss_sum
 
-    def forward(self, batch: dict, z_loss_weight: float) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Batch, z_loss_weight: float) -> tuple[Tensor, Tensor]:
         """The sums (objective, cross-entropy) over this rank's tokens of one micro-batch."""
         share = batch["input_ids"].shape[1] // self.mesh.sequence
         columns = slice(self.mesh.sequence_rank * share, (self.mesh.sequence_rank + 1) * share)
-        here = {
-            key: batch[key][:, columns].to(self.device, non_blocking=True)
-            for key in ("input_ids", "targets", "target_weights")
-            if key in batch
-        }
+        weights = batch.get("target_weights")
+        ids, targets, weights = (
+            None if x is None else x[:, columns].to(self.device, non_blocking=True)
+            for x in (batch["input_ids"], batch["targets"], weights)
+        )
         return self.deepspeed(
+            input_ids=ids,
             position_ids=batch["position_ids"],
+            targets=targets,
             z_loss_weight=z_loss_weight,
             columns=columns,
+            target_weights=weights,
             copies=batch.get("copies", 1),
-            **here,
         )
 
     def sum_over_ranks(self, values: list[float]) -> list[float]:
@@ -141,13 +145,13 @@ class PipelineEngine(Engine):
         self._shape = shape
         internals.set_micro_batch_size(self.deepspeed, shape[0])
 
-    def update(self, micro_batches: list[dict], z_loss_weight: float, weight: float) -> Tensor:
+    def update(self, micro_batches: list[Batch], z_loss_weight: float, weight: float) -> Tensor:
         """As in `Engine`; zeros on all ranks but the last of the pipeline."""
         self.loss.start(micro_batches, z_loss_weight, weight)
         self.deepspeed.train_batch(_items(micro_batches))
         return self.loss.sums
 
-    def evaluate(self, batches: list[dict]) -> float:
+    def evaluate(self, batches: list[Batch]) -> float:
         self.loss.start(batches)
         self.deepspeed.reset_activation_shape()  # rows may have another length here than in training
         self.deepspeed.eval_batch(_items(batches), reduce_output=None, bcast_loss=False, num_micro_batches=len(batches))
@@ -155,6 +159,6 @@ class PipelineEngine(Engine):
         return float(self.loss.sums[1])
 
 
-def _items(batches: list[dict]) -> Iterator[tuple]:
+def _items(batches: list[Batch]) -> Iterator[tuple]:
     """What DeepSpeed pulls on the first and the last rank: inputs, and labels, which are none here (see `QueuedLoss`)."""
     return (((batch["input_ids"], batch["position_ids"]), ()) for batch in batches)

@@ -139,7 +139,7 @@ def replace_average(engine: DeepSpeedEngine, reduce: Callable[..., None]) -> Cal
 
 def mark_as_part(parameter: nn.Parameter) -> None:
     """Of what adds up over the tensor-parallel group in the gradient norm."""
-    parameter.tensor_model_parallel = True
+    parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
 
 
 def replace_forward(module: nn.Module, forward: Callable[..., torch.Tensor]) -> None:

@@ -1,5 +1,7 @@
 """The optimizer object that a DeepSpeed engine is given: the recipe's, in the form its JSON needs."""
 
+from typing import Any
+
 import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.utils import is_model_parallel_parameter
@@ -9,32 +11,32 @@ from training.optimizer import Lion, MuonAndAdamW, parameter_groups
 from training.sections import OptimizerConfig
 
 
-class Guarded:
+class Guarded(torch.optim.Optimizer):
     """An optimizer that measures, guards and clips its own gradients, for ZeRO-0 in float32 or autocast.
 
     There DeepSpeed (0.19) neither reports a gradient norm nor skips a step whose gradients are not finite. The two
     attributes carry the names under which its engine looks for them after `step`.
     """
 
-    def __init__(self, groups, max_grad_norm: float, **options) -> None:
+    def __init__(self, groups: list[dict[str, Any]], max_grad_norm: float, **options: Any) -> None:
         super().__init__(groups, **options)
         self.max_grad_norm = max_grad_norm
         self.overflow = False
         self._global_grad_norm: torch.Tensor | None = None
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # nobody has one
         """Update unless the norm of all gradients is not finite; all ranks find the same norm and agree."""
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        gradients = [p.grad for p in parameters]
+        gradients = _gradients(parameters)
         self._global_grad_norm = _total_norm(parameters)
         self.overflow = not bool(torch.isfinite(self._global_grad_norm))
         if self.overflow:
-            return None
+            return
         if self.max_grad_norm > 0:
             scale = (self.max_grad_norm / (self._global_grad_norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(gradients, scale)
-        return super().step(closure)
+        super().step(closure)
 
 
 class GuardedAdamW(Guarded, torch.optim.AdamW):
@@ -49,6 +51,10 @@ class GuardedMuon(Guarded, MuonAndAdamW):
     pass
 
 
+def _gradients(parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
+    return [p.grad for p in parameters if p.grad is not None]
+
+
 def _norm(gradients: list[torch.Tensor]) -> torch.Tensor:
     """In float64, as DeepSpeed measures: on a CPU torch sums a long float32 vector with an error of 4e-4 at 8M elements."""
     return torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]).norm().float()
@@ -56,11 +62,11 @@ def _norm(gradients: list[torch.Tensor]) -> torch.Tensor:
 
 def _total_norm(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
     """The norm of the whole model's gradient. Under tensor parallelism the parts that ranks hold add up."""
-    parts = [p.grad for p in parameters if is_model_parallel_parameter(p)]
+    parts = _gradients([p for p in parameters if is_model_parallel_parameter(p)])
     if not parts:
-        return _norm([p.grad for p in parameters])
+        return _norm(_gradients(parameters))
     group = get_tensor_model_parallel_group()
-    same_on_all = [p.grad for p in parameters if not is_model_parallel_parameter(p)]
+    same_on_all = _gradients([p for p in parameters if not is_model_parallel_parameter(p)])
     square, square_on_all = (_norm(grads).square() for grads in (parts, same_on_all))
     square += square_on_all / dist.get_world_size(group)
     dist.all_reduce(square, group=group)
@@ -75,7 +81,7 @@ def build_optimizer(model: torch.nn.Module, config: OptimizerConfig, ds_config: 
     """
     zero = ds_config.get("zero_optimization", {})
     unguarded = zero.get("stage", 0) == 0 and not any(ds_config.get(key, {}).get("enabled") for key in ("bf16", "fp16"))
-    groups, options = parameter_groups(model, config), {"lr": config.lr, "betas": tuple(config.betas)}
+    groups, options = parameter_groups(model, config), dict[str, Any](lr=config.lr, betas=tuple(config.betas))
     if config.name == "lion":
         return GuardedLion(groups, config.max_grad_norm or 0.0, **options) if unguarded else Lion(groups, **options)
     options["eps"] = config.eps
@@ -92,7 +98,7 @@ def build_optimizer(model: torch.nn.Module, config: OptimizerConfig, ds_config: 
     return torch.optim.AdamW(groups, fused=True, **options)
 
 
-def drop_sums(optimizer) -> None:
+def drop_sums(optimizer: Any) -> None:
     """Forget the gradients of a skipped step, to which the next backward pass would add its own.
 
     DeepSpeed (0.19) does it itself except at ZeRO-1 and 2 with an offloaded optimizer: there `step` leaves its

@@ -11,6 +11,7 @@ import numpy as np
 from engine.engine import Engine
 from engine.optimizer import drop_sums
 from training.balance import imbalance
+from training.batch import Batch
 
 
 class StepResult(NamedTuple):
@@ -29,14 +30,15 @@ class StepResult(NamedTuple):
     """What this rank handed to the calls of a compressed reduction; None where DeepSpeed reduces."""
 
 
-def train_step(engine: Engine, micro_batches: list[dict], learning_rate: float, z_loss_weight: float) -> StepResult:
+def train_step(engine: Engine, micro_batches: list[Batch], learning_rate: float, z_loss_weight: float) -> StepResult:
     """Forward, backward and update over this rank's micro-batches of one optimizer step.
 
     `micro_batches`: as training.data makes them; the same number on every rank.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
-    engine.fit(tuple(micro_batches[0]["input_ids"].shape), len(micro_batches))
+    rows, tokens = micro_batches[0]["input_ids"].shape
+    engine.fit((rows, tokens), len(micro_batches))
     targets, attention_imbalance = survey(engine, micro_batches)
     # DeepSpeed averages over the ranks that hold other tokens and divides by the accumulation steps; both are undone here.
     weight = engine.mesh.data * engine.mesh.sequence * len(micro_batches) / max(targets, 1)
@@ -49,7 +51,7 @@ def train_step(engine: Engine, micro_batches: list[dict], learning_rate: float, 
     return StepResult(loss, objective, targets, float(norm), applied, attention_imbalance, wire_bytes)
 
 
-def survey(engine: Engine, batches: list[dict]) -> tuple[int, float]:
+def survey(engine: Engine, batches: list[Batch]) -> tuple[int, float]:
     """Valid targets of the batches over all ranks, those of a row once however many ranks work on it; and how unevenly
     their attention is spread over the data-parallel ranks (see `training.balance.imbalance`)."""
     mesh = engine.mesh

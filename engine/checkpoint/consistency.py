@@ -59,7 +59,8 @@ class _Recipe(BaseModel):
 
 def contradictions(recipe: dict[str, Any], data: dict[str, Any], state: TrainState) -> list[str]:
     """A sentence for each thing that cannot be so; recipe and data as `engine.run.folder.describe` makes them."""
-    found, read = [], {}
+    found: list[str] = []
+    read: dict[str, Any] = {}
     for section, kind, content in (("recipe", _Recipe, recipe), ("data", _DataOfStages, data)):
         try:
             read[section] = kind.model_validate(content)

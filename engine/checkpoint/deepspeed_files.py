@@ -36,6 +36,10 @@ class ParameterState(NamedTuple):
     """Updates that the moments have seen."""
 
 
+Parts = Iterator[tuple[str, dict[str, torch.Tensor], int]]
+"""Of each parameter its name, tensors by key and the optimizer's step."""
+
+
 def read_weights(folder: Path, manifest: CheckpointManifest) -> Iterator[tuple[str, torch.Tensor]]:
     """Names in the layer plan and whole tensors. The folder must have been checked before (`engine.checkpoint.folder.find`)."""
     for name, weight, _ in _read(folder, manifest, ("weight",)):
@@ -49,9 +53,7 @@ def read_states(folder: Path, manifest: CheckpointManifest) -> Iterator[Paramete
         yield ParameterState(name, tensors.pop("weight"), tensors, step)
 
 
-def _read(
-    folder: Path, manifest: CheckpointManifest, keys: tuple[str, ...]
-) -> Iterator[tuple[str, dict[str, torch.Tensor], int]]:
+def _read(folder: Path, manifest: CheckpointManifest, keys: tuple[str, ...]) -> Parts:
     """Each parameter of the plan once: its name, the tensors of `keys` and the optimizer's step."""
     config, seen = ModelConfig.model_validate(manifest.recipe["model"]), set()
     layout, dimensions = manifest.layout, cut_dimensions(config)
@@ -67,14 +69,14 @@ def _read(
             yield name, tensors, step
 
 
-def _read_stage_0(folder: Path, manifest: CheckpointManifest, part: int, keys: tuple[str, ...]):
+def _read_stage_0(folder: Path, manifest: CheckpointManifest, part: int, keys: tuple[str, ...]) -> Parts:
     content = load_file(folder / f"mp_rank_{part:02d}_model_states.pt")
     for index, name in enumerate(manifest.parameters):
         state = content["optimizer"]["state"].get(index, {}) | {"weight": content["module"][name]}
         yield name, {key: state[key] for key in keys if key in state}, int(state.get("step", 0))
 
 
-def _read_shards(folder: Path, manifest: CheckpointManifest, part: int, keys: tuple[str, ...]):
+def _read_shards(folder: Path, manifest: CheckpointManifest, part: int, keys: tuple[str, ...]) -> Parts:
     files = _optimizer_files(folder, manifest, part)
     contents = [load_file(path)["optimizer_state_dict"] for path in files]
     ranks = [_vectors(content, keys[1:]) for content in contents]

@@ -98,7 +98,7 @@ def _save(engine: Engine, run: Path, state: TrainState, facts: dict[str, Any]) -
     files = _sync_and_hash(partial)
     if first:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        place = {"layout": layout_of(engine), "parameters": _parameter_order(engine)}
+        place: dict[str, Any] = {"layout": layout_of(engine), "parameters": _parameter_order(engine)}
         manifest = CheckpointManifest(**place, state=state, files=files, created=now, **facts)
         write_atomically(partial / MANIFEST, seal(manifest))
         shutil.rmtree(final, ignore_errors=True)
@@ -181,6 +181,6 @@ def _sync_and_hash(folder: Path) -> dict[str, tuple[int, str]]:
         with path.open("rb") as file:
             os.fsync(file.fileno())
         mine[name] = (path.stat().st_size, digest_of_file(path))
-    shares: list[dict | None] = [None] * dist.get_world_size()
+    shares: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(shares, mine)
     return {name: entry for share in shares for name, entry in share.items()}

@@ -103,8 +103,8 @@ def folder_name(step: int) -> str:
 
 def steps(run: Path) -> list[Path]:
     """The folders of a run that have a checkpoint's name, newest first, good or not."""
-    folders = [path for path in (run / "checkpoints").glob("step-*") if step_of(path) is not None and path.is_dir()]
-    return sorted(folders, key=step_of, reverse=True)
+    found = ((step_of(path), path) for path in (run / "checkpoints").glob("step-*") if path.is_dir())
+    return [path for _, path in sorted(((step, path) for step, path in found if step is not None), reverse=True)]
 
 
 def strangers(run: Path) -> list[Path]:

@@ -39,7 +39,7 @@ class Retention:
             list(skipping.values()).count(False) > places
         )  # else nothing that counts goes, and nothing need be read
         for folder, was_skipping in skipping.items():
-            lasting = policy.keep_every_steps and step_of(folder) % policy.keep_every_steps == 0
+            lasting = policy.keep_every_steps and (step_of(folder) or 0) % policy.keep_every_steps == 0
             if crowded and places and not was_skipping:
                 places -= self._is_intact(folder)
             elif was_skipping or (crowded and not lasting):
@@ -89,7 +89,7 @@ def set_aside(run: Path, step: int) -> list[Path]:
     """
     read_manifest(folder_of(run, step))
     moved = []
-    for later in [folder for folder in steps(run) if step_of(folder) > step]:
+    for later in [folder for folder in steps(run) if (step_of(folder) or 0) > step]:
         target, number = run / "set_aside" / later.name, 1
         while target.exists():
             number += 1

@@ -5,6 +5,7 @@ layout: no intermediate files, and no more memory than the largest parameter.
 """
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,7 +43,8 @@ def transplant(engine: Engine, states: Iterable[ParameterState]) -> None:
 
 def _parts(engine: Engine, states: Iterable[ParameterState]) -> Iterator[ParameterState]:
     """What this rank of a tensor-parallel group has of each parameter."""
-    mesh, dimensions = engine.mesh, cut_dimensions(engine.module.config)
+    config: Any = engine.module.config
+    mesh, dimensions = engine.mesh, cut_dimensions(config)
     for name, weight, moments, step in states:
         place = dimensions[name], mesh.tensor_rank, mesh.tensor
         yield ParameterState(name, slice_of(weight, *place), {k: slice_of(m, *place) for k, m in moments.items()}, step)
@@ -61,7 +63,8 @@ def _into_stage_0(engine: Engine, states: Iterable[ParameterState]) -> None:
 
 def _into_stages_1_and_2(engine: Engine, states: Iterable[ParameterState]) -> None:
     """A parameter's `_hp_mapping` says which of its elements lie where in this rank's flat vector; none: not here."""
-    wrapper, parameters = engine.optimizer, dict(named_parameters(engine.module))
+    wrapper = engine.optimizer
+    parameters: dict[str, Any] = dict(named_parameters(engine.module))
     groups = wrapper.bf16_groups if isinstance(wrapper, BF16_Optimizer) else wrapper.bit16_groups
     number = {id(parameter): index for index, group in enumerate(groups) for parameter in group}
     for state in states:

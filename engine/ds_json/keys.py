@@ -23,6 +23,7 @@ from pydantic import (
     TypeAdapter,
     ValidationError,
 )
+from pydantic_core import ErrorDetails
 
 from engine.reduction.compression import GradientCompression
 from training.config import did_you_mean
@@ -245,7 +246,7 @@ def _judge(schema: type[BaseModel], values: dict[str, Any], owner: dict[str, Any
     return problems
 
 
-def _sentence(prefix: str, schema: type[BaseModel], detail: dict[str, Any]) -> str:
+def _sentence(prefix: str, schema: type[BaseModel] | None, detail: ErrorDetails) -> str:
     path = [str(part) for part in detail["loc"]]
     dotted = prefix + ".".join(path)
     if detail["type"] == "extra_forbidden":

@@ -13,9 +13,11 @@ Checks = list[tuple[bool, str]]
 """Whether a combination is there, and the sentence about it."""
 
 
-def illegal_combinations(config: dict[str, Any], batch, mesh: Mesh, recipe: Recipe, device: torch.device) -> list[str]:
+def illegal_combinations(
+    config: dict[str, Any], accumulation: int, mesh: Mesh, recipe: Recipe, device: torch.device
+) -> list[str]:
     """One sentence for each illegal combination in a filled config whose sections hold only known keys."""
-    checks = _precision(config, batch, device) + _zero(config, mesh, device) + _layout(config, mesh, recipe)
+    checks = _precision(config, accumulation, device) + _zero(config, mesh, device) + _layout(config, mesh, recipe)
     if "gradient_compression" in config:
         checks += _compression(config, mesh)
     return [sentence for broken, sentence in checks if broken] + tensor_problems(recipe.model, mesh)
@@ -34,7 +36,7 @@ def _quantized(config: dict[str, Any]) -> list[str]:
     return [key for key in ("zero_quantized_weights", "zero_quantized_gradients") if zero.get(key)]
 
 
-def _precision(config: dict[str, Any], batch, device: torch.device) -> Checks:
+def _precision(config: dict[str, Any], accumulation: int, device: torch.device) -> Checks:
     bf16, fp16, autocast = _enabled(config, "bf16", "fp16", "torch_autocast")
     accumulate, stage = config.get("data_types", {}).get("grad_accum_dtype"), _stage(config)
     return [
@@ -52,7 +54,7 @@ def _precision(config: dict[str, Any], batch, device: torch.device) -> Checks:
             "torch_autocast with bfloat16 at stage 0",
         ),
         (
-            bf16 and accumulate is None and batch.accumulation > 1 and stage > 0,
+            bf16 and accumulate is None and accumulation > 1 and stage > 0,
             'bf16 gradients would be accumulated over micro-batches in bf16: add "data_types": '
             '{"grad_accum_dtype": "fp32"} (or "bf16" to accept the loss of precision)',
         ),

@@ -6,7 +6,7 @@ processes have found each other. Everything here happens before, and every probl
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from deepspeed.runtime import config as deepspeed_config
@@ -42,25 +42,30 @@ class Resolved(NamedTuple):
 def read_ds_config(path: str | Path) -> dict[str, Any]:
     """Parse the JSON. Raises ValueError naming the line of a syntax error or a key given twice."""
 
-    def unique(pairs):
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         if twice := sorted({key for key in keys if keys.count(key) > 1}):
             raise ValueError(f"{path}: key {twice[0]!r} is given twice")
         return dict(pairs)
 
-    def no_constant(name):
+    def no_constant(name: str) -> NoReturn:
         raise ValueError(f"{path}: {name} is not a number that JSON and DeepSpeed can hold")
 
-    def finite(digits):
+    def finite(digits: str) -> float:
         return float(digits) if abs(float(digits)) < float("inf") else no_constant(digits)
 
-    def in_64_bits(digits):
+    def in_64_bits(digits: str) -> int:
         return int(digits) if len(digits) < 20 and abs(int(digits)) < 2**63 else no_constant(f"{digits[:20]}...")
 
     try:
         text = Path(path).read_text(encoding="utf-8")
-        hooks = {"parse_constant": no_constant, "parse_float": finite, "parse_int": in_64_bits}
-        tree = json.loads(text.removeprefix("\ufeff"), object_pairs_hook=unique, **hooks)
+        tree = json.loads(
+            text.removeprefix("\ufeff"),
+            object_pairs_hook=unique,
+            parse_constant=no_constant,
+            parse_float=finite,
+            parse_int=in_64_bits,
+        )
     except FileNotFoundError:
         raise ValueError(f"{path}: no such DeepSpeed config") from None
     except (OSError, UnicodeDecodeError, RecursionError) as error:
@@ -105,7 +110,7 @@ def resolve_ds_config(
     config.setdefault("steps_per_print", 2**31)
     problems += [f'{key} is "auto"{NEVER_AUTO}' for key in _remove_autos(config)]
     problems += value_problems(config)
-    problems += illegal_combinations(config, batch, mesh, recipe, topology.device)
+    problems += illegal_combinations(config, batch.accumulation, mesh, recipe, topology.device)
     if not problems:
         problems += _deepspeeds_own_verdict(config)
     if problems:

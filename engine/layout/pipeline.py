@@ -20,6 +20,7 @@ from model.config import ModelConfig
 from model.documents import Documents
 from model.llama import Block, Embedding, Head, Layer, layer_plan
 from model.loss import linear_cross_entropy
+from training.batch import Batch
 from training.config import Recipe
 
 
@@ -47,7 +48,7 @@ class PipelineLayer(nn.Module):
         self.layer = entry.build(recipe.training.seed)
         self.recompute = recipe.training.activation_checkpointing and entry.cls is Block
 
-    def forward(self, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor] | Tensor:
         x, position_ids = inputs
         documents = self.known.of(position_ids)
         if self.recompute and torch.is_grad_enabled():
@@ -65,17 +66,19 @@ class QueuedLoss:
     def __init__(self) -> None:
         self.start([])
 
-    def start(self, micro_batches: list[dict], z_loss_weight: float = 0.0, weight: float = 1.0) -> None:
+    def start(self, micro_batches: list[Batch], z_loss_weight: float = 0.0, weight: float = 1.0) -> None:
+        """Before the forward passes over these: forget what was, sum anew."""
         self.targets = deque((batch["targets"], batch.get("target_weights")) for batch in micro_batches)
         self.z_loss_weight, self.weight = z_loss_weight, weight
         self.sums = torch.zeros(2, dtype=torch.float64)
         """[objective, cross-entropy] over the micro-batches so far."""
 
     def __call__(self, layer: PipelineLayer, inputs: tuple[Tensor, Tensor]) -> Tensor:
-        x, (targets, weights) = inputs[0], self.targets.popleft()
+        x, weight, (targets, weights) = inputs[0], layer.layer.weight, self.targets.popleft()
+        assert isinstance(weight, Tensor)
         objective, loss = linear_cross_entropy(
             x,
-            layer.layer.weight,
+            weight,
             targets.to(x.device),
             self.z_loss_weight,
             target_weights=None if weights is None else weights.to(x.device),

@@ -6,6 +6,7 @@ head are cut by vocabulary. Norms, and biases added after the sum over ranks, ar
 """
 
 import re
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ CUTS = {
 
 def cut_dimensions(config: ModelConfig) -> dict[str, int | None]:
     """Every parameter of the plan by name, a tied head's too: the dimension along which it is cut; None: not at all."""
-    dimensions = {}
+    dimensions: dict[str, int | None] = {}
     with torch.device("meta"):
         for entry in layer_plan(config):
             layer = entry.build(seed=0)
@@ -72,6 +73,7 @@ def partition_spec(config: ModelConfig) -> dict:
             kinds[("column", "row")[dimension]].add(pattern)
         elif ".self_attn." in name and name.endswith("norm.weight"):
             kinds["sum"].add(pattern)
-    specs = [{"patterns": sorted(kinds[kind]), "partition_type": kind} for kind in ("column", "row", "skip")]
+    three = ("column", "row", "skip")
+    specs: list[dict[str, Any]] = [{"patterns": sorted(kinds[kind]), "partition_type": kind} for kind in three]
     specs.append({"patterns": sorted(kinds["sum"]), "partition_type": "skip", "grad_allreduce": True})
     return {"use_default_specs": False, "strict_mode": True, "layer_specs": specs}

@@ -7,6 +7,7 @@ model or a large vocabulary is most of the arithmetic.
 
 import math
 from functools import partial
+from typing import Any
 
 import deepspeed
 import torch
@@ -63,11 +64,11 @@ class _SumGradient(torch.autograd.Function):
     """The tensor itself; its gradient is summed over the tensor-parallel group."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         grad = grad.contiguous()
         dist.all_reduce(grad, group=groups.get_tensor_model_parallel_group())
         return grad
@@ -101,8 +102,8 @@ def divide_vocabulary(model: Llama, mesh: Mesh) -> None:
     embedding = _part(model.embed_tokens.weight, mesh)
     head = embedding if tied else _part(model.lm_head.weight, mesh)
     rows = slice_of(torch.arange(model.config.vocab_size), 0, mesh.tensor_rank, mesh.tensor)
-    model.embed_tokens = VocabularyEmbedding(embedding, int(rows[0]))
-    model.lm_head = VocabularyHead(head, int(rows[0]), mesh.tensor)
+    model.embed_tokens = VocabularyEmbedding(embedding, int(rows[0]))  # type: ignore[assignment]  # does the same
+    model.lm_head = VocabularyHead(head, int(rows[0]), mesh.tensor)  # type: ignore[assignment]
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if hasattr(parameter, "ds_id") and not isinstance(module, nn.Linear):

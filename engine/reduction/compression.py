@@ -11,7 +11,7 @@ not compressed, and PowerSGD's factors, are averaged by DeepSpeed's own method, 
 """
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.distributed as dist
@@ -136,7 +136,7 @@ class CompressedReduction:
         self._compressor.load(_onto(state["compressor"], device), same)
 
 
-def _onto(tree, device: torch.device):
+def _onto(tree: Any, device: torch.device) -> Any:
     """Copies of the tensors of a nested dictionary."""
     if isinstance(tree, dict):
         return {key: _onto(value, device) for key, value in tree.items()}

@@ -83,7 +83,7 @@ def _orthonormal(factors: Named) -> dict[str, torch.Tensor]:
     alike = defaultdict(list)
     for name, factor in factors.items():
         alike[factor.shape].append(name)
-    result = {}
+    result: dict[str, torch.Tensor] = {}
     for names in alike.values():
         bases = torch.linalg.qr(torch.stack([factors[name] for name in names])).Q
         result |= dict(zip(names, bases.unbind(), strict=True))
@@ -117,7 +117,7 @@ class OneBit:
         received = torch.empty_like(message)
         dist.all_to_all_single(received, message)
         share = filled.chunk(ranks)[dist.get_rank()]
-        total = sum(decode(part, share) for part in received.chunk(ranks)) / ranks
+        total = sum((decode(part, share) for part in received.chunk(ranks)), torch.zeros(())) / ranks
         if self.held_back is not None:
             total += self.held_back
         answer = encode(total, share)

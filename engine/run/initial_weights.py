@@ -6,7 +6,7 @@ recipe may ask for other positions than the source has, so that training goes on
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -72,6 +72,7 @@ def initial_weights_problems(recipe: Recipe, tokenizer: TokenizerInfo, data: str
     `tokenizer` is that of the training data, `data` their name.
     """
     path, ours = recipe.training.initial_weights, recipe.model
+    assert path is not None
     try:
         source = open_source(path, full=False)
     except ValueError as error:
@@ -98,7 +99,7 @@ def initial_weights_problems(recipe: Recipe, tokenizer: TokenizerInfo, data: str
     return [f"training.initial_weights: {problem}" for problem in problems]
 
 
-def _filled(model: ModelConfig, key: str):
+def _filled(model: ModelConfig, key: str) -> Any:
     """The value of a field, with the defaults that depend on others filled in."""
     return {"num_key_value_heads": model.kv_heads, "head_dim": model.head_width}.get(key, getattr(model, key))
 

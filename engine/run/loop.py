@@ -14,6 +14,7 @@ from engine.run.stopping import agree_to_stop, give_up_after_skips
 from engine.run.validation import validate_all
 from engine.step import StepResult, train_step
 from launch.signals import StopSignal
+from training.batch import Batch
 from training.data import train_loader
 from training.stages import stage_order
 from training.state import TrainState
@@ -23,7 +24,7 @@ class Step(NamedTuple):
     """One that was done."""
 
     stage: Stage
-    micro_batches: list[dict]
+    micro_batches: list[Batch]
     learning_rate: float
     result: StepResult
 
@@ -34,9 +35,9 @@ class StepSamples:
     def __init__(self, plan: RunPlan, pin_memory: bool = False) -> None:
         self._plan, self._pin_memory = plan, pin_memory
         self._expected: tuple[int, int] | None = None
-        self._batches: Iterator[list[dict]] = iter(())
+        self._batches: Iterator[list[Batch]] = iter(())
 
-    def after(self, state: TrainState) -> list[dict]:
+    def after(self, state: TrainState) -> list[Batch]:
         """Those of the step that comes after `state`, which enters the stage of that step."""
         stage = self._plan.stage_of(state.step + 1)
         number = self._plan.stages.index(stage)
@@ -46,7 +47,7 @@ class StepSamples:
         self._expected = number, state.consumed_in_stage + stage.batch.samples
         return next(self._batches)
 
-    def _open(self, stage: Stage, number: int, state: TrainState) -> Iterator[list[dict]]:
+    def _open(self, stage: Stage, number: int, state: TrainState) -> Iterator[list[Batch]]:
         plan, parts = self._plan, [(part.dataset, part.config) for part in self._plan.stages[: number + 1]]
         order = stage_order(parts, state.stage_samples, plan.recipe.training.seed)
         return train_loader(
@@ -108,7 +109,7 @@ def train(loop: TrainingLoop, outputs: Outputs, stop: StopSignal) -> int:
 
         last = state.step == plan.total_steps
         with outputs.clock.aside():
-            if plan.validation_sets and (last or state.step % recipe.validation.every_steps == 0):
+            if plan.validates_after(state.step):
                 outputs.validated(validate_all(engine, plan, stopping), state.step)
             if last or stopping() or state.step % recipe.checkpoint.every_steps == 0:
                 outputs.save(engine, state)

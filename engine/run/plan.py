@@ -74,6 +74,11 @@ class RunPlan(NamedTuple):
         factor = lr_factor(self.recipe.schedule, step, self.total_steps, self.step_tokens)
         return factor * self.recipe.optimizer.lr
 
+    def validates_after(self, step: int) -> bool:
+        """Whether the sets are validated after the optimizer step with this number."""
+        every = self.recipe.validation.every_steps
+        return every is not None and (step == self.total_steps or step % every == 0)
+
     @property
     def half_precision(self) -> bool:
         """Whether matrices are multiplied in bf16 or fp16."""
@@ -188,7 +193,9 @@ def _cross_check(
         lengths = sorted({dataset.manifest.seq_length for dataset in read})
         found = [p for length in lengths for p in sequence_problems(recipe.model, resolved.mesh, length)]
         for stage in stages[1:]:
-            found += illegal_combinations(resolved.config, stage.batch, resolved.mesh, recipe, topology.device)
+            found += illegal_combinations(
+                resolved.config, stage.batch.accumulation, resolved.mesh, recipe, topology.device
+            )
         problems += [f"{ds_config_file}: {problem}" for problem in dict.fromkeys(found)]
     if fresh and recipe.training.initial_weights:
         first = stages[0]
@@ -224,7 +231,7 @@ def _notices(plan: RunPlan, recipe_file: str) -> list[str]:
 
 def _export_notices(data: str, manifest: Manifest, vocab_size: int, first: bool) -> list[str]:
     """What an export will not keep of the tokenizer, as the build found; of older data sets the `first` rank looks for it."""
-    found = manifest.statistics
+    found: dict[str, Any] = manifest.statistics
     if first and "tokenizer_names_without_entry" not in found:
         from data_prep.foresee import foreseen_of
 

@@ -84,6 +84,7 @@ def plan_stages(
             batch, problem = _divide_step(*rows, resolved.mesh.data)
             problems += [f"{label}{problem}"] * bool(problem)
         end = begin + part.steps(step_tokens)
+        assert part.name is not None, "all_stages gives each one"
         stages.append(Stage(part.name, folder, dataset, config, begin, end, batch))
         begin = end
     return stages, problems

@@ -51,4 +51,5 @@ def validate(
             return None
         targets += survey(engine, some)[0]
         loss_sum += engine.evaluate(some)
-    return scores(dataset, *engine.sum_over_tokens([loss_sum]), targets, masking=masking)
+    (total,) = engine.sum_over_tokens([loss_sum])
+    return scores(dataset, total, targets, masking=masking)

@@ -10,6 +10,7 @@ from console.command import CommandParser
 
 if TYPE_CHECKING:
     from engine.run.loop import TrainingLoop
+    from training.batch import Batch
 
 
 def main(folder: Path) -> int:
@@ -59,11 +60,12 @@ def train(loop: "TrainingLoop", last_step: int, records: TextIO) -> None:
         began = time.perf_counter()
 
 
-def digests(micro_batches: list[dict]) -> list[str]:
+def digests(micro_batches: list["Batch"]) -> list[str]:
     """One for each row [T]: its tokens, where its documents begin and what is to be predicted."""
     import torch
 
-    columns = [torch.cat([batch[key] for batch in micro_batches]) for key in ("input_ids", "position_ids", "targets")]
+    parts = ((batch["input_ids"], batch["position_ids"], batch["targets"]) for batch in micro_batches)
+    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
     rows = torch.stack(columns, dim=1).numpy()  # [B, 3, T]
     return [hashlib.blake2b(row.tobytes(), digest_size=8).hexdigest() for row in rows]
 
