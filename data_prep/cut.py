@@ -62,7 +62,7 @@ class MeasuredDocuments(Protocol):
 class Breaks:
     """Finds the pauses of a text in its ids; `pieces[id]` are the bytes that an id adds to the text."""
 
-    def __init__(self, pieces: list[bytes]):
+    def __init__(self, pieces: list[bytes]) -> None:
         self.pieces = pieces
         self._sizes = np.array([len(piece) for piece in pieces], np.int64)
 

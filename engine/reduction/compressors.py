@@ -37,7 +37,7 @@ class PowerSGD:
     are not compressed, then all Q's.
     """
 
-    def __init__(self, rank: int):
+    def __init__(self, rank: int) -> None:
         self.rank = rank
         self.q: dict[str, torch.Tensor] = {}
         """By name [C, r], the same on all ranks."""
