@@ -45,10 +45,10 @@ class StopSignal:
         self._interrupted_at = 0.0
         self._wakeup, writer = os.pipe()
         os.set_blocking(writer, False)
-        numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
+        self._numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # `nohup` asks to live on without a terminal
-            numbers.append(signal.SIGHUP)
-        for number in numbers:
+            self._numbers.append(signal.SIGHUP)
+        for number in self._numbers:
             signal.signal(number, lambda *_: None)  # so that the number is written to the pipe, whatever is running
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         # The launchers are looked up here: one that ends before the thread has its turn would never be missed.
@@ -69,7 +69,7 @@ class StopSignal:
         while True:
             if select.select([self._wakeup], [], [], LOOK_SECONDS)[0]:
                 for number in os.read(self._wakeup, 64):
-                    with contextlib.suppress(ValueError):
+                    if number in self._numbers:  # a library's handlers, of SIGCHLD for instance, write to the pipe too
                         self._request(signal.Signals(number).name)
             if chain and not all(_is_running(process) for process in chain):
                 chain = []

@@ -26,6 +26,19 @@ while stop.name is None or "busy" in sys.argv:
         print("asked:", stop.name, flush=True)
 sys.exit(stop.exit_code)
 """
+OTHERS = {
+    "a worker of a DataLoader that ends": """
+from torch.utils.data import DataLoader
+list(DataLoader(range(4), num_workers=1))
+""",
+    "a timer of a library": """
+import signal, time
+signal.signal(signal.SIGALRM, lambda *_: None)
+signal.setitimer(signal.ITIMER_REAL, 0.01)
+time.sleep(0.2)
+""",
+}
+"""Signals that Python code handles and that ask nobody to stop."""
 LAUNCHER = """
 import subprocess, sys
 sys.exit(subprocess.run([sys.executable, "-c", {rank!r}, *{words!r}]).returncode)
@@ -62,6 +75,20 @@ def test_in_the_loop_the_first_request_counts_and_a_second_interrupt_ends():
     assert done.returncode == 130
     assert "interrupted again" in done.stderr
     assert "SIGTERM" not in done.stdout
+
+
+@pytest.mark.parametrize("words", [["loop"], []])
+@pytest.mark.parametrize("other", OTHERS)
+def test_signals_of_others_are_no_request_and_take_the_place_of_none(other, words):
+    before, ready, after = RANK.partition('print("ready", flush=True)\n')
+    with start_cli([sys.executable, "-c", before + OTHERS[other] + ready + after, *words]) as running:
+        running.wait_for(lambda: "ready" in running.stdout)
+        time.sleep(0.7)
+        assert running.process.poll() is None
+        running.send_signal(signal.SIGTERM)
+        done = running.finish(20)
+    assert done.returncode == 75
+    assert ("asked: SIGTERM" in done.stdout) == ("loop" in words)
 
 
 @pytest.mark.parametrize("words", [["loop"], []])
