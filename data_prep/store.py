@@ -14,7 +14,6 @@
 A document's number is its position over all units. Duplicates that are left out keep theirs.
 """
 
-import hashlib
 import json
 import os
 from bisect import bisect_right
@@ -30,6 +29,7 @@ import pyarrow as pa
 
 from data_prep.ledger import unit_path
 from storage.atomic import publish
+from storage.manifest import file_sha256
 
 INDEX_FILE = "index.arrow"
 SPLITS = ("train", "validation")
@@ -76,8 +76,7 @@ def write_unit(path: Path, dtype: np.dtype, batches: Iterator[DocumentBatch]) ->
     with new_stream(path, schema) as stream:
         for batch in batches:
             stream.write_batch(_record_batch(batch, schema))
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest(), os.fstat(file.fileno()).st_size
+    return file_sha256(path), path.stat().st_size
 
 
 def _record_batch(batch: DocumentBatch, schema: pa.Schema) -> pa.RecordBatch:

@@ -23,7 +23,7 @@ from console.progress import Progress
 from data_prep.ledger import Ledger
 from data_prep.plan import TOKENS_FOLDER
 from data_prep.store import INDEX_FILE, TokenStore
-from storage.manifest import Manifest, read_manifest
+from storage.manifest import Manifest, file_sha256, read_manifest
 from storage.shards import ShardedDataset
 
 
@@ -106,10 +106,8 @@ def unit_problem(path: Path, ledger: Ledger, full: bool) -> str | None:
         return f"{path} is missing: restore it or build the data set again"
     if path.stat().st_size != ledger.file_bytes:
         return f"{path} has {path.stat().st_size} bytes, its ledger says {ledger.file_bytes}"
-    if full:
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != ledger.sha256:
-                return f"{path} has changed: its sha256 is not its ledger's"
+    if full and file_sha256(path) != ledger.sha256:
+        return f"{path} has changed: its sha256 is not its ledger's"
     return None
 
 

@@ -192,6 +192,12 @@ def token_dtype(vocab_size: int) -> Literal["uint16", "uint32"]:
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
+def file_sha256(path: Path) -> str:
+    """Of all bytes of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def fingerprint(content: dict[str, Any]) -> str:
     """SHA-256 of the canonical JSON (sorted keys, no spaces) of a manifest without NOT_FINGERPRINTED."""
     hashed = {key: value for key, value in content.items() if key not in NOT_FINGERPRINTED}

@@ -28,7 +28,7 @@ import numpy as np
 import pyarrow as pa
 
 from storage.atomic import publish
-from storage.manifest import Manifest, Shard, read_manifest, save_manifest, write_datasets_index
+from storage.manifest import Manifest, Shard, file_sha256, read_manifest, save_manifest, write_datasets_index
 
 SEGMENT_COLUMNS = {"seg_len": "int32", "seg_ctx": "int32", "seg_doc": "int64", "seg_off": "int64"}
 BATCH_BYTES = 1 << 23
@@ -338,8 +338,6 @@ def _shard_problem(path: Path, shard: Shard, manifest: Manifest, identity: dict[
         return f"{path} holds {sum(rows)} rows, its manifest says {shard.rows}"
     if set(rows[:-1]) - {rows_per_batch(manifest.packing.row_tokens, manifest.dtype)}:
         return f"{path} has record batches of irregular length"
-    if full:
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
-                return f"{path} has changed: its sha256 is not the manifest's"
+    if full and file_sha256(path) != shard.sha256:
+        return f"{path} has changed: its sha256 is not the manifest's"
     return None
