@@ -27,6 +27,7 @@ FLAGS_OF_OTHERS = {
 def new_parser(every_flag: bool) -> argparse.ArgumentParser:
     """`every_flag`: whether the help explains each recipe key, or the sections in a line each."""
     from console.command import CommandParser
+    from engine.layout.mesh import add_mesh_flags
     from training.config import add_recipe_flags, hints_for_flags
 
     paragraphs = __doc__.split("\n\n")
@@ -35,9 +36,7 @@ def new_parser(every_flag: bool) -> argparse.ArgumentParser:
     parser.add_argument("--deepspeed_config", required=True, help="DeepSpeed JSON: ZeRO stage, precision, offload")
     parser.add_argument("--data", required=True, help="folder made by data_prep.build")
     parser.add_argument("--output", required=True, help="folder of the run: checkpoints, metrics.jsonl, run.json")
-    parser.add_argument(
-        "--pipeline_stages", type=int, help="stages of a pipeline JSON (none: all ranks, or what it says)"
-    )
+    add_mesh_flags(parser)
     parser.add_argument("--allow_data_change", action="store_true", help="continue a run on another data set")
     parser.add_argument("--resume_step", type=int, help="go back to this step; later checkpoints move to RUN/set_aside")
     parser.add_argument("--allow_overcommit", action="store_true", help="start although memory cannot suffice")
@@ -49,8 +48,7 @@ def new_parser(every_flag: bool) -> argparse.ArgumentParser:
 
 def parse_arguments(words: list[str]) -> argparse.Namespace:
     if "--help-all" in words:
-        words = ["--help"]
-        return new_parser(every_flag=True).parse_args(words)
+        return new_parser(every_flag=True).parse_args(["--help"])
     return new_parser(every_flag=False).parse_args(words)
 
 
@@ -80,7 +78,7 @@ def main(arguments: argparse.Namespace, stop: StopSignal) -> int:
         arguments.deepspeed_config,
         arguments.data,
         topology,
-        arguments.pipeline_stages,
+        {axis: getattr(arguments, axis) for axis in ("pipeline", "tensor", "sequence")},
         fresh=not steps(run),
     )
     notices = plan.warnings + check_resumable(run, plan, arguments.allow_data_change, arguments.resume_step)

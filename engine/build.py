@@ -9,17 +9,18 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed import comm as dist
 
 from engine.engine import Engine, PipelineEngine
+from engine.layout.groups import Groups
 from engine.layout.mesh import Mesh
 from engine.layout.names import named_parameters
-from engine.layout.pipeline import PipelinedLlama, QueuedLoss
+from engine.layout.pipeline import Builder, PipelinedLlama, QueuedLoss
 from engine.layout.sequence import share_rows
-from engine.layout.tensor import divide_vocabulary, for_autotp, sum_gradients_once
-from engine.optimizer import build_optimizer
+from engine.layout.slices import cut_dimensions, slice_of
+from engine.layout.tensor import Parts, divide_layer
+from engine.optimizer import Guarded, build_optimizer
 from engine.reduction.compression import compressed_reduction
-from model.llama import Block, Llama
+from model.llama import Block, Layer, Llama
 from model.positions import resize_positions
 from training.config import Recipe
 from training.optimizer import Lion
@@ -57,56 +58,82 @@ def _build_engine(
     weights: Iterator[tuple[str, torch.Tensor]] | None,
 ) -> Engine:
     compression, loss = config.pop("gradient_compression", None), QueuedLoss()
+    config.pop("tensor_parallel", None)  # DeepSpeed would start its own
+    if config.pop("sequence_parallel_size", 1) > 1:
+        config["train_batch_size"] *= mesh.sequence  # DeepSpeed counts every rank's micro-batch as other rows
+    groups = Groups(mesh)
+    build = _builder(recipe, config, groups)
     model: Llama | PipelinedLlama
     if bounds:
-        model = PipelinedLlama(recipe, bounds, loss)
-        config["pipeline"] = {"use_reentrant": False}
+        model = PipelinedLlama(recipe, bounds, build, mesh, loss)
+        # with equal activations on all tensor-parallel ranks each sends a part; here they differ if rows are split
+        equal = dict.fromkeys(("pipe_partitioned", "grad_partitioned"), not mesh.split_rows)
+        config["pipeline"] = {"use_reentrant": False, **equal}
     else:
-        if mesh.tensor > 1:
-            config = for_autotp(config, recipe.model)
-        zero_stage = config.get("zero_optimization", {}).get("stage", 0)
-        with deepspeed.zero.Init(config_dict_or_path=config, enabled=zero_stage == 3):
-            model = Llama(recipe.model, seed=recipe.training.seed)
+        model = Llama(recipe.model, recipe.training.seed, build)
         model.activation_checkpointing = recipe.training.activation_checkpointing
-    if config.pop("sequence_parallel_size", 1) > 1:
-        share_rows(model, mesh)
-        config["train_batch_size"] *= mesh.sequence  # DeepSpeed counts every rank's micro-batch as other rows
+    if mesh.sequence > 1:
+        share_rows(model, groups.sequence)
     if weights is not None:
-        load_weights(model, weights, recipe)
-    if mesh.tensor > 1:
-        divide_vocabulary(model, mesh)
+        load_weights(model, weights, recipe, mesh)
     if recipe.training.compile:
         compile_blocks(model)
     optimizer = build_optimizer(model, recipe.optimizer, config)
     if isinstance(optimizer, Lion):
         config["zero_allow_untested_optimizer"] = True  # DeepSpeed has not tested this one; tests/engine has
-    if hasattr(optimizer, "max_grad_norm"):
+    if isinstance(optimizer, Guarded):
+        optimizer.groups = groups if mesh.tensor > 1 else None
         config["gradient_clipping"] = 0.0  # this optimizer clips by itself, after measuring
     with contextlib.redirect_stdout(io.StringIO()):  # the bf16 optimizer prints its memory, whatever the log level
-        wrapped, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
-    if mesh.tensor > 1 and not config["tensor_parallel"].get("tp_overlap_comm"):
-        sum_gradients_once(model)
+        mpu = groups if mesh.tensor > 1 and not bounds else None  # a pipeline brings its own
+        wrapped, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=config, mpu=mpu, dist_init_required=False
+        )
     reduction, visibility = compressed_reduction(wrapped, compression), recipe.model.visibility
     if bounds:
         return PipelineEngine(wrapped, mesh, visibility, reduction, loss, bounds)
     return Engine(wrapped, mesh, visibility, reduction)
 
 
-def load_weights(model: torch.nn.Module, weights: Iterator[tuple[str, torch.Tensor]], recipe: Recipe) -> None:
+def _builder(recipe: Recipe, config: dict[str, Any], groups: Groups) -> Builder:
+    """Makes layers as far as this rank holds them: divided by tensor parallelism, then partitioned by ZeRO-3.
+
+    No more than one whole layer is in memory at a time.
+    """
+    halves, mesh = {"bf16": torch.bfloat16, "fp16": torch.float16}, groups.mesh
+    dtype = next((dtype for key, dtype in halves.items() if config.get(key, {}).get("enabled")), torch.float32)
+    partitioned = config.get("zero_optimization", {}).get("stage", 0) == 3
+    replicas = {"data_parallel_group": groups.replicas, "mpu": groups} if mesh.tensor > 1 else {}
+
+    def build(entry: Layer, seed: int) -> torch.nn.Module:
+        layer = entry.build(seed)
+        if mesh.tensor > 1:
+            layer = divide_layer(layer, recipe.model, Parts(groups.tensor, mesh))
+        if partitioned and any(True for _ in layer.parameters()):
+            deepspeed.zero.Init(module=layer.to(dtype), config_dict_or_path=config, **replicas)
+        return layer
+
+    return build
+
+
+def load_weights(
+    model: torch.nn.Module, weights: Iterator[tuple[str, torch.Tensor]], recipe: Recipe, mesh: Mesh
+) -> None:
     """Copy weights into the model, one tensor at a time, partitioned or not. Collective over all ranks.
 
     A table of learned positions takes the recipe's length (`resize_positions`).
     """
-    parameters = dict(named_parameters(model))
+    parameters, dimensions = dict(named_parameters(model)), cut_dimensions(recipe.model)
+    first_of_replicas = mesh.data_rank == mesh.sequence_rank == 0
     for name, tensor in weights:
         if name not in parameters:  # on another rank of the pipeline
             continue
         if name == "embed_positions.weight":
             tensor = resize_positions(tensor, recipe.model.max_position_embeddings)
-        parameter = parameters.pop(name)
+        parameter, part = parameters.pop(name), slice_of(tensor, dimensions[name], mesh.tensor_rank, mesh.tensor)
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
-            if parameter.numel() and (not hasattr(parameter, "ds_id") or dist.get_rank() == 0):
-                parameter.copy_(tensor)
+            if parameter.numel() and (not hasattr(parameter, "ds_id") or first_of_replicas):
+                parameter.copy_(part)
     assert not parameters, f"there are no weights for {sorted(parameters)}"
 
 

@@ -8,7 +8,6 @@ import torch
 from deepspeed import DeepSpeedEngine
 from deepspeed import comm as dist
 from torch import Tensor, nn
-from torch.distributed import distributed_c10d as c10d
 
 from engine import internals
 from engine.layout.mesh import Mesh
@@ -83,22 +82,30 @@ class Engine:
 
     def forward(self, batch: Batch, z_loss_weight: float) -> tuple[Tensor, Tensor]:
         """The sums (objective, cross-entropy) over this rank's tokens of one micro-batch."""
-        share = batch["input_ids"].shape[1] // self.mesh.sequence
-        columns = slice(self.mesh.sequence_rank * share, (self.mesh.sequence_rank + 1) * share)
-        weights = batch.get("target_weights")
+        columns, here = self.mesh.columns(batch["input_ids"].shape[1]), self.part(batch)
         ids, targets, weights = (
-            None if x is None else x[:, columns].to(self.device, non_blocking=True)
-            for x in (batch["input_ids"], batch["targets"], weights)
+            None if x is None else x.to(self.device, non_blocking=True)
+            for x in (here["input_ids"], here["targets"], here.get("target_weights"))
         )
         return self.deepspeed(
             input_ids=ids,
-            position_ids=batch["position_ids"],
+            position_ids=here["position_ids"],
             targets=targets,
             z_loss_weight=z_loss_weight,
             columns=columns,
             target_weights=weights,
-            copies=batch.get("copies", 1),
+            copies=here.get("copies", 1),
         )
+
+    def part(self, batch: Batch) -> Batch:
+        """This rank's tokens of the rows; their positions stay whole, since attention needs all documents."""
+        if self.mesh.sequence == 1:
+            return batch
+        columns = self.mesh.columns(batch["input_ids"].shape[1])
+        here = batch | {"input_ids": batch["input_ids"][:, columns], "targets": batch["targets"][:, columns]}
+        if "target_weights" in batch:
+            here["target_weights"] = batch["target_weights"][:, columns]
+        return here
 
     def sum_over_ranks(self, values: list[float]) -> list[float]:
         """Element by element, in float64."""
@@ -119,7 +126,7 @@ class Engine:
         internals.forget_engine()
         dist.barrier()  # a rank that still receives would lose its peer
         for group in internals.process_groups():
-            c10d.destroy_process_group(group)
+            dist.destroy_process_group(group)
 
 
 class PipelineEngine(Engine):
@@ -147,11 +154,13 @@ class PipelineEngine(Engine):
 
     def update(self, micro_batches: list[Batch], z_loss_weight: float, weight: float) -> Tensor:
         """As in `Engine`; zeros on all ranks but the last of the pipeline."""
-        self.loss.start(micro_batches, z_loss_weight, weight)
-        self.deepspeed.train_batch(_items(micro_batches))
+        here = [self.part(batch) for batch in micro_batches]
+        self.loss.start(here, z_loss_weight, weight)
+        self.deepspeed.train_batch(_items(here))
         return self.loss.sums
 
     def evaluate(self, batches: list[Batch]) -> float:
+        batches = [self.part(batch) for batch in batches]
         self.loss.start(batches)
         self.deepspeed.reset_activation_shape()  # rows may have another length here than in training
         self.deepspeed.eval_batch(_items(batches), reduce_output=None, bcast_loss=False, num_micro_batches=len(batches))

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import deepspeed
 import torch
 from deepspeed import DeepSpeedEngine
+from deepspeed.runtime import engine as deepspeed_engine
 from deepspeed.runtime import torch_autocast
-from deepspeed.utils import groups
 from torch import nn
 from torch.distributed import distributed_c10d as c10d
 
@@ -49,8 +49,7 @@ INTERNALS = [
         ("micro_batch_size", "deepspeed.runtime.pipe.engine", HERE, "rows of a stage", "tests/engine/test_stages.py"),
         ("buffered_allreduce_fallback", ENGINE, HERE, "replaced by the compressed reduction", REDUCTION),
         ("tensor_model_parallel", "deepspeed.runtime.utils", HERE, "parts add up in the gradient norm", LAYOUTS),
-        ("forward", "deepspeed.module_inject.layers", HERE, "one sum of gradients for several maps", LAYOUTS),
-        ("_release_process_group_references", "deepspeed.utils.groups", HERE, "another engine after this", RESUME),
+        ("mpu", "deepspeed.utils.groups", HERE, "another engine after this", RESUME),
         (
             "TORCH_AUTOCAST_INITIALIZED",
             "deepspeed.runtime.torch_autocast",
@@ -142,10 +141,6 @@ def mark_as_part(parameter: nn.Parameter) -> None:
     parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
 
 
-def replace_forward(module: nn.Module, forward: Callable[..., torch.Tensor]) -> None:
-    module.forward = forward
-
-
 def replace_collective(method: str, function: Any) -> None:
     """Of every process group."""
     setattr(torch.distributed.ProcessGroup, method, function)
@@ -162,8 +157,8 @@ def set_timeout_of_groups(timeout: datetime.timedelta) -> None:
 
 
 def forget_engine() -> None:
-    """Let DeepSpeed forget the process groups of an engine that was destroyed, and that it computed under autocast."""
-    groups._release_process_group_references()
+    """Let DeepSpeed forget the ranks of an engine that was destroyed, and that it computed under autocast."""
+    deepspeed_engine.groups.mpu = None
     torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
 
 

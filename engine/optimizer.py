@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.utils import is_model_parallel_parameter
-from deepspeed.utils.groups import get_tensor_model_parallel_group
 
+from engine.layout.groups import Groups
 from training.optimizer import Lion, MuonAndAdamW, parameter_groups
 from training.sections import OptimizerConfig
 
@@ -21,6 +21,8 @@ class Guarded(torch.optim.Optimizer):
     def __init__(self, groups: list[dict[str, Any]], max_grad_norm: float, **options: Any) -> None:
         super().__init__(groups, **options)
         self.max_grad_norm = max_grad_norm
+        self.groups: Groups | None = None
+        """Of the mesh, where ranks hold parts of the parameters."""
         self.overflow = False
         self._global_grad_norm: torch.Tensor | None = None
 
@@ -29,7 +31,7 @@ class Guarded(torch.optim.Optimizer):
         """Update unless the norm of all gradients is not finite; all ranks find the same norm and agree."""
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         gradients = _gradients(parameters)
-        self._global_grad_norm = _total_norm(parameters)
+        self._global_grad_norm = _total_norm(parameters, self.groups)
         self.overflow = not bool(torch.isfinite(self._global_grad_norm))
         if self.overflow:
             return
@@ -60,16 +62,13 @@ def _norm(gradients: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]).norm().float()
 
 
-def _total_norm(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
-    """The norm of the whole model's gradient. Under tensor parallelism the parts that ranks hold add up."""
-    parts = _gradients([p for p in parameters if is_model_parallel_parameter(p)])
-    if not parts:
+def _total_norm(parameters: list[torch.nn.Parameter], groups: Groups | None) -> torch.Tensor:
+    """The norm of the whole model's gradient: what ranks hold in parts adds up, what all of them hold counts once."""
+    if groups is None:
         return _norm(_gradients(parameters))
-    group = get_tensor_model_parallel_group()
-    same_on_all = _gradients([p for p in parameters if not is_model_parallel_parameter(p)])
-    square, square_on_all = (_norm(grads).square() for grads in (parts, same_on_all))
-    square += square_on_all / dist.get_world_size(group)
-    dist.all_reduce(square, group=group)
+    first = groups.mesh.tensor_rank == 0
+    square = _norm(_gradients([p for p in parameters if first or is_model_parallel_parameter(p)])).square()
+    dist.all_reduce(square, group=groups.tensor)
     return square.sqrt()
 
 

@@ -7,6 +7,7 @@ Parameter names are those of transformers' LlamaForCausalLM without the prefix `
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,7 @@ from .loss import linear_cross_entropy
 from .norm import rms_norm
 from .positions import POSITION_LAYERS
 from .rope import rotary_tables, rotate
-from .seeded import Linear, Seed
+from .seeded import Linear, Seed, multiply
 
 
 class Embedding(nn.Module):
@@ -55,7 +56,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, seed: Seed) -> None:
         super().__init__()
         self.config = config
-        self.attend = attend  # sequence parallelism puts an exchange between ranks around it
+        self.attend, self.multiply = attend, multiply  # around these ranks exchange what they share
         d, width, bias, std = config.head_width, config.hidden_size, config.attention_bias, config.initializer_range
         heads, kv_heads = config.num_attention_heads * d, config.kv_heads * d
         out_std = std / math.sqrt(2 * config.num_hidden_layers)
@@ -67,9 +68,8 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = RMSNorm(d, config.rms_norm_eps), RMSNorm(d, config.rms_norm_eps)
 
     def forward(self, x: Tensor, documents: Documents, cache: KeyValueCache | None = None) -> Tensor:
-        # the number of heads follows from the projections, which tensor parallelism may have split
-        shape = (*x.shape[:2], -1, self.config.head_width)
-        q, k, v = self.q_proj(x).view(shape), self.k_proj(x).view(shape), self.v_proj(x).view(shape)
+        projected = self.multiply(x, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (each.unflatten(-1, (-1, self.config.head_width)) for each in projected)  # the heads that are here
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         return self.o_proj(self._mix(q, k, v, documents, cache).flatten(2))
@@ -91,7 +91,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig, seed: Seed) -> None:
         super().__init__()
-        width, inner = config.hidden_size, config.intermediate_size
+        self.multiply, width, inner = multiply, config.hidden_size, config.intermediate_size
         bias, std = config.mlp_bias, config.initializer_range
         self.gate_proj = Linear(width, inner, bias, std, seed, "mlp.gate_proj")
         self.up_proj = Linear(width, inner, bias, std, seed, "mlp.up_proj")
@@ -100,7 +100,8 @@ class FeedForward(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.multiply(x, self.gate_proj, self.up_proj)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -195,12 +196,14 @@ class Llama(nn.Module):
     norm: RMSNorm
     lm_head: Head
 
-    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+    def __init__(
+        self, config: ModelConfig, seed: int = 0, build: Callable[[Layer, int], nn.Module] = Layer.build
+    ) -> None:
         super().__init__()
         self.config = config
         self.layers = nn.ModuleList()
         for layer in layer_plan(config):
-            module = layer.build(seed)
+            module = build(layer, seed)
             if layer.cls is Block:
                 self.layers.append(module)
             else:

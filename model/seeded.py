@@ -28,6 +28,11 @@ class Seed:
         parameter.copy_(torch.normal(0.0, std, shape, generator=generator, dtype=torch.float32, device="cpu"))
 
 
+def multiply(x: Tensor, *maps: nn.Module) -> tuple[Tensor, ...]:
+    """What linear maps make of the same activations [B, T, D]; tensor parallelism puts an exchange between ranks before it."""
+    return tuple(each(x) for each in maps)
+
+
 class Linear(nn.Linear):
     """`nn.Linear` whose weight is drawn here, in the constructor: later passes would find it partitioned by ZeRO-3."""
 

@@ -110,8 +110,11 @@ class Pipeline(PlainSection):
 
 
 class TensorParallel(PlainSection):
+    """`autotp_size` is DeepSpeed's name; the matrices are divided by `engine.layout.tensor`, not by its AutoTP."""
+
     autotp_size: PositiveInt
-    tp_overlap_comm: bool = False
+    split_rows: bool = False
+    tp_overlap_comm: bool = True
 
 
 class Aio(PlainSection):

@@ -107,7 +107,7 @@ def _zero(config: dict[str, Any], mesh: Mesh, device: torch.device) -> Checks:
 
 def _layout(config: dict[str, Any], mesh: Mesh, recipe: Recipe) -> Checks:
     stage, pipeline, muon = _stage(config), "pipeline" in config, recipe.optimizer.name == "muon"
-    bf16, fp16, autocast, profiler = _enabled(config, "bf16", "fp16", "torch_autocast", "flops_profiler")
+    bf16, fp16, profiler = _enabled(config, "bf16", "fp16", "flops_profiler")
     profiling = ["wall_clock_breakdown"] * (config.get("wall_clock_breakdown") is True) + ["flops_profiler"] * profiler
     hpz = config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1) > 1
     grouped = _quantized(config) + ["zero_hpz_partition_size"] * hpz
@@ -122,10 +122,9 @@ def _layout(config: dict[str, Any], mesh: Mesh, recipe: Recipe) -> Checks:
             ),
         ),
         (
-            recipe.training.compile and (stage == 3 or mesh.tensor > 1),
-            "the recipe's training.compile is for blocks without collectives, which "
-            + ("ZeRO stage 3" if stage == 3 else "tensor parallelism")
-            + " puts into each: set it to false, or use ZeRO stage 2",
+            recipe.training.compile and stage == 3,
+            "the recipe's training.compile is for blocks without collectives, which ZeRO stage 3 puts into each: set it to "
+            "false, or use ZeRO stage 2",
         ),
         (
             muon and (stage != 0 or bf16 or fp16 or mesh.tensor > 1),
@@ -143,10 +142,6 @@ def _layout(config: dict[str, Any], mesh: Mesh, recipe: Recipe) -> Checks:
         (
             mesh.tensor > 1 and bool(grouped),
             f"{', '.join(grouped)} (ZeRO++) group ranks that hold different parts under tensor_parallel: remove one of them",
-        ),
-        (
-            bool(config.get("tensor_parallel", {}).get("tp_overlap_comm") and autocast),
-            "tensor_parallel.tp_overlap_comm stops at the first step under torch_autocast: remove it, or use bf16",
         ),
     ]
 

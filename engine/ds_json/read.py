@@ -5,6 +5,7 @@ processes have found each other. Everything here happens before, and every probl
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -19,6 +20,7 @@ from training.config import Recipe, did_you_mean
 
 OPTIMIZER_KEYS = {"type", "params", "legacy_fusion"}
 OPTIMIZER_PARAMS = {"lr", "betas", "eps", "weight_decay", "torch_adam", "adam_w_mode"}
+NOT_FOR_DEEPSPEED = {"train_batch_size", "tensor_parallel"}
 NEVER_AUTO = "; DeepSpeed would read the word itself: write a value or leave the key out"
 
 
@@ -83,7 +85,7 @@ def resolve_ds_config(
     recipe: Recipe,
     seq_length: int,
     topology: Topology,
-    pipeline_stages: int | None = None,
+    degrees: Mapping[str, int | None] | None = None,
 ) -> Resolved:
     """Fill and check a parsed JSON for this recipe, data and launch.
 
@@ -103,7 +105,7 @@ def resolve_ds_config(
     notices = _resolve_precision(config, topology.device) + without_effect(config)
     _translate_legacy_offload(config.get("zero_optimization", {}))
     problems += _fill_optimizer(config, recipe)
-    mesh, mesh_problems = read_mesh(config, topology.rank, topology.world_size, pipeline_stages)
+    mesh, mesh_problems = read_mesh(config, topology.rank, topology.world_size, degrees or {})
     batch, batch_problems = _fill_batch(config, recipe, seq_length, mesh.data)
     problems += mesh_problems + batch_problems
     _fill_zero(config, recipe, topology.device)
@@ -189,6 +191,8 @@ def without_effect(config: dict[str, Any]) -> list[str]:
         "disable_allgather": "DeepSpeed reads it and uses it nowhere",
     }
     found += [f"{key} has no effect: {reason}" for key, reason in reasons.items() if config.get(key)]
+    if "tp_overlap_comm" in config.get("tensor_parallel", {}):
+        found.append("tensor_parallel.tp_overlap_comm has no effect: gradients are always summed beside other work")
     comms = config.get("comms_logger", {})
     if comms.get("enabled") is True and not comms.get("verbose"):
         found.append("comms_logger has no effect without verbose: its summary is never asked for")
@@ -269,8 +273,8 @@ def _remove_autos(tree: dict | list, prefix: str = "") -> list[str]:
 
 
 def _deepspeeds_own_verdict(config: dict[str, Any]) -> list[str]:
-    """What DeepSpeed's config class itself refuses; without the global batch, which it would divide by live ranks."""
-    alone = json.loads(json.dumps({key: value for key, value in config.items() if key != "train_batch_size"}))
+    """What DeepSpeed's config class itself refuses of what it is given; the batch it would divide by live ranks."""
+    alone = json.loads(json.dumps({key: value for key, value in config.items() if key not in NOT_FOR_DEEPSPEED}))
     try:
         deepspeed_config.DeepSpeedConfig(alone)
     except (

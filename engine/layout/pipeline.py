@@ -9,32 +9,39 @@ import io
 import re
 import weakref
 from collections import deque
+from collections.abc import Callable
 
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.topology import PipeDataParallelTopology, PipeModelDataParallelTopology
 from deepspeed.runtime.utils import partition_balanced
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from engine.layout.mesh import Mesh
+from engine.layout.tensor import loss_of
 from model.config import ModelConfig
 from model.documents import Documents
 from model.llama import Block, Embedding, Head, Layer, layer_plan
-from model.loss import linear_cross_entropy
 from training.batch import Batch
 from training.config import Recipe
+
+Builder = Callable[[Layer, int], nn.Module]
+"""Makes a layer of the plan from a seed, as far as it is here."""
 
 
 class KnownDocuments:
     """The documents of the rows that pass through this rank: one tensor of positions goes through all its layers."""
 
-    def __init__(self, copies: int) -> None:
-        self._copies = copies
+    def __init__(self, copies: int, mesh: Mesh) -> None:
+        self._copies, self._mesh = copies, mesh
         self._last: tuple[weakref.ref[Tensor], Documents] | None = None
 
     def of(self, position_ids: Tensor) -> Documents:
-        """Derived from positions [B, T], once for each tensor."""
+        """Derived from positions [B, T] of whole rows, once for each tensor."""
         if self._last is None or self._last[0]() is not position_ids:
-            documents = Documents.from_position_ids(position_ids, copies=self._copies)
+            columns = self._mesh.columns(position_ids.shape[1])
+            documents = Documents.from_position_ids(position_ids, copies=self._copies).part(columns)
             self._last = weakref.ref(position_ids), documents
         return self._last[1]
 
@@ -42,10 +49,10 @@ class KnownDocuments:
 class PipelineLayer(nn.Module):
     """One layer of the plan on (x, position_ids), which it hands on with its own output in the place of x."""
 
-    def __init__(self, entry: Layer, recipe: Recipe, known: KnownDocuments) -> None:
+    def __init__(self, entry: Layer, recipe: Recipe, build: Builder, known: KnownDocuments) -> None:
         super().__init__()
         self.entry, self.known = entry, known
-        self.layer = entry.build(recipe.training.seed)
+        self.layer = build(entry, recipe.training.seed)
         self.recompute = recipe.training.activation_checkpointing and entry.cls is Block
 
     def forward(self, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor] | Tensor:
@@ -74,22 +81,16 @@ class QueuedLoss:
         """[objective, cross-entropy] over the micro-batches so far."""
 
     def __call__(self, layer: PipelineLayer, inputs: tuple[Tensor, Tensor]) -> Tensor:
-        x, weight, (targets, weights) = inputs[0], layer.layer.weight, self.targets.popleft()
-        assert isinstance(weight, Tensor)
-        objective, loss = linear_cross_entropy(
-            x,
-            weight,
-            targets.to(x.device),
-            self.z_loss_weight,
-            target_weights=None if weights is None else weights.to(x.device),
-        )
+        x, (targets, weights) = inputs[0], self.targets.popleft()
+        weights = None if weights is None else weights.to(x.device)
+        objective, loss = loss_of(layer.layer, x, targets.to(x.device), self.z_loss_weight, weights)
         self.sums = self.sums.to(x.device) + torch.stack([objective.detach(), loss.detach()]).double()
         return objective * self.weight
 
 
 class PipelineHead(PipelineLayer):
-    def __init__(self, entry: Layer, recipe: Recipe, known: KnownDocuments, loss: QueuedLoss) -> None:
-        super().__init__(entry, recipe, known)
+    def __init__(self, entry: Layer, recipe: Recipe, build: Builder, known: KnownDocuments, loss: QueuedLoss) -> None:
+        super().__init__(entry, recipe, build, known)
         self.loss = loss
 
     def forward(self, inputs: tuple[Tensor, Tensor]) -> Tensor:
@@ -99,31 +100,38 @@ class PipelineHead(PipelineLayer):
 class PipelinedLlama(PipelineModule):
     """This rank's layers of the model, divided at `bounds` (see `pipeline_bounds`). The last rank returns the loss."""
 
-    def __init__(self, recipe: Recipe, bounds: list[int], loss: QueuedLoss) -> None:
-        self.bounds = bounds
+    def __init__(self, recipe: Recipe, bounds: list[int], build: Builder, mesh: Mesh, loss: QueuedLoss) -> None:
+        self.bounds, self.config = bounds, recipe.model
+        replicas = mesh.data * mesh.sequence  # its grid has no further axis
+        topology: PipeDataParallelTopology | PipeModelDataParallelTopology
+        if mesh.tensor > 1:
+            topology = PipeModelDataParallelTopology(mesh.pipeline, mesh.tensor, replicas)
+        else:
+            topology = PipeDataParallelTopology(mesh.pipeline, replicas)
+        known = KnownDocuments(recipe.objective.copies, mesh)
         # DeepSpeed prints the seeds that it is not asked to set, and broadcasts tied weights
         with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
-            super().__init__(_specs(recipe, loss), num_stages=len(bounds) - 1)
+            super().__init__(_specs(recipe, build, known, loss), topology=topology)
 
     def _partition_layers(self, method: str) -> None:
         self.parts = self.bounds
         self._set_bounds(*self.bounds[self.stage_id : self.stage_id + 2])
 
 
-def _specs(recipe: Recipe, loss: QueuedLoss) -> list[LayerSpec]:
-    plan, tied = layer_plan(recipe.model), recipe.model.tie_word_embeddings
-    known, specs = KnownDocuments(recipe.objective.copies), []
+def _specs(recipe: Recipe, build: Builder, known: KnownDocuments, loss: QueuedLoss) -> list[LayerSpec]:
+    plan, tied, specs = layer_plan(recipe.model), recipe.model.tie_word_embeddings, []
+    common = recipe, build, known
     for entry in plan:
         if tied and entry.cls is Embedding:
-            spec = TiedLayerSpec(entry.name, PipelineLayer, entry, recipe, known, tied_weight_attr=["layer.weight"])
+            spec = TiedLayerSpec(entry.name, PipelineLayer, entry, *common, tied_weight_attr=["layer.weight"])
         elif tied and entry.cls is Head:
             (source,) = (other for other in plan if other.name == entry.tied_to)
             arguments = {"forward_fn": loss, "tied_weight_attr": ["layer.weight"]}
-            spec = TiedLayerSpec(source.name, PipelineLayer, source, recipe, known, **arguments)
+            spec = TiedLayerSpec(source.name, PipelineLayer, source, *common, **arguments)
         elif entry.cls is Head:
-            spec = LayerSpec(PipelineHead, entry, recipe, known, loss)
+            spec = LayerSpec(PipelineHead, entry, *common, loss)
         else:
-            spec = LayerSpec(PipelineLayer, entry, recipe, known)
+            spec = LayerSpec(PipelineLayer, entry, *common)
         specs.append(spec)
     return specs
 

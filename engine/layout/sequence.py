@@ -32,24 +32,27 @@ class UlyssesAttention(nn.Module):
         return self.exchange(q, k, v, 0, None, documents, visibility)
 
 
-def share_rows(model: nn.Module, mesh: Mesh) -> None:
-    """Let the ranks of each sequence group work on the same rows. Collective over all ranks."""
-    groups = [dist.new_group(range(first, first + mesh.sequence)) for first in range(0, mesh.world_size, mesh.sequence)]
-    ours = groups[mesh.rank // mesh.sequence]
+def share_rows(model: nn.Module, group: dist.ProcessGroup) -> None:
+    """Let the ranks of a sequence group work on the same rows."""
     for module in model.modules():
         if isinstance(module, Attention):
-            module.attend = UlyssesAttention(ours)
+            module.attend = UlyssesAttention(group)
 
 
 def sequence_problems(config: ModelConfig, mesh: Mesh, seq_length: int) -> list[str]:
     """Why the rows and heads of a model cannot be cut over the ranks of a sequence group."""
     n, problems = mesh.sequence, []
-    heads, kv_heads = config.num_attention_heads, config.kv_heads
+    heads, kv_heads = config.num_attention_heads // mesh.tensor, max(config.kv_heads // mesh.tensor, 1)
     legal = [s for s in range(2, heads + 1) if heads % s == 0 and (kv_heads % s == 0 or s % kv_heads == 0)]
     if n > 1 and n not in legal:
         problems.append(
             f"sequence_parallel_size {n} does not divide the model's {heads} attention heads over {kv_heads} key/value "
-            f"heads: use {' or '.join(map(str, legal)) or 'another layout'}"
+            f"heads{' of a tensor-parallel rank' * (mesh.tensor > 1)}: use {' or '.join(map(str, legal)) or 'another layout'}"
+        )
+    if mesh.split_rows and seq_length // n % mesh.tensor:
+        problems.append(
+            f"tensor_parallel.split_rows does not divide {seq_length // n} tokens of a row over {mesh.tensor} ranks: set it "
+            "to false, or use rows of a multiple"
         )
     if seq_length % n:
         problems.append(f"sequence_parallel_size {n} does not divide rows of {seq_length} tokens: use a divisor of it")

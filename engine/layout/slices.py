@@ -5,15 +5,11 @@ rank computes its heads and its part of that width from start to end (Shoeybi et
 head are cut by vocabulary. Norms, and biases added after the sum over ranks, are whole on every rank.
 """
 
-import re
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from model.config import ModelConfig
 from model.llama import Attention, Embedding, FeedForward, Head, layer_plan
-from model.positions import LearnedPositionEmbedding
 
 CUTS = {
     Embedding: {"weight": 0},
@@ -54,26 +50,3 @@ def slice_of(whole: Tensor, dimension: int | None, rank: int, ranks: int) -> Ten
 def join(parts: list[Tensor], dimension: int | None) -> Tensor:
     """The whole parameter from the parts of all ranks; what is not cut is the first rank's."""
     return parts[0] if dimension is None or len(parts) == 1 else torch.cat(parts, dimension)
-
-
-def partition_spec(config: ModelConfig) -> dict:
-    """`tensor_parallel.partition_config` for DeepSpeed's AutoTP: a pattern for every matrix of the plan.
-
-    The tables are skipped: `engine.layout.tensor` cuts embedding and head, learned positions are whole. The weights of norms
-    inside attention are whole, but each rank's gradient comes from its own heads: they are summed over the group.
-    """
-    kept = Embedding, LearnedPositionEmbedding, Head
-    tables = {f"{entry.name}.weight" for entry in layer_plan(config) if entry.cls in kept}
-    kinds: dict[str, set[str]] = {"column": set(), "row": set(), "skip": set(), "sum": set()}
-    for name, dimension in cut_dimensions(config).items():
-        pattern = re.sub(r"\d+", r"\\d+", re.escape(name)) + "$"
-        if name in tables:
-            kinds["skip"].add(pattern)
-        elif dimension is not None and name.endswith("weight"):
-            kinds[("column", "row")[dimension]].add(pattern)
-        elif ".self_attn." in name and name.endswith("norm.weight"):
-            kinds["sum"].add(pattern)
-    three = ("column", "row", "skip")
-    specs: list[dict[str, Any]] = [{"patterns": sorted(kinds[kind]), "partition_type": kind} for kind in three]
-    specs.append({"patterns": sorted(kinds["sum"]), "partition_type": "skip", "grad_allreduce": True})
-    return {"use_default_specs": False, "strict_mode": True, "layer_specs": specs}

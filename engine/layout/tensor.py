@@ -1,52 +1,180 @@
 """Tensor parallelism: the ranks of a group work on the same tokens, each with its part of every matrix.
 
-DeepSpeed's AutoTP takes the linear maps of the blocks, by `engine.layout.slices.partition_spec`. Embedding and head are cut by
-vocabulary here: logits and loss would otherwise be computed as often as there are ranks in a group, which for a small
-model or a large vocabulary is most of the arithmetic.
+What is divided, and along which dimension, says `engine.layout.slices.CUTS`. A region begins where activations enter maps that
+are cut by their outputs and ends after the one that is cut by its inputs (Shoeybi et al. 2019, section 3): to enter is the
+identity, whose gradient is summed over the group; to leave is the sum, whose gradient is the identity. With `split_rows`
+each rank keeps only its part of the tokens between regions (Korthikanti et al. 2022, section 4.2.2): to enter is an
+all-gather, to leave a reduce-scatter, at the same cost on the wire, and norms, residuals and what travels through a pipeline
+are that much smaller.
 """
 
 import math
-from functools import partial
 from typing import Any
 
-import deepspeed
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from deepspeed import comm as dist
-from deepspeed.module_inject.layers import LinearLayer, RowParallel
-from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from engine import internals
+from engine.layout.exchange import Gather, Scatter, Sum, SumGradient, gather, scatter, sum_up
 from engine.layout.mesh import Mesh
-from engine.layout.slices import partition_spec, slice_of
+from engine.layout.slices import CUTS, slice_of
 from model.config import ModelConfig
 from model.documents import Documents
-from model.llama import Attention, FeedForward, Llama
+from model.llama import Attention, Embedding, FeedForward, Head, RMSNorm
 from model.loss import CHUNK_TOKENS, VocabularyPart, linear_cross_entropy
+from model.norm import rms_norm
+from model.positions import POSITION_LAYERS, LearnedPositionEmbedding
+
+
+class Parts:
+    """What the ranks of a tensor-parallel group do with the activations and parameters that they share."""
+
+    def __init__(self, group: dist.ProcessGroup, mesh: Mesh) -> None:
+        self.group, self.rank, self.ranks, self.split_rows = group, mesh.tensor_rank, mesh.tensor, mesh.split_rows
+
+    @torch.compiler.disable  # collectives stand between the compiled stretches
+    def enter(self, x: Tensor) -> Tensor:
+        """[B, T, D], of which with `split_rows` [B, T / n, D] is here -> [B, T, D]."""
+        return (Gather if self.split_rows else SumGradient).apply(x, self.group)
+
+    @torch.compiler.disable
+    def leave(self, x: Tensor) -> Tensor:
+        """One addend [B, T, D] on each rank -> the sum [B, T, D], with `split_rows` the part [B, T / n, D] of it."""
+        return (Scatter if self.split_rows else Sum).apply(x, self.group)
+
+    @torch.compiler.disable
+    def shared(self, parameter: Tensor) -> Tensor:
+        """A whole parameter, of which each rank finds a part of the gradient."""
+        return SumGradient.apply(parameter, self.group)
+
+    def stack(self, x: Tensor) -> Tensor:
+        """[...] of each rank -> [n, ...] on all."""
+        out = x.new_empty(self.ranks, *x.shape)
+        dist.all_gather_into_tensor(out.flatten(0, 1), x.contiguous(), group=self.group)
+        return out
+
+    def rows_of(self, tokens: int) -> slice:
+        """Which of so many tokens this rank keeps between regions, where rows are split."""
+        share = tokens // self.ranks
+        return slice(self.rank * share, (self.rank + 1) * share)
+
+
+def divide_layer(layer: nn.Module, config: ModelConfig, parts: Parts) -> nn.Module:
+    """This rank's part of a layer of the plan, with the same names of parameters."""
+    if isinstance(layer, Embedding | Head):
+        first = int(slice_of(torch.arange(config.vocab_size), 0, parts.rank, parts.ranks)[0])
+        weight = None if layer.weight is None else _part(layer.weight, 0, parts)
+        return (VocabularyEmbedding if isinstance(layer, Embedding) else VocabularyHead)(weight, first, parts)
+    if isinstance(layer, RMSNorm):
+        return SharedNorm(layer, parts) if parts.split_rows else layer
+    if isinstance(layer, tuple(POSITION_LAYERS.values())):
+        return PositionEmbeddingOfRows(layer, parts) if parts.split_rows else layer
+    for module in list(layer.modules()):
+        for name, dimension in CUTS.get(type(module), {}).items():
+            owner, leaf = module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+            if (parameter := getattr(owner, leaf)) is not None:
+                setattr(owner, leaf, _part(parameter, dimension, parts))
+        if isinstance(module, Attention | FeedForward):
+            module.multiply = ColumnMaps(parts)
+            last = "o_proj" if isinstance(module, Attention) else "down_proj"
+            setattr(module, last, RowMap(getattr(module, last), parts))
+        for name, norm in module.named_children():
+            if isinstance(norm, RMSNorm) and (parts.split_rows or isinstance(module, Attention)):
+                setattr(module, name, SharedNorm(norm, parts))
+    return layer
+
+
+def _part(parameter: nn.Parameter, dimension: int, parts: Parts) -> nn.Parameter:
+    part = nn.Parameter(slice_of(parameter.data, dimension, parts.rank, parts.ranks).clone())
+    internals.mark_as_part(part)
+    return part
+
+
+class ColumnMaps:
+    """Takes the place of `model.seeded.multiply`: maps into this rank's heads or part of the feed-forward width.
+
+    In backward the gradient of what they read is summed over the group while those of the weights are computed. Not so at
+    ZeRO-3, which has a weight in place only around the call of its own module.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+
+    @torch.compiler.disable
+    def __call__(self, x: Tensor, *maps: nn.Linear) -> tuple[Tensor, ...]:
+        if any(hasattr(each.weight, "ds_id") for each in maps):
+            x = self.parts.enter(x)
+            return tuple(each(x) for each in maps)
+        tensors = [x, *(each.weight for each in maps), *(each.bias for each in maps)]
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+        return _Columns.apply(self.parts, *tensors)
+
+
+class RowMap(nn.Linear):
+    """A linear map out of this rank's heads or part of the width: the products of all ranks add up."""
+
+    def __init__(self, whole: nn.Linear, parts: Parts) -> None:
+        super().__init__(whole.in_features, whole.out_features, bias=False, device="meta")
+        self.weight, self.bias, self.parts = whole.weight, whole.bias, parts
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.parts.leave(F.linear(x, self.weight))
+        if self.bias is None:
+            return out
+        return out + (self.parts.shared(self.bias) if self.parts.split_rows else self.bias)
+
+
+class SharedNorm(RMSNorm):
+    """A norm that sees other heads or other tokens on each rank."""
+
+    def __init__(self, norm: RMSNorm, parts: Parts) -> None:
+        super().__init__(len(norm.weight), norm.eps)
+        self.weight, self.parts = norm.weight, parts
+
+    def forward(self, x: Tensor, documents: Documents | None = None) -> Tensor:
+        return rms_norm(x, self.parts.shared(self.weight), self.eps)
+
+
+class PositionEmbeddingOfRows(nn.Module):
+    """A layer that adds positions, for this rank's part of the tokens."""
+
+    def __init__(self, layer: nn.Module, parts: Parts) -> None:
+        super().__init__()
+        self.whole, self.parts = [layer], parts  # in a list: its parameters keep their names
+        if isinstance(layer, LearnedPositionEmbedding):
+            self.weight = layer.weight
+
+    def forward(self, x: Tensor, documents: Documents) -> Tensor:
+        here = documents.part(self.parts.rows_of(documents.position_ids.shape[1]))
+        if not isinstance(self.whole[0], LearnedPositionEmbedding):
+            return self.whole[0](x, here)
+        return torch.func.functional_call(self.whole[0], {"weight": self.parts.shared(self.weight)}, (x, here))
 
 
 class VocabularyEmbedding(nn.Module):
     """`model.llama.Embedding` with the vectors of some tokens; the others' come from the other ranks."""
 
-    def __init__(self, weight: nn.Parameter, first: int) -> None:
+    def __init__(self, weight: nn.Parameter, first: int, parts: Parts) -> None:
         super().__init__()
-        self.weight, self.first, self.tokens = weight, first, len(weight)
+        self.weight, self.first, self.parts = weight, first, parts
 
     def forward(self, input_ids: Tensor, documents: Documents | None = None) -> Tensor:
         local = input_ids - self.first
-        here = (local >= 0) & (local < self.tokens)
+        here = (local >= 0) & (local < len(self.weight))
         x = F.embedding(local.where(here, 0), self.weight).where(here.unsqueeze(-1), 0)
-        return RowParallel.apply(groups.get_tensor_model_parallel_group(), x, False)
+        return self.parts.leave(x)
 
 
 class VocabularyHead(nn.Module):
     """`model.llama.Head` with the logits of some tokens. A chunk costs the group one exchange of two numbers a token."""
 
-    def __init__(self, weight: nn.Parameter, first: int, ranks: int) -> None:
+    def __init__(self, weight: nn.Parameter | None, first: int, parts: Parts) -> None:
         super().__init__()
-        self.weight, self.part = weight, VocabularyPart(first, _gather)
-        self.chunk_tokens = CHUNK_TOKENS * ranks  # as many logits at a time as with the whole vocabulary
+        self.weight, self.first, self.parts = weight, first, parts
 
     def forward(
         self,
@@ -56,84 +184,46 @@ class VocabularyHead(nn.Module):
         z_loss_weight: float = 0.0,
         target_weights: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        how = self.chunk_tokens, self.part, target_weights
-        return linear_cross_entropy(_SumGradient.apply(x), self.weight, targets, z_loss_weight, *how)
+        return loss_of(self, x, targets, z_loss_weight, target_weights)
 
 
-class _SumGradient(torch.autograd.Function):
-    """The tensor itself; its gradient is summed over the tensor-parallel group."""
+def loss_of(
+    layer: nn.Module, x: Tensor, targets: Tensor, z_loss_weight: float, target_weights: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`linear_cross_entropy` by the weight of a head, or of the embedding it is tied to, whole or divided."""
+    weight: Any = layer.weight
+    if not isinstance(layer, VocabularyEmbedding | VocabularyHead):
+        return linear_cross_entropy(x, weight, targets, z_loss_weight, target_weights=target_weights)
+    parts = layer.parts
+    tokens = CHUNK_TOKENS * parts.ranks  # as many logits at a time as with the whole vocabulary
+    part = VocabularyPart(layer.first, parts.stack)
+    return linear_cross_entropy(parts.enter(x), weight, targets, z_loss_weight, tokens, part, target_weights)
+
+
+class _Columns(torch.autograd.Function):
+    """x -> x W_i^T + b_i for several maps, as `Parts.enter` followed by them."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
+    def forward(ctx: Any, parts: Parts, x: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
+        weights, biases = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
+        ctx.parts, ctx.with_bias = parts, [bias is not None for bias in biases]
+        ctx.save_for_backward(x, *weights)
+        whole = gather(x, parts.group)() if parts.split_rows else x
+        return tuple(F.linear(whole, weight, bias) for weight, bias in zip(weights, biases, strict=True))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        grad = grad.contiguous()
-        dist.all_reduce(grad, group=groups.get_tensor_model_parallel_group())
-        return grad
-
-
-def _gather(x: Tensor) -> Tensor:
-    """[2, C] of each rank of the tensor-parallel group -> [P, 2, C]."""
-    group = groups.get_tensor_model_parallel_group()
-    parts = x.new_empty(dist.get_world_size(group) * len(x), *x.shape[1:])
-    dist.all_gather_into_tensor(parts, x, group=group)
-    return parts.unflatten(0, (-1, len(x)))
-
-
-def for_autotp(ds_config: dict, model: ModelConfig) -> dict:
-    """A filled JSON as AutoTP needs it: told how to cut, and without the global batch.
-
-    DeepSpeed would check that number against the ranks of a launch in one place and the data-parallel ranks in another.
-    """
-    config = ds_config | {"tensor_parallel": ds_config["tensor_parallel"] | {"partition_config": partition_spec(model)}}
-    del config["train_batch_size"]
-    return config
-
-
-def divide_vocabulary(model: Llama, mesh: Mesh) -> None:
-    """Replace embedding and head by this rank's part of them, before the optimizer sees their parameters.
-
-    What else ZeRO-3 has partitioned over all ranks, and AutoTP will not replace, becomes whole again: ZeRO-3 then partitions
-    everything alike, over the ranks that hold the same part.
-    """
-    tied = model.lm_head.weight is model.embed_tokens.weight
-    embedding = _part(model.embed_tokens.weight, mesh)
-    head = embedding if tied else _part(model.lm_head.weight, mesh)
-    rows = slice_of(torch.arange(model.config.vocab_size), 0, mesh.tensor_rank, mesh.tensor)
-    model.embed_tokens = VocabularyEmbedding(embedding, int(rows[0]))  # type: ignore[assignment]  # does the same
-    model.lm_head = VocabularyHead(head, int(rows[0]), mesh.tensor)  # type: ignore[assignment]
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if hasattr(parameter, "ds_id") and not isinstance(module, nn.Linear):
-                with deepspeed.zero.GatheredParameters([parameter]):
-                    whole = nn.Parameter(parameter.data.clone())
-                setattr(module, name, whole)
-
-
-def _part(parameter: nn.Parameter, mesh: Mesh) -> nn.Parameter:
-    with deepspeed.zero.GatheredParameters([parameter]):
-        part = nn.Parameter(slice_of(parameter.data, 0, mesh.tensor_rank, mesh.tensor).clone())
-    internals.mark_as_part(part)
-    return part
-
-
-def sum_gradients_once(model: Llama) -> None:
-    """Let maps that read the same activations (q, k, v; gate, up) share the sum of their gradients over the group.
-
-    AutoTP sums for each map: with the two sums of the forward pass 7 a block instead of 4. To be called on its result.
-    """
-    for module in model.modules():
-        if isinstance(module, Attention | FeedForward):
-            module.register_forward_pre_hook(lambda _, inputs: (_SumGradient.apply(inputs[0]), *inputs[1:]))
-            for linear in module.children():
-                if isinstance(linear, LinearLayer):
-                    internals.replace_forward(linear, partial(_multiply, linear))
-
-
-def _multiply(linear: LinearLayer, x: Tensor) -> Tensor:
-    return F.linear(x, linear.weight, linear.bias)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        parts, (x, *weights) = ctx.parts, ctx.saved_tensors
+        whole = gather(x, parts.group) if parts.split_rows else lambda: x
+        grad_x = grads[0] @ weights[0]
+        for grad, weight in zip(grads[1:], weights[1:], strict=True):
+            grad_x += grad @ weight
+        total = (scatter if parts.split_rows else sum_up)(grad_x, parts.group)
+        flat = whole().flatten(0, -2)
+        of_weights = [grad.flatten(0, -2).T @ flat for grad in grads]
+        pairs = zip(grads, ctx.with_bias, strict=True)
+        of_biases = [grad.flatten(0, -2).sum(0) if with_bias else None for grad, with_bias in pairs]
+        return None, total(), *of_weights, *of_biases
 
 
 def tensor_problems(config: ModelConfig, mesh: Mesh) -> list[str]:

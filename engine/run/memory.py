@@ -112,7 +112,8 @@ def rank_need(plan: RunPlan, rank: int) -> Need:
     rows = max(each.batch.micro_batch_samples * each.seq_length for each in plan.stages) * recipe.objective.copies
     under_way = min(mesh.pipeline - mesh.pipeline_rank, plan.batch.accumulation)
     blocks = _blocks(recipe.model, plan.pipeline_bounds, mesh.pipeline_rank)
-    activations = width * rows // mesh.sequence * recipe.model.hidden_size * blocks * under_way
+    tokens = rows // mesh.sequence // (mesh.tensor if mesh.split_rows else 1)
+    activations = width * tokens * recipe.model.hidden_size * blocks * under_way
     if plan.batch.accumulation == 1:  # gradients come as activations go
         activations = max(0, activations - gradients)
     return Need(weights, gradients, optimizer, activations, int(offloaded), _building(plan, mesh, stage, width))

@@ -1,6 +1,6 @@
 """Everything that can be wrong with a run, found before any process group exists and reported at once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -92,7 +92,7 @@ def make_plan(
     ds_config_file: str,
     data: str,
     topology: Topology,
-    pipeline_stages: int | None = None,
+    degrees: Mapping[str, int | None] | None = None,
     fresh: bool = True,
 ) -> RunPlan:
     """Read and cross-check recipe, DeepSpeed JSON and data. Raises ValueError with one line a problem.
@@ -101,7 +101,7 @@ def make_plan(
     """
     problems: list[str] = []
     recipe, ds_config, opened = _read(recipe_file, overrides, ds_config_file, data, problems)
-    resolved, bounds = _lay_out(recipe, ds_config, ds_config_file, opened[0], topology, pipeline_stages, problems)
+    resolved, bounds = _lay_out(recipe, ds_config, ds_config_file, opened[0], topology, degrees, problems)
     stages, sets = _open_stages(recipe, recipe_file, opened, resolved, problems)
     _cross_check(recipe, ds_config_file, resolved, stages, sets, topology, fresh, problems)
     if problems:
@@ -146,16 +146,14 @@ def _lay_out(
     ds_config_file: str,
     first: OpenData,
     topology: Topology,
-    pipeline_stages: int | None,
+    degrees: Mapping[str, int | None] | None,
     problems: list[str],
 ) -> tuple[Resolved | None, list[int]]:
     """How the ranks hold the run: the filled JSON (None: it is wrong) and where a pipeline divides the layers."""
     if ds_config is None:
         return None, []
     seq_length = first.dataset.manifest.seq_length
-    resolved = _collect(
-        problems, resolve_ds_config, ds_config, ds_config_file, recipe, seq_length, topology, pipeline_stages
-    )
+    resolved = _collect(problems, resolve_ds_config, ds_config, ds_config_file, recipe, seq_length, topology, degrees)
     if resolved is None or "pipeline" not in resolved.config:
         return resolved, []
     section, copies = resolved.config["pipeline"], recipe.objective.copies

@@ -28,7 +28,9 @@ RECOMPUTE = {"training.activation_checkpointing": "true"}
 TIED = {f"model.{key}": "true" for key in ("tie_word_embeddings", "attention_bias", "mlp_bias", "qk_norm")}
 LEARNED = {"model.position_embedding": "learned"}
 SINUSOIDAL = {"model.position_embedding": "sinusoidal", "model.tie_word_embeddings": "true"}
-TENSOR = {"autotp_size": 2}
+TENSOR = {"tensor_parallel": {"autotp_size": 2}}
+ROWS = {"tensor_parallel": {"autotp_size": 2, "split_rows": True}}
+SEQUENCE = {"sequence_parallel_size": 2}
 
 
 def pipeline(stages: int | str, partition: str = "flops", **more) -> dict:
@@ -55,50 +57,91 @@ ON_TWO = {
     "pipeline2-accumulate": (pipeline(2, "uniform"), SPLIT),
     "pipeline2-recompute": (pipeline(2, "parameters"), RECOMPUTE),
     "pipeline2-offload": (pipeline(2, "type:block", zero={"offload_optimizer": OFFLOAD}), {}),
-    **{f"sequence2-zero{stage}": (zero(stage, sequence_parallel_size=2), {}) for stage in range(4)},
-    "sequence2-accumulate-recompute": (zero(2, sequence_parallel_size=2), SPLIT | RECOMPUTE),
-    "tensor2-zero1-accumulate": (zero(1, tensor_parallel=TENSOR), SPLIT),
-    "tensor2-zero2-offload-overlap": (
-        zero(2, tensor_parallel=TENSOR | {"tp_overlap_comm": True}, zero={"offload_optimizer": OFFLOAD}),
+    **{f"sequence2-zero{stage}": (zero(stage, **SEQUENCE), {}) for stage in range(4)},
+    "sequence2-accumulate-recompute": (zero(2, **SEQUENCE), SPLIT | RECOMPUTE),
+    "tensor2-zero1-accumulate": (zero(1, **TENSOR), SPLIT),
+    "tensor2-zero2-offload": (
+        zero(2, **TENSOR, zero={"offload_optimizer": OFFLOAD}),
         {},
     ),
-    "tensor2-zero3-accumulate-recompute": (zero(3, tensor_parallel=TENSOR), SPLIT | RECOMPUTE),
+    "tensor2-zero3-accumulate-recompute": (zero(3, **TENSOR), SPLIT | RECOMPUTE),
+    **{f"rows2-zero{stage}": (zero(stage, **ROWS), {}) for stage in range(4)},
+    "rows2-zero1-accumulate-recompute": (zero(1, **ROWS), SPLIT | RECOMPUTE),
 }
 ON_FOUR = {
     "zero3": (zero(3), {}),
     "pipeline4": (pipeline(4), {}),
     "pipeline2-data2": (pipeline(2), {}),
-    "sequence2-data2": (zero(2, sequence_parallel_size=2), {}),
+    "sequence2-data2": (zero(2, **SEQUENCE), {}),
     "sequence4": (zero(3, sequence_parallel_size=4), {}),  # more ranks than key/value heads
-    "tensor2-data2-zero1": (zero(1, tensor_parallel=TENSOR), {}),
-    "tensor2-data2-zero3": (zero(3, tensor_parallel=TENSOR), {}),
+    "tensor2-data2-zero1": (zero(1, **TENSOR), {}),
+    "tensor2-data2-zero3": (zero(3, **TENSOR), {}),
+    "pipeline2-tensor2": (pipeline(2, **TENSOR), {}),
+    "pipeline2-tensor2-accumulate-recompute": (pipeline(2, **TENSOR), SPLIT | RECOMPUTE),
+    "pipeline2-rows2": (pipeline(2, **ROWS), {}),
+    "pipeline2-sequence2": (pipeline(2, **SEQUENCE), {}),
+    **{f"tensor2-sequence2-zero{stage}": (zero(stage, **TENSOR, **SEQUENCE), {}) for stage in range(4)},
+    "rows2-sequence2-zero1-accumulate-recompute": (zero(1, **ROWS, **SEQUENCE), SPLIT | RECOMPUTE),
+    "rows2-data2-zero3": (zero(3, **ROWS), {}),
+}
+ON_EIGHT = {
+    "pipeline2-tensor2-data2": (pipeline(2, **TENSOR), {}),
+    "pipeline2-rows2-sequence2-accumulate": (pipeline(2, **ROWS, **SEQUENCE), SPLIT),
+    "pipeline2-sequence2-data2": (pipeline(2, **SEQUENCE), {}),
+    "tensor2-sequence2-data2-zero3": (zero(3, **TENSOR, **SEQUENCE), {}),
 }
 HALF = {name: run for name, run in SHIPPED.items() if name not in ON_TWO}
 HALF |= {f"zero{stage}-bf16-accumulate": (zero(stage, **BF16), SPLIT) for stage in (1, 2, 3)}
 AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
 HALF |= {"pipeline2-autocast": (pipeline(2, **AUTOCAST), {})}
-HALF |= {"sequence2-autocast": (zero(2, sequence_parallel_size=2, **AUTOCAST), {})}
-HALF |= {"sequence2-bf16": (zero(1, sequence_parallel_size=2, **BF16), {})}
-FLOAT32 = {1: ON_ONE, 2: ON_TWO, 4: ON_FOUR}
-ALL = FLOAT32 | {2: ON_TWO | HALF}
-WITH_TIED = {
-    2: ["zero0", "zero3", "pipeline2", "sequence2-zero3", "tensor2_zero0_fp32", "tensor2-zero3-accumulate-recompute"],
-    4: ["pipeline2-data2"],
+HALF |= {"sequence2-autocast": (zero(2, **SEQUENCE, **AUTOCAST), {})}
+HALF |= {"sequence2-bf16": (zero(1, **SEQUENCE, **BF16), {})}
+HALF |= {"tensor2-autocast": (zero(0, **TENSOR, **AUTOCAST), {}), "rows2-zero3-bf16": (zero(3, **ROWS, **BF16), {})}
+HALF_ON_FOUR = {
+    "pipeline2-tensor2-bf16-accumulate": (pipeline(2, **TENSOR, **BF16), SPLIT),
+    "pipeline2-rows2-autocast": (pipeline(2, **ROWS, **AUTOCAST), {}),
+    "tensor2-sequence2-bf16": (zero(1, **TENSOR, **SEQUENCE, **BF16), {}),
 }
-WITH_LION = {2: ["zero0", "zero1", "zero2-offload", "zero3", "pipeline2", "tensor2-zero1-accumulate"]}
-WITH_LEARNED = {2: ["zero0", "zero2", "zero3", "pipeline2", "sequence2-zero1", "tensor2_zero0_fp32"]}
+FLOAT32 = {1: ON_ONE, 2: ON_TWO, 4: ON_FOUR, 8: ON_EIGHT}
+ALL = FLOAT32 | {2: ON_TWO | HALF, 4: ON_FOUR | HALF_ON_FOUR}
+HALF_RUNS = [*((2, name) for name in HALF), *((4, name) for name in HALF_ON_FOUR)]
+WITH_TIED = {
+    2: [
+        "zero0",
+        "zero3",
+        "pipeline2",
+        "sequence2-zero3",
+        "tensor2_zero0_fp32",
+        "tensor2-zero3-accumulate-recompute",
+        "rows2-zero1",
+    ],
+    4: ["pipeline2-data2", "pipeline2-tensor2", "pipeline2-rows2", "pipeline2-sequence2", "tensor2-sequence2-zero3"],
+    8: ["pipeline2-tensor2-data2"],
+}
+WITH_LION = {
+    2: ["zero0", "zero1", "zero2-offload", "zero3", "pipeline2", "tensor2-zero1-accumulate"],
+    4: ["pipeline2-tensor2"],
+}
+WITH_LEARNED = {
+    2: ["zero0", "zero2", "zero3", "pipeline2", "sequence2-zero1", "tensor2_zero0_fp32", "rows2-zero0", "rows2-zero3"],
+    4: ["pipeline2-rows2", "tensor2-sequence2-zero1"],
+}
 CHUNKS = {"model.attention": "chunked", "model.chunk_size": "12", "model.vocab_size": "257"}  # an id for masks
 MASKED = {"objective.name": "masked", "objective.mask_ratio": "0.3", "objective.random_ratio": "0.1"} | CHUNKS
-MASKED |= {
-    "optimizer.eps": "1e-6"
-}  # at 1e-8 a gradient that is zero but for rounding, as few targets make, moves a weight
-DIFFUSION = {"objective.name": "block_diffusion"} | CHUNKS
-WITH_MASKED = {2: ["zero0", "zero2-recompute", "pipeline2-accumulate", "sequence2-zero1", "tensor2_zero0_fp32"]}
+# at 1e-8 a gradient that is zero but for rounding, as few targets make, moves a weight
+FEW_TARGETS = {"optimizer.eps": "1e-6"}
+MASKED |= FEW_TARGETS
+DIFFUSION = {"objective.name": "block_diffusion"} | CHUNKS | FEW_TARGETS
+WITH_MASKED = {
+    2: ["zero0", "zero2-recompute", "pipeline2-accumulate", "sequence2-zero1", "tensor2_zero0_fp32"],
+    4: ["pipeline2-tensor2"],
+}
 WITH_DIFFUSION = {
     1: ["zero0"],
     2: ["zero0", "zero1", "zero3", "pipeline2", "sequence2-zero1", "tensor2-zero1-accumulate"],
+    4: ["pipeline2-rows2", "pipeline2-sequence2", "tensor2-sequence2-zero1"],
 }
-WITH_SINUSOIDAL = {2: ["zero0", "pipeline2"]}
+WITH_SINUSOIDAL = {2: ["zero0", "pipeline2", "rows2-zero1"], 4: ["pipeline2-tensor2"]}
 VARIANTS = {
     "-tied": (TIED, WITH_TIED),
     "-lion": (LION, WITH_LION),
@@ -114,7 +157,7 @@ for variant, (_, layouts_of) in VARIANTS.items():
     FLOAT32_RUNS += [(ranks, name + variant) for ranks, names in layouts_of.items() for name in names]
 FAST = {(2, name) for name in ("zero0", "zero2", "zero3", "pipeline2", "sequence2-zero1", "tensor2_zero0_fp32")}
 FLOAT32_RUNS = [pytest.param(*run, marks=[pytest.mark.fast] * (run in FAST)) for run in FLOAT32_RUNS]
-ALL_RUNS = [*FLOAT32_RUNS, *((2, name) for name in HALF)]
+ALL_RUNS = [*FLOAT32_RUNS, *HALF_RUNS]
 
 
 @pytest.fixture(scope="module")
@@ -221,10 +264,10 @@ def test_validation_is_the_same_in_every_layout(runs, ranks, name):
         assert found["bits_per_byte"] == pytest.approx(expected["bits_per_byte"], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", HALF)
-def test_half_precision_stays_near_float32(runs, references, name):
+@pytest.mark.parametrize(("ranks", "name"), HALF_RUNS)
+def test_half_precision_stays_near_float32(runs, references, ranks, name):
     """bf16 keeps 8 bits: 1 % on the loss and 5 % on the gradient norm over ten steps."""
-    found, expected = curve(runs(2, name)[0]), references("")[0]
+    found, expected = curve(runs(ranks, name)[0]), references("")[0]
     np.testing.assert_allclose(found[:, 0], expected[:, 0], rtol=0.01)
     np.testing.assert_allclose(found[:, 1], expected[:, 1], rtol=0.05)
 
@@ -259,7 +302,7 @@ def test_initial_weights_are_loaded_in_every_layout(setting, runs, on_ranks):
     save_hf(config, larger.items(), folder / "hf")
     overrides = {"training.initial_weights": str(folder / "hf")}
     names = ["zero0", "zero2", "zero3", "pipeline2", "sequence2-zero1"]
-    names += ["tensor2_zero0_fp32", "tensor2-zero3-accumulate-recompute"]
+    names += ["tensor2_zero0_fp32", "tensor2-zero3-accumulate-recompute", "rows2-zero1"]
     chosen = {name: (ALL[2][name][0], overrides) for name in names}
     results = on_ranks(2, histories, str(folder / "initial"), recipe, data, chosen, 2)[0]
     for name in names:

@@ -37,6 +37,22 @@ ON_FOUR = {
     "sequence4": (zero(0, sequence_parallel_size=4), {}),
     **{name.replace("2", "2-data2", 1): TENSOR[name] for name in ("tensor2-zero0", "tensor2-zero2", "tensor2-zero3")},
 }
+COMBINED = {
+    "pipeline2-tensor2": (zero(1, pipeline={"stages": 2}, tensor_parallel={"autotp_size": 2}), {}),
+    "pipeline2-rows2-tied": (
+        zero(1, pipeline={"stages": 2}, tensor_parallel={"autotp_size": 2, "split_rows": True}),
+        {"model.tie_word_embeddings": "true"},
+    ),
+    "pipeline2-sequence2": (zero(1, pipeline={"stages": 2}, sequence_parallel_size=2), {}),
+    "tensor2-sequence2-zero1": (zero(1, tensor_parallel={"autotp_size": 2}, sequence_parallel_size=2), {}),
+    "tensor2-sequence2-zero3": (zero(3, tensor_parallel={"autotp_size": 2}, sequence_parallel_size=2), {}),
+}
+ON_FOUR |= COMBINED
+ON_EIGHT = {
+    "pipeline2-tensor2-data2": COMBINED["pipeline2-tensor2"],
+    "pipeline2-tensor2-sequence2": (COMBINED["pipeline2-tensor2"][0] | {"sequence_parallel_size": 2}, {}),
+}
+LAYOUTS = {2: ON_TWO, 4: ON_FOUR, 8: ON_EIGHT}
 STAGES = ["zero0", "zero1", "zero2", "zero3", "zero3-offload"]
 TO_ONE = [(source, target) for source in STAGES for target in STAGES if source != target]
 TO_ONE += [("zero1-bf16", "zero3-bf16"), ("zero3-bf16", "zero1-bf16"), ("zero2-bf16", "zero0-autocast")]
@@ -56,9 +72,26 @@ FROM_FOUR += [("pipeline2-data2", "pipeline"), ("sequence2-data2", "pipeline"), 
 FROM_FOUR += [("tensor2-data2-zero3", "tensor2-zero0"), ("tensor2-data2-zero2", "tensor2-zero3")]
 FROM_FOUR += [("tensor2-data2-zero2", "pipeline"), ("pipeline4", "tensor2-zero2")]
 FROM_FOUR += [("sequence2-data2", "tensor2-zero3")]
+# every two of pipeline, tensor, sequence and data, from and to
+TO_FOUR += [
+    ("tensor2-zero2", "pipeline2-tensor2"),
+    ("pipeline", "tensor2-sequence2-zero3"),
+    ("zero1", "pipeline2-sequence2"),
+]
+FROM_FOUR += [
+    ("pipeline2-tensor2", "tensor2-zero3"),
+    ("pipeline2-tensor2", "pipeline"),
+    ("pipeline2-sequence2", "zero2"),
+]
+FROM_FOUR += [("tensor2-sequence2-zero3", "zero1"), ("tensor2-sequence2-zero1", "tensor2-zero0")]
+ON_AS_MANY = [("pipeline2-tensor2", "tensor2-sequence2-zero3"), ("tensor2-sequence2-zero1", "pipeline2-sequence2")]
+ON_AS_MANY += [("pipeline2-sequence2", "pipeline2-data2"), ("pipeline2-data2", "pipeline2-tensor2")]
+ON_AS_MANY += [("tensor2-sequence2-zero3", "tensor2-data2-zero2"), ("sequence2-data2", "pipeline2-tensor2")]
+TO_EIGHT = [("pipeline2-tensor2", "pipeline2-tensor2-data2"), ("sequence2-data2", "pipeline2-tensor2-sequence2")]
 MOVES = [*(("to one", *pair) for pair in TO_ONE), *(("to four", *pair) for pair in TO_FOUR)]
 MOVES += [("from four", *pair) for pair in FROM_FOUR]
-RANKS = {"to one": (2, 1), "to four": (2, 4), "from four": (4, 2)}
+MOVES += [*(("on four", *pair) for pair in ON_AS_MANY), *(("to eight", *pair) for pair in TO_EIGHT)]
+RANKS = {"to one": (2, 1), "to four": (2, 4), "from four": (4, 2), "on four": (4, 4), "to eight": (4, 8)}
 
 
 def tolerance(*names: str) -> float:
@@ -77,11 +110,10 @@ def setting(tmp_path_factory):
 def begun(setting, on_ranks):
     """By ranks and name: 8 steps at once, and 4 + 4 with a checkpoint between; what each rank reports."""
     folder, *problem = setting
-    layouts = {2: ON_TWO, 4: ON_FOUR}
 
     @kept
     def run(ranks: int, name: str) -> list[dict]:
-        chosen = {name: layouts[ranks][name]}
+        chosen = {name: LAYOUTS[ranks][name]}
         return [rank[name] for rank in on_ranks(ranks, interrupted, f"{folder}/{ranks}", *problem, chosen)]
 
     return run
@@ -113,9 +145,9 @@ def rows(ranks, name, key, steps) -> list:
     return [sorted(row for rank in takers for row in rank[key][i]["rows"]) for i in steps]
 
 
-@pytest.mark.parametrize("name", ON_TWO)
-def test_same_layout_is_exact_to_the_bit(begun, name):
-    for result in begun(2, name):
+@pytest.mark.parametrize(("ranks", "name"), [*((2, name) for name in ON_TWO), *((4, name) for name in COMBINED)])
+def test_same_layout_is_exact_to_the_bit(begun, ranks, name):
+    for result in begun(ranks, name):
         assert [s["step"] for s in result["history"]] == list(range(1, 9))
         np.testing.assert_array_equal(values(result["history"]), values(result["expected"]))
         assert [s["rows"] for s in result["history"]] == [s["rows"] for s in result["expected"]]
@@ -154,7 +186,7 @@ def test_any_layout_continues_in_any_other_on_other_ranks(setting, begun, on_ran
     where, source, target = move
     before, after = RANKS[where]
     start = begun(before, source)
-    arguments = f"{setting[0]}/{before}", *setting[1:], [(source, target)], (ON_FOUR if after == 4 else ON_TWO), 4
+    arguments = f"{setting[0]}/{before}", *setting[1:], [(source, target)], LAYOUTS.get(after, ON_TWO), 4
     went = [rank[source, target] for rank in on_ranks(after, moved, *arguments)]
     assert [step["step"] for step in went[0]["history"]] == [5, 6, 7, 8]
     expected = start[0]["expected"][4:]

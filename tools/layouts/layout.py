@@ -137,7 +137,7 @@ def plan_layout(layout: Layout, setting: Setting, folder: Path) -> "RunPlan":
     try:
         topology = read_topology(here)  # of the last rank, which may lack a GPU
         overrides = setting.overrides | layout.overrides
-        return make_plan(setting.recipe, overrides, config, setting.data, topology, layout.stages)
+        return make_plan(setting.recipe, overrides, config, setting.data, topology, {"pipeline": layout.stages})
     except ValueError as error:
         raise ValueError(str(error).replace(config, layout.file)) from None
 

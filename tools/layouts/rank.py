@@ -28,7 +28,9 @@ def main(folder: Path) -> int:
 
     job = json.loads((folder / "job.json").read_text())
     run = Path(job["run"])
-    plan = make_plan(job["recipe"], job["overrides"], job["ds_config"], job["data"], topology, job["stages"])
+    plan = make_plan(
+        job["recipe"], job["overrides"], job["ds_config"], job["data"], topology, {"pipeline": job["stages"]}
+    )
     check_resumable(run, plan, allow_data_change=False)
     check_memory(plan, topology)
     start_process_group(topology)

@@ -130,14 +130,11 @@ def test_every_problem_is_reported_at_once():
             "preset_model: how matrices are cut follows",
         ),
         ({"tensor_parallel": {"autotp_size": 4}}, "does not divide the 2 ranks of this launch"),
-        ({"tensor_parallel": {"autotp_size": 2}, "pipeline": {"stages": 2}}, "cannot be combined"),
         (
-            {
-                "tensor_parallel": {"autotp_size": 2, "tp_overlap_comm": True},
-                "torch_autocast": {"enabled": True, "dtype": "bfloat16"},
-            },
-            "tp_overlap_comm stops at the first step under torch_autocast",
+            {"tensor_parallel": {"autotp_size": 2}, "pipeline": {"stages": 2}, "zero_optimization": {"stage": 1}},
+            "pipeline.stages 2 x tensor_parallel.autotp_size 2 = 4 does not divide the 2 ranks of this launch",
         ),
+        ({"tensor_parallel": {"autotp_size": 2, "split_rows": "some"}}, "tensor_parallel.split_rows"),
         (
             {"tensor_parallel": {"autotp_size": 2}, "zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}},
             "zero_hpz_partition_size (ZeRO++) group ranks that hold different parts",
@@ -154,8 +151,7 @@ def test_every_problem_is_reported_at_once():
         ({"pipeline": {"activation_checkpoint_interval": 1}}, "unknown key 'pipeline.activation_checkpoint_interval'"),
         ({"pipeline": {}, "zero_optimization": {"stage": 1}, "wall_clock_breakdown": True}, "stop a pipeline"),
         ({"pipeline": {}, "flops_profiler": {"enabled": True}}, "stop a pipeline"),
-        ({"sequence_parallel_size": 2, "pipeline": {"stages": 2}}, "cannot be combined"),
-        ({"sequence_parallel_size": "auto"}, "sequence_parallel_size"),
+        ({"sequence_parallel_size": "all"}, "sequence_parallel_size"),
         ({"sequence_parallel_size": 4}, "does not divide the 2 ranks of this launch"),
         ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 3}}, "or start a multiple of 3 ranks"),
         ({"compile": {"deepcompile": True}}, "not supported"),
@@ -177,6 +173,7 @@ def test_what_the_recipe_asks_for_must_suit_the_layout():
     assert "training.compile is for blocks without collectives" in problems(zero3, recipe=compiled)[0]
     resolve({}, recipe=muon)
     resolve({"zero_optimization": {"stage": 2}}, recipe=compiled)
+    resolve({"tensor_parallel": {"autotp_size": 2}}, recipe=compiled)
 
 
 def test_tensor_parallelism_needs_heads_and_widths_that_divide():

@@ -83,22 +83,26 @@ def test_validation_sets_must_exist_and_share_the_tokenizer(setting, tmp_path):
 def test_layouts_must_suit_the_model_the_rows_and_the_launch(setting, tmp_path):
     _, recipe, data = setting
 
-    def sentences(config: dict, ranks: int, stages: int | None = None, **overrides) -> str:
+    def sentences(config: dict, ranks: int, stages: int | None = None, **overrides: str) -> str:
         (tmp_path / "ds.json").write_text(json.dumps(config))
         topology = Topology(0, 0, ranks, torch.device("cpu"))
         with pytest.raises(ValueError) as caught:
-            make_plan(recipe, overrides, str(tmp_path / "ds.json"), data, topology, stages)
+            make_plan(recipe, overrides, str(tmp_path / "ds.json"), data, topology, {"pipeline": stages})
         return str(caught.value)
 
     pipeline = {"zero_optimization": {"stage": 1}, "pipeline": {"stages": "auto"}}
     assert "8 pipeline stages for 4 blocks: use at most 4 stages" in sentences(pipeline, 8)
-    assert "--pipeline_stages 2 has no pipeline to cut: take ds_configs/pipeline.json" in sentences({}, 2, 2)
+    assert "a pipeline with ZeRO stage 0 clips by the gradients of the first stage alone" in sentences({}, 2, 2)
     pipeline["pipeline"]["stages"] = 4
     assert "pipeline.stages is 4 but --pipeline_stages is 2" in sentences(pipeline, 4, 2)
     by_tokens = {"training.global_batch_tokens": "768"}
     shared = {"sequence_parallel_size": 3}
     assert "does not divide the model's 4 attention heads over 2 key/value heads: use 2 or 4" in sentences(shared, 3)
     assert "does not divide rows of 64 tokens" in sentences(shared, 3, **by_tokens)
+    rows = {"tensor_parallel": {"autotp_size": 2, "split_rows": True}, "sequence_parallel_size": 64}
+    assert "split_rows does not divide 1 tokens of a row over 2 ranks: set it to false" in sentences(rows, 128)
+    both = {"tensor_parallel": {"autotp_size": 2}, "sequence_parallel_size": 4}
+    assert "2 attention heads over 1 key/value heads of a tensor-parallel rank: use 2" in sentences(both, 8)
 
 
 def test_settings_without_effect_are_named(setting):
