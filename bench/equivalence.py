@@ -67,14 +67,22 @@ ON_ONE_OR_TWO = (  # {0}: ranks
     f"ZeRO-2 offload=ds_configs/zero2_fp32.json:{{0}} {OFFLOAD_OPTIMIZER}",
     f"ZeRO-3 offload=ds_configs/zero3_fp32.json:{{0}} {OFFLOAD_ALL}",
 )
+TENSOR, SEQUENCE = "tensor_parallel.autotp_size=2", "sequence_parallel_size=2"
 ON_MORE = (
     "pipeline 2=ds_configs/pipeline_fp32.json:2",
     "pipeline 2 x data 2=ds_configs/pipeline_fp32.json:4:2",
     "pipeline 4=ds_configs/pipeline_fp32.json:4",
     "tensor 2, ZeRO-0=ds_configs/tensor2_zero0_fp32.json:2",
-    "tensor 2, ZeRO-2=ds_configs/zero2_fp32.json:2 tensor_parallel.autotp_size=2",
-    "tensor 2 x data 2=ds_configs/zero1_fp32.json:4 tensor_parallel.autotp_size=2",
-    *(f"sequence 2, ZeRO-{n}=ds_configs/zero{n}_fp32.json:2 sequence_parallel_size=2" for n in range(4)),
+    f"tensor 2, ZeRO-2=ds_configs/zero2_fp32.json:2 {TENSOR}",
+    f"tensor 2 x data 2=ds_configs/zero1_fp32.json:4 {TENSOR}",
+    f"tensor 2, rows split=ds_configs/zero1_fp32.json:2 {TENSOR} tensor_parallel.split_rows=true",
+    *(f"sequence 2, ZeRO-{n}=ds_configs/zero{n}_fp32.json:2 {SEQUENCE}" for n in range(4)),
+    f"pipeline 2 x tensor 2=ds_configs/pipeline_fp32.json:4:2 {TENSOR}",
+    f"pipeline 2 x sequence 2=ds_configs/pipeline_fp32.json:4:2 {SEQUENCE}",
+    f"tensor 2 x sequence 2, ZeRO-1=ds_configs/zero1_fp32.json:4 {TENSOR} {SEQUENCE}",
+    f"tensor 2 x sequence 2, ZeRO-3=ds_configs/zero3_fp32.json:4 {TENSOR} {SEQUENCE}",
+    f"pipeline 2 x tensor 2 x data 2=ds_configs/pipeline_fp32.json:8:2 {TENSOR}",
+    f"pipeline 2 x tensor 2 x sequence 2=ds_configs/pipeline_fp32.json:8:2 {TENSOR} {SEQUENCE}",
 )
 
 

@@ -9,6 +9,7 @@ import base64
 import json
 import re
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -135,3 +136,17 @@ def hosts_of_ranks(commands: Sequence[Sequence[str]]) -> list[str]:
                 slots = json.loads(base64.urlsafe_b64decode(word.partition("=")[2]))
                 return [host for host, ids in slots.items() for _ in ids]
     return []
+
+
+def across_hosts(tensor: int, slots: Sequence[int]) -> str:
+    """A sentence where tensor-parallel groups, of so many consecutive ranks, do not lie on one host each; else nothing.
+
+    `slots`: ranks of each host, in their order.
+    """
+    if all(end % tensor == 0 for end in accumulate(slots)):
+        return ""
+    ranks = " or ".join(str(count) for count in sorted(set(slots)))
+    return (
+        f"tensor-parallel groups of {tensor} ranks lie across hosts, which have {ranks}: every block waits for the network "
+        "between them; take a degree that divides the ranks of a host"
+    )

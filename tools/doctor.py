@@ -1,6 +1,6 @@
 """Says what would go wrong with a launch over several hosts, before it does; without a hostfile, describes this machine.
 
-python -m tools.doctor [--hostfile hosts]
+python -m tools.doctor [--hostfile hosts [--tensor N]]
 
 Run it where you will start `deepspeed`: it logs into every host as the launcher does and compares what it finds there.
 """
@@ -46,6 +46,7 @@ class Findings:
 def main() -> None:
     parser = CommandParser(prog="python -m tools.doctor", description=__doc__)
     parser.add_argument("--hostfile", type=Path, help="check a launch on these hosts (default: describe this machine)")
+    parser.add_argument("--tensor", type=int, default=1, metavar="N", help="ranks of a tensor group, for --hostfile")
     arguments = parser.parse_args()
     findings = Findings()
     if arguments.hostfile is None:
@@ -54,20 +55,22 @@ def main() -> None:
         for name, value in machine_report(findings.problem, findings.note):
             print(f"{name:<15}{value}")
     else:
-        check_launch(arguments.hostfile, findings)
+        check_launch(arguments.hostfile, arguments.tensor, findings)
     if findings.problems:
         raise ValueError(f"{findings.problems} problem{'s' * (findings.problems > 1)} to solve, see above")
     print("no problem found" if arguments.hostfile is None else "every host is ready for the launch")
 
 
-def check_launch(hostfile: Path, findings: Findings) -> None:
+def check_launch(hostfile: Path, tensor: int, findings: Findings) -> None:
     """Examine the hostfile, `.deepspeed_env` and every host."""
-    from launch.hostfile import read_hostfile
+    from launch.hostfile import across_hosts, read_hostfile
     from launch.topology import shell_environment
 
     hosts, problems = read_hostfile(hostfile)
     for problem in problems:
         findings.problem(problem)
+    if sentence := across_hosts(tensor, list(hosts.values())):
+        findings.note(sentence)
     forwarded = check_forwarded(shell_environment(), findings)
     if missing := [name for name in ("ssh", "pdsh")[: 1 + (len(hosts) > 1)] if shutil.which(name) is None]:
         findings.problem(f"not installed here: {', '.join(missing)} (Debian, Ubuntu: apt install openssh-client pdsh)")

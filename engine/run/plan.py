@@ -12,6 +12,7 @@ from engine.layout.pipeline import pipeline_bounds
 from engine.layout.sequence import sequence_problems
 from engine.run.initial_weights import initial_weights_problems
 from engine.run.stages import Stage, plan_stages
+from launch.hostfile import across_hosts
 from launch.topology import Topology
 from model.config import ModelConfig
 from storage.manifest import Manifest
@@ -110,6 +111,9 @@ def make_plan(
     plan = RunPlan(recipe, resolved.config, resolved.mesh, stages, sets, bounds, [])
     notices = config_json_notices(recipe_file, overrides, fresh) + _notices(plan, recipe_file)
     notices += [f"{ds_config_file}: {notice}" for notice in resolved.notices]
+    hosts, more = divmod(topology.world_size, topology.local_size)
+    if sentence := across_hosts(plan.mesh.tensor, [topology.local_size] * hosts + [more] * (more > 0)):
+        notices.append(f"{ds_config_file}: {sentence}")
     if "gradient_compression" in plan.ds_config and topology.world_size == 1:
         notices.append(f"{ds_config_file}: gradient_compression has no effect on one rank")
     return plan._replace(warnings=notices)

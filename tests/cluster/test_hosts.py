@@ -103,20 +103,22 @@ def test_torchrun_on_both_hosts(undivided, cluster, shared):
     assert losses(output) == pytest.approx({step: undivided[step] for step in (1, 2, 3)}, rel=1e-5)
 
 
-def test_pipeline_across_hosts(undivided, cluster, shared):
-    """A stage on each host gives the losses of the undivided model."""
-    command = ["deepspeed", "--hostfile", "hosts", "train.py", "--recipe", "recipe.yaml", "--data", "data"]
-    pipeline = [
-        "--deepspeed_config",
-        "ds_configs/pipeline_fp32.json",
-        "--pipeline_stages",
-        "2",
-        "--output",
-        "run_pipeline",
-    ]
-    done = cluster.run([*command, *pipeline, "--training.max_steps", "4"], cwd=shared, timeout=240)
+def test_pipeline_across_hosts_and_tensor_parallelism_within(undivided, cluster, shared):
+    """Two ranks on each host, which share its layers by tensors, give the losses of the undivided model."""
+    (shared / "hosts_of_two").write_text("".join(f"node{n} slots=2\n" for n in (1, 2)))
+    command = ["deepspeed", "--hostfile", "hosts_of_two", "train.py", "--recipe", "recipe.yaml", "--data", "data"]
+    command += ["--deepspeed_config", "ds_configs/pipeline_fp32.json", "--pipeline_stages", "2", "--tensor", "2"]
+    output = shared / "run_pipeline"
+    done = cluster.run([*command, "--output", str(output), "--training.max_steps", "4"], cwd=shared, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert losses(shared / "run_pipeline") == pytest.approx({step: undivided[step] for step in range(1, 5)}, rel=1e-5)
+    assert losses(output) == pytest.approx({step: undivided[step] for step in range(1, 5)}, rel=1e-5)
+    assert "across hosts" not in done.stdout
+    layout = json.loads((output / "run.json").read_text())["layout"]
+    assert {key: layout[key] for key in ("world_size", "pipeline", "tensor")} == {
+        "world_size": 4,
+        "pipeline": 2,
+        "tensor": 2,
+    }
 
 
 def test_environment_and_exit_code_pass_between_the_hosts(cluster, shared):

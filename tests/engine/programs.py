@@ -23,6 +23,7 @@ from engine.run.resume import restore
 from engine.run.validation import validate_all
 from launch.topology import read_topology
 from model.llama import RMSNorm
+from tests.processes import ROOT
 from tests.training.corpus import build
 from training.state import TrainState
 
@@ -60,6 +61,20 @@ def zero(stage: int, **more) -> dict:
     sizes = {"reduce_bucket_size": 5000} if stage else {}
     sizes |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 5000} if stage == 3 else {}
     return AUTO | {"zero_optimization": {"stage": stage, **sizes, **more.pop("zero", {})}} | more
+
+
+def shipped() -> dict[str, tuple[int, dict]]:
+    """Every JSON of `ds_configs` on the ranks of a small launch: 2, or as many as it takes to give each open degree 2."""
+    found = {}
+    for file in sorted((ROOT / "ds_configs").glob("*.json")):
+        config = json.loads(file.read_text())
+        sections = [(config.get("pipeline", {}), "stages"), (config.get("tensor_parallel", {}), "autotp_size")]
+        open_degrees = [(s, key) for s, key in [*sections, (config, "sequence_parallel_size")] if s.get(key) == "auto"]
+        if len(open_degrees) > 1:
+            for section, key in open_degrees:
+                section[key] = 2
+        found[file.stem] = 2 ** max(len(open_degrees), 1), config
+    return found
 
 
 def prepare(folder: Path) -> tuple[str, str]:

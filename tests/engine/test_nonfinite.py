@@ -5,7 +5,6 @@ A run that meets a NaN in a loss and an inf in a gradient goes on, to the bit, l
 
 import contextlib
 import io
-import json
 import math
 import re
 from pathlib import Path
@@ -13,31 +12,32 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.engine.programs import BF16, Poison, Run, prepare, zero
-from tests.processes import ROOT
+from tests.engine.programs import BF16, Poison, Run, prepare, shipped, zero
 
 POISONS = {
     2: Poison(math.nan, rank=-1, micro_batch=0, in_gradient=False),
     4: Poison(math.inf, rank=0, micro_batch=-1, in_gradient=True),
 }
 STEPS = 5
-FILES = {file.stem: json.loads(file.read_text()) for file in sorted((ROOT / "ds_configs").glob("*.json"))}
+ON_TWO, ON_FOUR = ({name: c for name, (on, c) in shipped().items() if on == ranks} for ranks in (2, 4))
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 ONE_MICRO_BATCH = {"training.micro_batch_samples": "4"}
 LION, MUON = {"optimizer.name": "lion"}, {"optimizer.name": "muon"}
 CASES = {
-    **{name: (config, {}) for name, config in FILES.items()},
-    **{f"{name}-lion": (FILES[name], LION) for name in ("zero0_fp32", "zero2_offload", "zero3")},
-    "zero0-muon": (FILES["zero0"], MUON),
+    **{name: (config, {}) for name, config in ON_TWO.items()},
+    **{f"{name}-lion": (ON_TWO[name], LION) for name in ("zero0_fp32", "zero2_offload", "zero3")},
+    "zero0-muon": (ON_TWO["zero0"], MUON),
     "zero2-offload-fp32": (zero(2, zero=OFFLOAD), {}),
     "zero1-offload": (zero(1, zero=OFFLOAD, **BF16), {}),
-    "zero2-offload-one-micro-batch": (FILES["zero2_offload"], ONE_MICRO_BATCH),
+    "zero2-offload-one-micro-batch": (ON_TWO["zero2_offload"], ONE_MICRO_BATCH),
     "zero2-offload-bf16-sums": (zero(2, zero=OFFLOAD, bf16={"enabled": True}), ONE_MICRO_BATCH),
 }
 SHARED = {
     # ranks that hold other layers, other parts of every layer or other tokens of a row, and ranks with other rows
-    "pipeline": (FILES["pipeline"] | {"pipeline": {"stages": 2}}, {}),
-    **{name: (FILES[name], {}) for name in ("tensor2_zero0_fp32", "tensor2_zero3", "sequence2_zero2")},
+    "pipeline": (ON_TWO["pipeline"] | {"pipeline": {"stages": 2}}, {}),
+    **{name: (ON_TWO[name], {}) for name in ("tensor2_zero0_fp32", "tensor2_zero3", "sequence2_zero2")},
+    **{name: (config, {}) for name, config in ON_FOUR.items()},
+    "pipeline2-rows2": (zero(1, pipeline={"stages": 2}, tensor_parallel={"autotp_size": 2, "split_rows": True}), {}),
 }
 MISSING_DEVICE = re.compile(r"\bCPU\b|\bGPUs?\b|nvme")
 

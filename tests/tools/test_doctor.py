@@ -30,7 +30,7 @@ def command(capsys, monkeypatch, tmp_path):
     programs = tmp_path / "bin"
     programs.mkdir()
 
-    def run(hostfile: str | None, pdsh: bool = True):
+    def run(hostfile: str | None, *flags: str, pdsh: bool = True):
         for name, text in {"ssh": SSH, **({"pdsh": "#!/bin/sh\n"} if pdsh else {})}.items():
             (programs / name).write_text(text)
             (programs / name).chmod(0o755)
@@ -41,7 +41,7 @@ def command(capsys, monkeypatch, tmp_path):
         if hostfile is None:
             return call(doctor.main, capsys, monkeypatch)
         Path("hosts").write_text(hostfile)
-        return call(doctor.main, capsys, monkeypatch, "--hostfile", "hosts")
+        return call(doctor.main, capsys, monkeypatch, "--hostfile", "hosts", *flags)
 
     return run
 
@@ -51,6 +51,13 @@ def test_a_good_host(command, tmp_path):
     assert (done.code, done.err) == (0, ""), done.out
     assert done.out.splitlines()[-1] == "every host is ready for the launch"
     assert not list(tmp_path.glob(".longform-doctor-*"))
+
+
+@pytest.mark.parametrize(("tensor", "said"), [("2", False), ("4", True)])
+def test_a_tensor_group_across_hosts_is_noted(command, tensor, said):
+    done = command("localhost slots=2\nother slots=2\n", "--tensor", tensor)
+    sentence = f"note: tensor-parallel groups of {tensor} ranks lie across hosts, which have 2: every block waits"
+    assert (sentence in done.out) == said
 
 
 def test_a_greeting_would_become_the_address(command):

@@ -1,7 +1,6 @@
 """The DeepSpeed JSON: what is filled, what is refused, all at once and before anything starts."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +10,11 @@ from hypothesis import strategies as st
 from engine.ds_json.keys import KNOWN, SECTIONS
 from engine.ds_json.read import read_ds_config, resolve_ds_config
 from launch.topology import Topology
+from tests.engine.programs import shipped
 from training.config import Recipe
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-SHIPPED = sorted(Path("ds_configs").glob("*.json"))
+SHIPPED = shipped()
 RECIPE = Recipe.model_validate(
     {
         "model": {
@@ -49,16 +49,19 @@ def problems(config, **kwargs) -> list[str]:
     return [line.removeprefix("ds.json: ") for line in lines]
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("name", SHIPPED)
 @pytest.mark.parametrize("device", [CPU, GPU], ids=str)
-def test_shipped_configs_resolve(path, device):
-    raw = read_ds_config(path)
-    if reasons := NOT_HERE.get(path.stem, {}).get(device.type):
+def test_shipped_configs_resolve(name, device):
+    raw = read_ds_config(f"ds_configs/{name}.json")
+    ranks, filled = SHIPPED[name]
+    if reasons := NOT_HERE.get(name, {}).get(device.type):
         found = problems(raw, device=device)
         assert len(found) == len(reasons)
         assert all(reason in problem for reason, problem in zip(reasons, found, strict=True))
         return
-    config, batch, mesh, _ = resolve(raw, device=device)
+    if raw != filled:
+        assert 'are both "auto": start with --' in problems(raw, device=device)[0]
+    config, batch, mesh, _ = resolve(filled, world_size=ranks, device=device)
     assert batch == (8, 2, 4 // mesh.data)
     assert (config["train_batch_size"], config["gradient_clipping"]) == (8, 0.5)
     assert '"auto"' not in json.dumps(config)

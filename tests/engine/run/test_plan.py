@@ -105,6 +105,17 @@ def test_layouts_must_suit_the_model_the_rows_and_the_launch(setting, tmp_path):
     assert "2 attention heads over 1 key/value heads of a tensor-parallel rank: use 2" in sentences(both, 8)
 
 
+@pytest.mark.parametrize(("local_size", "said"), [(4, False), (2, False), (1, True)])
+def test_a_tensor_group_across_hosts_is_named(setting, tmp_path, local_size, said):
+    _, recipe, data = setting
+    (tmp_path / "ds.json").write_text(json.dumps({"tensor_parallel": {"autotp_size": "auto"}}))
+    topology = Topology(0, 0, 4, torch.device("cpu"), local_size)
+    warnings = make_plan(recipe, {}, str(tmp_path / "ds.json"), data, topology, {"tensor": 2}).warnings
+    assert (
+        any("ds.json: tensor-parallel groups of 2 ranks lie across hosts, which have 1" in w for w in warnings) == said
+    )
+
+
 def test_settings_without_effect_are_named(setting):
     warnings = plan(setting, {"schedule.schedule": "cosine", "model.vocab_size": "300"}).warnings
     assert any("schedule.decay_steps has no effect" in warning for warning in warnings)
