@@ -76,6 +76,7 @@ def run_cli(
     timeout: float = 120,
     cwd: str | os.PathLike[str] = ROOT,
     stdin: str = "",
+    start: Callable[..., Any] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Runs a command to its end, whatever its exit code; `python`, `torchrun`, `deepspeed` are this environment's.
 
@@ -84,7 +85,7 @@ def run_cli(
     with tempfile.TemporaryFile("w+") as given:
         given.write(stdin)
         given.seek(0)
-        with start_cli(command, env=env, cwd=cwd, stdin=given) as running:
+        with start_cli(command, env=env, cwd=cwd, stdin=given, start=start) as running:
             return running.finish(timeout)
 
 
@@ -143,14 +144,18 @@ def start_cli(
     env: Mapping[str, str | None] | None = None,
     cwd: str | os.PathLike[str] = ROOT,
     stdin: Any = subprocess.DEVNULL,
+    start: Callable[..., Any] | None = None,
 ) -> Iterator[RunningCommand]:
-    """Starts a command in the background; it and all it started are gone when the `with` block ends."""
+    """Starts a command in the background; it and all it started are gone when the `with` block ends.
+
+    `start`: what stands in for `start_process`.
+    """
     with tempfile.TemporaryDirectory(prefix="command-") as folder, marked_processes() as mark:
         paths = Path(folder) / "stdout", Path(folder) / "stderr"
         with paths[0].open("wb") as stdout, paths[1].open("wb") as stderr:
             words = [os.fspath(word) for word in command]
             variables = {**(env or {}), MARK: mark}
-            process = start_process(words, variables, stdout=stdout, stderr=stderr, stdin=stdin, cwd=cwd)
+            process = (start or start_process)(words, variables, stdout=stdout, stderr=stderr, stdin=stdin, cwd=cwd)
         yield RunningCommand(process, Path(folder), mark)
 
 

@@ -29,8 +29,7 @@ def start(folder: Path, pipes: Sequence[int]) -> None:
     if (call := folder / "call-1").exists():
         with contextlib.suppress(Exception, SystemExit):  # every rank meets and reports it again
             imported(pickle.loads(call.read_bytes())[0])
-    names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
-    assert len(names) - names.count(RENEWED_THREAD) == 1, f"a fork would lose one of the threads {names}"
+    assert_alone()
     parent, ranks = os.getpid(), {}
     for rank, pipe in enumerate(pipes):
         if pid := os.fork():
@@ -44,6 +43,12 @@ def start(folder: Path, pipes: Sequence[int]) -> None:
         pid, status = os.wait()
         (folder / "ending").write_text(str(os.waitstatus_to_exitcode(status)))
         (folder / "ending").rename(folder / f"ended-{ranks[pid]}")
+
+
+def assert_alone() -> None:
+    """No thread of this process would be missing in a fork."""
+    names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+    assert len(names) - names.count(RENEWED_THREAD) == 1, f"a fork would lose one of the threads {names}"
 
 
 def be_rank(rank: int, parent: int, folder: Path, pipe: int, others: set[int]) -> None:

@@ -1,4 +1,4 @@
-"""train.py as users start it: real launchers, real kills, real files."""
+"""train.py as users start it: real launchers where they matter, real kills, real files."""
 
 import fcntl
 import json
@@ -14,6 +14,7 @@ import yaml
 
 from engine.checkpoint.manifest import digest_of_file, read_manifest, seal, steps
 from tests.engine.programs import prepare
+from tests.forks import run_python, start_python
 from tests.processes import free_port, run_cli, start_cli
 from tests.training.corpus import build
 from tests.training.test_wandb_run import read_run
@@ -32,11 +33,14 @@ def setting(tmp_path_factory):
     return folder, *prepare(folder)
 
 
-def command(setting, output: Path, *flags: str, launcher: str = "python", ds_config: str = "zero2_fp32") -> list[str]:
+def words(setting, output: Path, *flags: str, ds_config: str = "zero2_fp32") -> list[str]:
     _, recipe, data = setting
-    start = [word.format(port=free_port()) for word in LAUNCHERS[launcher]]
     arguments = ["--recipe", recipe, "--deepspeed_config", f"ds_configs/{ds_config}.json", "--data", data]
-    return [*start, "train.py", *arguments, "--output", str(output), *flags]
+    return ["train.py", *arguments, "--output", str(output), *flags]
+
+
+def command(setting, output: Path, *flags: str, launcher: str = "python") -> list[str]:
+    return [*(word.format(port=free_port()) for word in LAUNCHERS[launcher]), *words(setting, output, *flags)]
 
 
 def losses(output: Path) -> dict[int, float]:
@@ -82,7 +86,7 @@ def test_wandb_run_is_one_and_complete(setting, finished, tmp_path):
     output = tmp_path / "longer"
     shutil.copytree(finished[0], output)
     flags = ["--logging.wandb", "true", "--logging.wandb_project", "plays", "--training.max_steps", "10"]
-    done = run_cli(command(setting, output, *flags), timeout=120)
+    done = run_python(words(setting, output, *flags), timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     files = sorted(output.glob("wandb/offline-run-*/run-*.wandb"))
     assert len(files) == 2
@@ -110,7 +114,7 @@ def test_every_launcher_trains_the_same(setting, finished, launcher):
 def test_killed_run_continues_on_other_ranks_and_falls_back_from_damage(setting, finished, tmp_path):
     output = tmp_path / "killed"
     slow = ["--checkpoint.every_steps", "2", "--training.max_steps", "8"]
-    with start_cli(command(setting, output, *slow, launcher="deepspeed")) as running:
+    with start_python(words(setting, output, *slow), ranks=2) as running:
         running.wait_for(lambda: (output / "checkpoints/step-00000004").is_dir(), timeout=120)
         running.kill_all(signal.SIGKILL)
     newest = steps(output)[0]
@@ -119,7 +123,7 @@ def test_killed_run_continues_on_other_ranks_and_falls_back_from_damage(setting,
     damaged[len(damaged) // 2] ^= 1
     shard.write_bytes(damaged)
     (output / "checkpoints" / ".step-00000099.partial").mkdir()
-    done = run_cli(command(setting, output, *slow, launcher="python"), timeout=120)
+    done = run_python(words(setting, output, *slow), timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"damaged checkpoint passed over: {shard}" in done.stdout
     assert "written_by=ZeRO-2 on 2 ranks" in done.stdout
@@ -136,10 +140,10 @@ def test_another_run_goes_on_from_its_weights_with_longer_rows(setting, finished
     flags = ["--data", str(tmp_path / "longer"), "--training.max_steps", "2", "--schedule.schedule", "constant"]
     flags += ["--training.initial_weights", str(tmp_path / "source"), "--model.rope_scaling", yarn]
     flags += ["--model.max_position_embeddings", "256", "--validation.sets", "{}", "--validation.every_steps", "null"]
-    first = run_cli(command(setting, tmp_path / "run", *flags, "--training.max_hours", "0.0000001"), timeout=120)
+    first = run_python(words(setting, tmp_path / "run", *flags, "--training.max_hours", "0.0000001"), timeout=120)
     assert first.returncode == 75, first.stdout + first.stderr
     shutil.rmtree(tmp_path / "source")  # no longer needed
-    done = run_cli(command(setting, tmp_path / "run", *flags), timeout=120)
+    done = run_python(words(setting, tmp_path / "run", *flags), timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert sorted(losses(tmp_path / "run")) == [1, 2]
     assert losses(tmp_path / "run")[1] < losses(finished[0])[1] - 0.05, losses(finished[0])
@@ -155,14 +159,14 @@ def test_sigterm_saves_and_exits_with_its_own_code(setting, finished, tmp_path):
     stop = [r for r in read_records(output / "metrics.jsonl") if r.get("event") == "stop"]
     assert [record["reason"] for record in stop] == ["SIGTERM"]
     assert steps(output)[0].name == f"step-{stop[0]['step']:08d}"
-    with start_cli(command(setting, output, *long)) as running:
+    with start_python(words(setting, output, *long)) as running:
         running.wait_for(lambda: events(output).count("resume") == 1, timeout=120)
         running.send_signal(signal.SIGUSR1)
         assert running.finish(60).returncode == 75
 
 
 def test_time_limit_stops_with_a_checkpoint(setting, tmp_path):
-    done = run_cli(command(setting, tmp_path / "run", "--training.max_hours", "0.0000001"), timeout=120)
+    done = run_python(words(setting, tmp_path / "run", "--training.max_hours", "0.0000001"), timeout=120)
     assert done.returncode == 75
     assert [path.name for path in steps(tmp_path / "run")] == ["step-00000001"]
 
@@ -171,7 +175,7 @@ def test_all_checkpoints_damaged_is_an_error_not_a_fresh_start(setting, finished
     shutil.copytree(finished[0], tmp_path / "copy")
     for folder in steps(tmp_path / "copy"):
         (folder / "manifest.json").write_text("{")
-    done = run_cli(command(setting, tmp_path / "copy", "--training.max_steps", "9"), timeout=120)
+    done = run_python(words(setting, tmp_path / "copy", "--training.max_steps", "9"), timeout=120)
     assert done.returncode == 2
     assert "every checkpoint is damaged" in done.stderr
     assert "Traceback" not in done.stderr
@@ -199,17 +203,17 @@ def plant(folder: Path, file: str) -> None:
 @pytest.mark.parametrize("ds_config", ["zero0_fp32", "zero2_fp32", "zero3_fp32"])
 def test_code_in_a_checkpoint_runs_nowhere(setting, tmp_path, ds_config):
     run, ran = tmp_path / "run", tmp_path / "ran"
-    stopped = run_cli(command(setting, run, "--training.max_hours", "1e-7", ds_config=ds_config), timeout=120)
+    stopped = run_python(words(setting, run, "--training.max_hours", "1e-7", ds_config=ds_config), timeout=120)
     assert stopped.returncode == 75, stopped.stderr
     plant(steps(run)[0], str(ran))
     other = {"zero0_fp32": "zero2_fp32"}.get(ds_config, "zero0_fp32")
-    for words in (
-        command(setting, run, ds_config=ds_config),
-        command(setting, run, ds_config=other),
-        command(setting, tmp_path / "new", "--training.initial_weights", str(run)),
-        [sys.executable, "-m", "tools.export", str(run), "--output", str(tmp_path / "hf")],
+    for program in (
+        words(setting, run, ds_config=ds_config),
+        words(setting, run, ds_config=other),
+        words(setting, tmp_path / "new", "--training.initial_weights", str(run)),
+        ["-m", "tools.export", str(run), "--output", str(tmp_path / "hf")],
     ):
-        done = run_cli(words, timeout=120)
+        done = run_python(program, timeout=120)
         assert done.returncode == 2, done.stdout + done.stderr
         assert "is not opened: it is damaged or holds more than weights" in done.stderr
         assert "Traceback" not in done.stderr
@@ -219,10 +223,10 @@ def test_code_in_a_checkpoint_runs_nowhere(setting, tmp_path, ds_config):
 def test_going_back_to_an_earlier_step(setting, finished, tmp_path):
     run = tmp_path / "copy"
     shutil.copytree(finished[0], run, ignore=shutil.ignore_patterns("wandb"))
-    missing = run_cli(command(setting, run, "--resume_step", "5"), timeout=120)
+    missing = run_python(words(setting, run, "--resume_step", "5"), timeout=120)
     assert missing.returncode == 2
     assert "has no checkpoint of step 5; there are: 4, 8" in missing.stderr
-    back = run_cli(command(setting, run, "--resume_step", "4", launcher="deepspeed"), timeout=200)
+    back = run_python(words(setting, run, "--resume_step", "4"), ranks=2, timeout=200)
     assert back.returncode == 0, back.stdout + back.stderr
     assert losses(run) == losses(finished[0])
     assert [folder.name for folder in (run / "set_aside").iterdir()] == ["step-00000008"]
@@ -231,7 +235,7 @@ def test_going_back_to_an_earlier_step(setting, finished, tmp_path):
 
 def test_full_disk_ends_in_a_sentence_and_keeps_what_was_there(setting, tmp_path):
     output = tmp_path / "run"
-    first = run_cli(command(setting, output, "--training.max_hours", "0.0000001"), timeout=120)
+    first = run_python(words(setting, output, "--training.max_hours", "0.0000001"), timeout=120)
     assert first.returncode == 75
     limited = ["bash", "-c", 'ulimit -f 40; exec "$@"', "bash", *command(setting, output)]
     done = run_cli(limited, timeout=120)
@@ -239,7 +243,7 @@ def test_full_disk_ends_in_a_sentence_and_keeps_what_was_there(setting, tmp_path
     assert "could not be written" in done.stderr
     assert "Traceback" not in done.stderr
     assert [path.name for path in steps(output)] == ["step-00000001"]
-    assert run_cli(command(setting, output), timeout=120).returncode == 0
+    assert run_python(words(setting, output), timeout=120).returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -253,7 +257,7 @@ def test_full_disk_ends_in_a_sentence_and_keeps_what_was_there(setting, tmp_path
     ],
 )
 def test_another_run_is_not_continued(setting, finished, flags, parts):
-    done = run_cli(command(setting, finished[0], *flags), timeout=60)
+    done = run_python(words(setting, finished[0], *flags), timeout=60)
     assert done.returncode == 2
     assert all(part in done.stderr for part in ["cannot be continued", *parts])
 
@@ -267,7 +271,7 @@ def test_bad_input_is_reported_at_once_before_any_process_group(setting, tmp_pat
     (tmp_path / "ds.json").write_text('{"zero_optimisation": {"stage": 2}}')
     paths = {"recipe": "recipe.yaml", "deepspeed_config": "ds.json", "data": ".", "output": "run"}
     flags = [word for name, path in paths.items() for word in (f"--{name}", str(tmp_path / path))]
-    done = run_cli([sys.executable, "train.py", *flags], timeout=60)
+    done = run_python(["train.py", *flags], timeout=60)
     assert done.returncode == 2
     for part in (
         "unknown key; did you mean 'training'?",
@@ -285,19 +289,19 @@ def test_a_second_run_on_the_same_folder_is_refused(setting, tmp_path):
     (tmp_path / "run").mkdir()
     with (tmp_path / "run" / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        done = run_cli(command(setting, tmp_path / "run"), timeout=60)
+        done = run_python(words(setting, tmp_path / "run"), timeout=60)
     assert done.returncode == 2
     assert "another training process is writing" in done.stderr
 
 
 def test_half_set_launcher_environment_is_refused(setting, tmp_path):
-    done = run_cli(command(setting, tmp_path / "run"), env={"RANK": "0"}, timeout=60)
+    done = run_python(words(setting, tmp_path / "run"), env={"RANK": "0"}, timeout=60)
     assert done.returncode == 2
     assert "start train.py with `deepspeed` or" in done.stderr
 
 
 def test_help_names_every_recipe_key(setting):
-    done = run_cli([sys.executable, "train.py", "--help-all"], env={"COLUMNS": "200"}, timeout=60)
+    done = run_python(["train.py", "--help-all"], env={"COLUMNS": "200"}, timeout=60)
     assert done.returncode == 0
     assert "default: None)" not in done.stdout.partition("recipe keys")[0]
     for part in ("--optimizer.lr", "--training.max_hours", "--data.weights", "--model.rope_scaling", "default: 0.1"):
