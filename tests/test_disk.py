@@ -11,6 +11,7 @@ import pytest
 from engine.checkpoint.manifest import read_manifest, step_of, steps
 from tests.cluster.network import missing_device
 from tests.engine.programs import prepare
+from tests.forks import run_python
 from tests.processes import run_cli, start_cli
 from tests.test_stopping import paused
 from training.records import read_records
@@ -31,10 +32,10 @@ sys.exit(training.wait())
 
 @pytest.fixture(scope="module")
 def train(tmp_path_factory) -> list[str]:
-    """The command, without --output."""
+    """What `python` is given, without --output."""
     recipe, data = prepare(tmp_path_factory.mktemp("disk"))
     flags = ["--recipe", recipe, "--deepspeed_config", "ds_configs/zero2_fp32.json", "--data", data]
-    return [sys.executable, "train.py", *flags, *OFTEN]
+    return ["train.py", *flags, *OFTEN]
 
 
 def events(run: Path, name: str) -> list[dict]:
@@ -61,13 +62,13 @@ def test_a_diverging_run_keeps_what_was_healthy_and_goes_on_from_there(train, tm
         "--training.max_consecutive_skipped_steps",
         "4",
     ]
-    healthy = run_cli([*command, "--training.max_steps", "3"])
+    healthy = run_python([*command, "--training.max_steps", "3"])
     assert healthy.returncode == 0, healthy.stderr
     assert kept(run) == [3, 2]
     obstacle = run / "checkpoints/.step-00000002.partial"
     obstacle.touch()
 
-    diverged = run_cli([*command, "--training.max_steps", "20", "--optimizer.lr", "1e30"])
+    diverged = run_python([*command, "--training.max_steps", "20", "--optimizer.lr", "1e30"])
     assert diverged.returncode == 2, diverged.stderr
     assert "4 steps in a row had a loss or gradient that is not finite" in diverged.stderr
     assert "could not be written" not in diverged.stderr
@@ -80,7 +81,7 @@ def test_a_diverging_run_keeps_what_was_healthy_and_goes_on_from_there(train, tm
     assert all("Not a directory" in text for text in about)
 
     obstacle.unlink()
-    again = run_cli([*command, "--training.max_steps", "6", "--optimizer.lr", "1e-3", "--resume_step", "3"])
+    again = run_python([*command, "--training.max_steps", "6", "--optimizer.lr", "1e-3", "--resume_step", "3"])
     assert again.returncode == 0, again.stderr
     assert kept(run) == [6, 5]
     losses = {record["step"]: record["loss"] for record in read_records(run / "metrics.jsonl") if "loss" in record}
@@ -90,7 +91,17 @@ def test_a_diverging_run_keeps_what_was_healthy_and_goes_on_from_there(train, tm
 
 def test_checkpoints_taken_away_are_missed_and_a_closed_terminal_is_not(train, tmp_path):
     run = tmp_path / "run"
-    in_terminal = [sys.executable, "-c", TERMINAL, *train, "--output", str(run), "--training.max_steps", "40"]
+    in_terminal = [
+        sys.executable,
+        "-c",
+        TERMINAL,
+        sys.executable,
+        *train,
+        "--output",
+        str(run),
+        "--training.max_steps",
+        "40",
+    ]
     with start_cli(in_terminal) as running:
         running.wait_for(lambda: (run / "metrics.jsonl").exists() and len(events(run, "checkpoint")) >= 4)
         running.wait_for(lambda: paused(running, run, saving=False))
@@ -112,7 +123,7 @@ def test_a_full_disk_is_called_full_and_the_checkpoints_before_stay(train, tmp_p
     run = tmp_path / "run"
     copy = tmp_path.with_name(f"{tmp_path.name}.copy")
     script = f'mount -t tmpfs -o size=1200k tmpfs {tmp_path}; "$@"; code=$?; cp -r {run} {copy}; exit $code'
-    done = run_cli(["unshare", "--mount", "bash", "-c", script, "bash", *train, "--output", str(run)])
+    done = run_cli(["unshare", "--mount", "bash", "-c", script, "bash", sys.executable, *train, "--output", str(run)])
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: {run}/checkpoints: the checkpoint of step ")

@@ -14,6 +14,7 @@ import pytest
 from engine.checkpoint.manifest import read_manifest, steps
 from tests.cluster.network import missing_device
 from tests.engine.programs import prepare
+from tests.forks import start_python
 from tests.processes import ROOT, free_port, start_cli
 from tests.test_readme import README
 from training.records import read_records
@@ -192,7 +193,7 @@ def test_an_import_that_does_not_end_is_no_reason_not_to_hear(tmp_path, name, co
 
 def test_a_folder_that_is_taken_away_ends_the_run(setting, tmp_path):
     flags = [*setting[1], "--output", str(tmp_path / "run"), "--validation.every_steps", "null"]
-    with launch(sys.executable, *flags) as running:
+    with start_python(flags) as running:
         running.wait_for(lambda: len(records(tmp_path / "run")) >= 2, 300)
         (tmp_path / "run").rename(tmp_path / "elsewhere")
         done = running.finish()
@@ -204,7 +205,7 @@ def test_a_folder_that_is_taken_away_ends_the_run(setting, tmp_path):
     assert not (tmp_path / "run").exists()
 
     run = tmp_path / "second"
-    with launch(sys.executable, *flags, "--output", str(run), "--checkpoint.every_steps", "20") as running:
+    with start_python([*flags, "--output", str(run), "--checkpoint.every_steps", "20"]) as running:
         running.wait_for(lambda: len(records(run)) >= 2, 300)
         (run / ".lock").unlink()
         done = running.finish()

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from model.config import ModelConfig
 from storage.shards import write_manifest
 from tests.engine.kept import kept
 from tests.engine.programs import moved_at, prepare, stopped, zero
-from tests.processes import run_cli, start_cli
+from tests.forks import run_python, start_python
 from tests.training.corpus import build
 from tools.export import card
 from tools.hf_tokenizer import Written
@@ -140,11 +139,11 @@ def test_the_command_says_where_a_stage_begins_and_survives_a_kill(setting, uncu
     """train.py itself, killed inside the second stage and continued."""
     folder, recipe, data = setting
     files = ["--recipe", recipe, "--deepspeed_config", "ds_configs/zero2_fp32.json", "--data", data]
-    command = [sys.executable, "train.py", *files, "--output", str(tmp_path), "--checkpoint.every_steps", "1"]
-    with start_cli(command) as running:
+    command = ["train.py", *files, "--output", str(tmp_path), "--checkpoint.every_steps", "1"]
+    with start_python(command) as running:
         running.wait_for(lambda: (tmp_path / "checkpoints/step-00000004").is_dir(), timeout=120)
         running.kill_all(signal.SIGKILL)
-    done = run_cli(command, timeout=120)
+    done = run_python(command, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     records = read_records(tmp_path / "metrics.jsonl")
     steps = {record["step"]: record for record in records if "loss" in record}

@@ -6,7 +6,6 @@ What it says about long documents is tested in test_long_context.py and test_pas
 import json
 import math
 import shutil
-import sys
 from typing import Any
 
 import pytest
@@ -20,7 +19,7 @@ from model.config import ModelConfig
 from model.hf.weights import save_hf
 from model.llama import Llama
 from tests.data_prep.texts import PROSE
-from tests.processes import run_cli
+from tests.forks import run_python
 from tests.tools.called import call
 from tests.tools.test_report import Page
 from tests.tools.trained import build_data, export_to, write_documents
@@ -153,8 +152,8 @@ def test_it_is_the_loss_of_transformers_document_by_document(tokenizer, exported
 def test_the_table_and_a_part_of_the_rows(trained):
     arguments = ["--data", trained.data, "--max-samples", "2", "--context-gain", "--passkey", "--passkey-trials", "1"]
     arguments += ["--passkey-lengths", "128"]
-    words = [sys.executable, "-m", "tools.evaluate", trained.folder / "zero2", *arguments]
-    done = run_cli(words, env={"COLUMNS": "200"})
+    words = ["-m", "tools.evaluate", trained.folder / "zero2", *arguments]
+    done = run_python(words, env={"COLUMNS": "200"})
     assert done.returncode == 0, done.stderr
     assert all(" %  " in line for line in done.stderr.splitlines())  # progress, on a slow machine
     assert "zero2/step-00000004" in done.stdout

@@ -29,6 +29,7 @@ from model.config import ModelConfig
 from model.hf.weights import load_hf
 from storage.shards import open_split
 from tests.data_prep.texts import PROSE
+from tests.forks import start_python
 from tests.processes import run_cli, start_cli
 from tests.tools.called import call
 from tests.tools.large_run import LargeRun, anonymous_bytes, reads, write_large_run
@@ -270,12 +271,12 @@ def large(trained, tmp_path_factory) -> Iterator[LargeRun]:
 
 
 def in_small_files(run: Path, output: Path) -> list[str]:
-    words = [sys.executable, "-m", "tools.export", run, "--output", output, "--max-shard-gb", "0.03"]
+    words = ["-m", "tools.export", run, "--output", output, "--max-shard-gb", "0.03"]
     return [*map(str, words), "--dtype", "float32"]
 
 
 def test_ctrl_c_leaves_nothing(large, tmp_path):
-    with start_cli(in_small_files(large.folder, tmp_path / "hf")) as running:
+    with start_python(in_small_files(large.folder, tmp_path / "hf")) as running:
         running.wait_for(lambda: (tmp_path / ".hf.partial/.model-00002.part").exists())
         running.send_signal(signal.SIGINT)
         done = running.finish()
@@ -285,7 +286,14 @@ def test_ctrl_c_leaves_nothing(large, tmp_path):
 
 
 def test_a_full_disk_ends_in_a_sentence_and_leaves_nothing(large, tmp_path):
-    limited = ["bash", "-c", 'ulimit -f 20000; exec "$@"', "bash", *in_small_files(large.folder, tmp_path / "hf")]
+    limited = [
+        "bash",
+        "-c",
+        'ulimit -f 20000; exec "$@"',
+        "bash",
+        sys.executable,
+        *in_small_files(large.folder, tmp_path / "hf"),
+    ]
     done = run_cli(limited)
     assert done.returncode == 2
     notice, error = done.stderr.splitlines()
@@ -296,12 +304,12 @@ def test_a_full_disk_ends_in_a_sentence_and_leaves_nothing(large, tmp_path):
 
 def test_a_killed_export_is_repeated_in_memory_that_does_not_grow_with_the_checkpoint(large, tmp_path):
     output, command = tmp_path / "hf", in_small_files(large.folder, tmp_path / "hf")
-    with start_cli(command) as running:
+    with start_python(command) as running:
         running.wait_for(lambda: (tmp_path / ".hf.partial/.model-00002.part").exists())
         running.kill_all(signal.SIGKILL)
     assert files(tmp_path) == [".hf.partial"]
     # glibc then gives every large block back when it is freed: what is measured is what is held, not what is fragmented
-    with start_cli(command, env={"MALLOC_MMAP_THRESHOLD_": "1000000"}) as running:
+    with start_cli([sys.executable, *command], env={"MALLOC_MMAP_THRESHOLD_": "1000000"}) as running:
         samples = {False: [], True: []}
         while running.process.poll() is None:
             samples[reads(running.process.pid, large) or bool(samples[True])].append(

@@ -1,6 +1,5 @@
 """`tools.generate` says the same from a run and from its export, and streams whole characters."""
 
-import sys
 from argparse import Namespace
 
 import pytest
@@ -15,7 +14,7 @@ from model.config import ModelConfig
 from model.hf.weights import save_hf
 from model.llama import Llama
 from tests.data_prep.texts import DEEPSEEK, PROSE, awkward
-from tests.processes import run_cli
+from tests.forks import run_python
 from tests.tools.called import call
 from tests.tools.trained import MASKED, export_to
 from tools import generate
@@ -110,8 +109,8 @@ def test_a_mask_that_only_the_model_has(tmp_path, command):
 
 def test_the_prompt_can_come_from_standard_input(exported, command):
     flags = ["--max-new-tokens", "20", "--temperature", "0"]
-    words = [sys.executable, "-m", "tools.generate", exported, "--prompt", "-", *flags]
-    done = run_cli(words, stdin=PROMPT)
+    words = ["-m", "tools.generate", exported, "--prompt", "-", *flags]
+    done = run_python(words, stdin=PROMPT)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == command(exported, "--prompt", PROMPT, *flags).out
 

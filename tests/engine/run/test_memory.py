@@ -21,7 +21,8 @@ from engine.run.plan import RunPlan, make_plan
 from launch.topology import Topology
 from model.config import ModelConfig
 from tests.engine.programs import BF16, Run, prepare, zero
-from tests.processes import ROOT, run_cli
+from tests.forks import run_python
+from tests.processes import ROOT
 from tests.ranks import run_ranks
 from tests.training.corpus import build
 from training.environment import free_of_cgroups
@@ -170,9 +171,7 @@ LLAMA_7B = ["--recipe", "recipes/llama-7b.yaml", "--deepspeed_config", "ds_confi
 def test_what_cannot_fit_is_refused_before_anything_is_built(tmp_path):
     build(tmp_path / "data", {"a": [5000] * 4}, 4096, vocab_size=32000)
     output, without = tmp_path / "run", ["--validation.every_steps", "null"]
-    done = run_cli(
-        ["python", "train.py", *LLAMA_7B, *without, "--data", str(tmp_path / "data"), "--output", str(output)]
-    )
+    done = run_python(["train.py", *LLAMA_7B, *without, "--data", str(tmp_path / "data"), "--output", str(output)])
     assert done.returncode == 2
     (sentence,) = done.stderr.strip().splitlines()
     states = 18 * 6_738_415_616  # bf16 weights, float32 sums of gradients, copies and two moments
