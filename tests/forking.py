@@ -21,6 +21,7 @@ from tests.processes import MARK, die_with_parent
 from tests.rank import assert_alone
 
 MESSAGE_BYTES = 1 << 17
+MOST_FILES = 20
 NO_MARK = "0" * 32
 IMPORTED = (
     "console.command",
@@ -47,27 +48,28 @@ def serve(connection: socket.socket) -> dict[str, Any] | None:
     while True:
         for ready in select.select([connection, *running], [], [])[0]:
             if ready is connection:
-                message, files, *_ = socket.recv_fds(connection, MESSAGE_BYTES, 4)
+                message, files, *_ = socket.recv_fds(connection, MESSAGE_BYTES, MOST_FILES)
                 if not message:
                     return None
                 job = pickle.loads(message)
                 wear(job["environment"][MARK])
-                *streams, reports = files
+                reports, *files = files
                 if pid := os.fork():
                     wear(NO_MARK)
                     running[os.pidfd_open(pid)] = pid, reports
                     report(reports, pid)
-                    for stream in streams:
-                        os.close(stream)
+                    for file in files:
+                        os.close(file)
                     continue
                 connection.close()
                 for other in [*running, reports, *(of_other for _, of_other in running.values())]:
                     os.close(other)
                 be_child(parent)
                 os.setsid()
-                for number, stream in enumerate(streams):
-                    os.dup2(stream, number)
-                    os.close(stream)
+                for number, file in enumerate(files[:3]):
+                    os.dup2(file, number)
+                    os.close(file)
+                job["words"] += map(str, files[3:])
                 return job
             pid, reports = running.pop(ready)
             report(reports, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))

@@ -13,12 +13,13 @@ import select
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tests.forking import MESSAGE_BYTES, NO_MARK
 from tests.processes import (
     MARK,
+    ROOT,
     RunningCommand,
     clean_environment,
     free_port,
@@ -73,6 +74,11 @@ def forking_process() -> socket.socket:
     return ours
 
 
+def fixed(variables: Iterable[str]) -> bool:
+    """Whether some of them are read so early that a fork comes too late."""
+    return any(name.startswith(FIXED) for name in variables)
+
+
 def start_fork(
     ranks: int,
     words: Sequence[str],
@@ -80,12 +86,13 @@ def start_fork(
     *,
     stdout: Any,
     stderr: Any,
-    stdin: Any,
-    cwd: Any,
+    stdin: Any = subprocess.DEVNULL,
+    cwd: Any = ROOT,
+    more: Sequence[int] = (),
 ) -> Fork:
-    """`start_process` of `python WORDS`."""
+    """`start_process` of `python WORDS`; the numbers that it has for `more` open files are added to the words."""
     skip_if_left_out()
-    assert not [name for name in variables if name.startswith(FIXED)], "these have been read: take run_cli"
+    assert not fixed(variables), "these have been read: take run_cli"
     if ranks > 1:
         placement = {"WORLD_SIZE": ranks, "LOCAL_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
         variables = {name: str(value) for name, value in placement.items()} | dict(variables)
@@ -94,11 +101,13 @@ def start_fork(
         opened.callback(os.close, writer)
         if stdin == subprocess.DEVNULL:
             stdin = opened.enter_context(open(os.devnull, "rb"))  # noqa: PTH123
-        files = [file.fileno() for file in (stdin, stdout, stderr)]
+        if stderr == subprocess.STDOUT:
+            stderr = stdout
+        files = [writer, *(file.fileno() for file in (stdin, stdout, stderr)), *more]
         job = {"words": words, "ranks": ranks, "environment": clean_environment(variables), "cwd": os.fspath(cwd)}
         message = pickle.dumps(job)
         assert len(message) < MESSAGE_BYTES
-        socket.send_fds(forking_process(), [message], [*files, writer])
+        socket.send_fds(forking_process(), [message], files)
     return Fork(words, reports)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.forks import fixed, start_fork
 from tests.processes import (
     MARK,
     OUTPUT_TAIL_CHARACTERS,
@@ -53,8 +54,8 @@ def run_ranks(
 class Ranks:
     """Processes that wait for functions to call, one after the other; a process group stays from call to call.
 
-    They are forks of one process, which has imported what the first call needs. After a call that failed they cannot be
-    called again: `alive` is False, and they end with the `with` block.
+    They are forks of one process, a fork itself if it can be one, which has imported what the first call needs. After a
+    call that failed they cannot be called again: `alive` is False, and they end with the `with` block.
     """
 
     def __init__(self, world_size: int, env: Mapping[str, str | None] | None = None):
@@ -73,10 +74,15 @@ class Ranks:
         variables = {**{key: str(value) for key, value in placement.items()}, **(env or {}), MARK: self._mark}
         pipes = [os.pipe() for _ in range(world_size)]
         ears, self._mouths = [ear for ear, _ in pipes], [os.fdopen(mouth, "wb", buffering=0) for _, mouth in pipes]
-        command = [sys.executable, "-m", "tests.rank", str(self._folder), *map(str, ears)]
+        words = ["-m", "tests.rank", str(self._folder)]
         with contextlib.ExitStack() as opened:
             output, *_ = [opened.enter_context(file.open("wb")) for file in reversed(self._outputs)]
-            self._first = start_process(command, variables, stdout=output, stderr=subprocess.STDOUT, pass_fds=ears)
+            options = {"stdout": output, "stderr": subprocess.STDOUT}
+            if fixed(env or {}):
+                command = [sys.executable, *words, *map(str, ears)]
+                self._first = start_process(command, variables, **options, pass_fds=ears)
+            else:
+                self._first = start_fork(1, words, variables, **options, more=ears)
         for ear in ears:
             os.close(ear)
 

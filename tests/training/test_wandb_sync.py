@@ -18,6 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.forks import run_python
 from tests.processes import free_port, run_cli
 from tests.training.test_metrics import log
 from tests.training.test_wandb_run import FACTS, launch, read_run, records_of
@@ -129,7 +130,7 @@ def ended_launch(folder: str, last_step: int, end: str) -> None:
 def test_wandb_sync_sends_every_row_of_an_ended_and_continued_run_once(tmp_path, end, code):
     program = f"from tests.training.test_wandb_sync import ended_launch; ended_launch({str(tmp_path)!r}, 3, {end!r})"
     home = {"HOME": str(tmp_path / "home"), "WANDB_MODE": None}
-    done = run_cli(["python", "-c", program], env=home)
+    done = run_python(["-c", program], env=home)
     assert done.returncode == code, done.stderr
     launch(tmp_path, {}, 3, 6)
     files, rows = synced(tmp_path)
@@ -243,7 +244,7 @@ def test_trouble_with_wandb_is_said_once_and_stops_nothing(tmp_path, trouble):
     program = (
         f"from tests.training.test_wandb_sync import troubled_launch; troubled_launch({str(tmp_path)!r}, {mode!r})"
     )
-    done = run_cli(["python", "-c", program], env={"HOME": str(tmp_path / "home"), **env})
+    done = run_python(["-c", program], env={"HOME": str(tmp_path / "home"), **env})
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "trained to the end"
     assert [line for line in done.stdout.splitlines() if not line.startswith("step ")] == ["trained to the end"]
@@ -276,7 +277,7 @@ def online(
     """Seconds at the beginning and at the end, and what was said on standard error."""
     call = f"online_launch({str(folder)!r}, {resumed_step}, {last_step}, {finish_seconds})"
     env = {"HOME": str(folder / "home"), "WANDB_MODE": None, "WANDB_BASE_URL": address, "WANDB_API_KEY": KEY}
-    done = run_cli(["python", "-c", f"from tests.training.test_wandb_sync import online_launch; {call}"], env=env)
+    done = run_python(["-c", f"from tests.training.test_wandb_sync import online_launch; {call}"], env=env)
     assert done.returncode == 0, done.stderr
     first, last = done.stdout.splitlines()[-1].split()[1:]
     return float(first), float(last), done.stderr
