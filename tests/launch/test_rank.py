@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.processes import run_cli
+from tests.forks import run_python
 
 SCRIPT = """
 import launch.rank as rank
@@ -33,5 +33,5 @@ rank.run_rank(main)
     ],
 )
 def test_errors_are_sentences_on_every_rank(local_rank, error, code, said):
-    done = run_cli(["python", "-c", SCRIPT.format(error=error)], env={"LOCAL_RANK": local_rank})
+    done = run_python(["-c", SCRIPT.format(error=error)], env={"LOCAL_RANK": local_rank})
     assert (done.returncode, done.stderr) == (code, said)
