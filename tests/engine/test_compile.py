@@ -13,6 +13,8 @@ LAYOUTS = {
     "zero2": zero(2),
     "pipeline": zero(1, pipeline={"stages": 2}),
     "sequence": zero(1, sequence_parallel_size=2),
+    "tensor": zero(1, tensor_parallel={"autotp_size": 2}),
+    "rows": zero(1, tensor_parallel={"autotp_size": 2, "split_rows": True}),
 }
 COMPILED = {"training.compile": "true"}
 RECOMPUTED = COMPILED | {"training.activation_checkpointing": "true"}
