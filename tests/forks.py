@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tests.forking import MESSAGE_BYTES, NO_MARK
+from tests.forking import MESSAGE_BYTES, MOST_FILES, NO_MARK
 from tests.processes import (
     MARK,
     ROOT,
@@ -107,6 +107,7 @@ def start_fork(
         job = {"words": words, "ranks": ranks, "environment": clean_environment(variables), "cwd": os.fspath(cwd)}
         message = pickle.dumps(job)
         assert len(message) < MESSAGE_BYTES
+        assert len(files) <= MOST_FILES
         socket.send_fds(forking_process(), [message], files)
     return Fork(words, reports)
 

@@ -20,7 +20,7 @@ def run_beside(layout: str, victim: int, end: str, folder: str, recipe: str, dat
     topology = read_topology()
 
     def main() -> int:
-        start_process_group(topology, 0.2)
+        start_process_group(topology, 0.2 if end == "SIGSTOP" else 0.4)  # minutes: that one waits them out
         training = Run(recipe, data, LAYOUTS[layout], Path(folder))
         training.steps(1)
         if topology.rank == victim:
