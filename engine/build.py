@@ -103,14 +103,19 @@ def _builder(recipe: Recipe, config: dict[str, Any], groups: Groups) -> Builder:
     halves, mesh = {"bf16": torch.bfloat16, "fp16": torch.float16}, groups.mesh
     dtype = next((dtype for key, dtype in halves.items() if config.get(key, {}).get("enabled")), torch.float32)
     partitioned = config.get("zero_optimization", {}).get("stage", 0) == 3
-    replicas = {"data_parallel_group": groups.replicas, "mpu": groups} if mesh.tensor > 1 else {}
+    options: dict[str, Any] = {"config_dict_or_path": config}
+    if mesh.tensor > 1:
+        options |= {"data_parallel_group": groups.replicas, "mpu": groups}
 
     def build(entry: Layer, seed: int) -> torch.nn.Module:
         layer = entry.build(seed)
         if mesh.tensor > 1:
             layer = divide_layer(layer, recipe.model, Parts(groups.tensor, mesh))
         if partitioned and any(True for _ in layer.parameters()):
-            deepspeed.zero.Init(module=layer.to(dtype), config_dict_or_path=config, **replicas)
+            done = deepspeed.zero.Init(module=layer.to(dtype), **options)
+            # one of each for all layers: what swaps parameters to disks, and the ranks of a host that hold them again
+            options["param_swapper"] = done.param_swapper
+            options["zero_param_parallel_group"] = done.zero_param_process_group
         return layer
 
     return build
