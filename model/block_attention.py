@@ -1,6 +1,7 @@
 """Attention over what is visible and nothing else: blocks of queries, each over the keys that it sees.
 
 A block of queries sees a contiguous prefix of its document as a whole, and a neighbourhood of about its own size in part.
+Queries may be those of some columns only, where devices share rows.
 Both go through the flash kernel, and their results are merged by their log-sum-exps (Dao 2023, FlashAttention-2, 3.1),
 so work follows the visible area, and no tensor is larger than the rows or a block.
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .documents import Documents, QueryBlock
+from .segments import Segment, segments
 from .visibility import Tokens, Visibility
 
 BLOCK_TOKENS = 128
@@ -24,44 +26,72 @@ _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def plan_blocks(documents: Documents, visibility: Visibility) -> list[QueryBlock]:
-    """The blocks of a batch of rows, in the order of their queries."""
-    assert visibility.window is None, "windows are for causal attention"
-    tokens, blocks, start = documents.tokens(), [], 0
-    half = sum(documents.lengths) // len(documents.position_ids) // 2
-    for length in documents.lengths:
-        noised = documents.copies == 2 and start // half % 2 == 0
-        span = min(visibility.span or length, length)
+def plan_blocks(
+    documents: Documents, visibility: Visibility, columns: slice | Tensor = slice(None)
+) -> list[QueryBlock]:
+    """The blocks of some columns of a batch of rows, in the order of their queries."""
+    tokens, blocks, here = documents.tokens(), [], 0
+    for segment in segments(documents, columns):
+        span = min(visibility.span or segment.length, segment.length)
         step = span * max(1, BLOCK_TOKENS // span)
-        for first in range(0, length, step):
-            last = min(first + step, length)
-            queries = slice(start + first, start + last)
-            clean = start + half * noised
-            prefix, mask = slice(clean, clean + first), None
-            near: tuple[slice, ...] = (queries,)
-            if step > span:  # several chunks, each of which sees those before it
-                if noised:
-                    near = (slice(clean + first, clean + last), queries)
-                keys = Tokens(*(torch.cat([column[keys] for keys in near]) for column in tokens))
-                mask = visibility.sees(Tokens(*(column[queries].unsqueeze(1) for column in tokens)), keys)
-            blocks.append(QueryBlock(queries, prefix, near, mask))
-        start += length
+        first, end = segment.queries.start, segment.queries.stop
+        while first < end:
+            last = min(end, first + step - (first - segment.start) % step)  # chunks begin at multiples of their span
+            queries, here = slice(here, here + last - first), here + last - first
+            blocks.append(_block(segment._replace(queries=slice(first, last)), queries, span, visibility, tokens))
+            first = last
     return blocks
+
+
+def _block(part: Segment, queries: slice, span: int, visibility: Visibility, tokens: Tokens) -> QueryBlock:
+    """What some queries of a document see; `queries` are their places among those that are here."""
+    start, clean = part.start, part.clean
+    first, last = part.queries.start - start, part.queries.stop - start
+    if visibility.window is not None:
+        whole = min(max(0, last - visibility.window), first)  # the first key that all of them see
+        low = max(0, first - visibility.window + 1)
+        prefix, near = slice(start + whole, start + first), [slice(start + low, start + whole), part.queries]
+    else:
+        base, top = first // span * span, min(-(-last // span) * span, part.length)
+        prefix, near = slice(clean, clean + base), [slice(start + base, start + top)]
+        if clean != start:
+            near.insert(0, slice(clean + base, clean + (last - 1) // span * span))
+    near = [keys for keys in near if keys.stop > keys.start]
+    if last - first == 1 or (visibility.window is None and last <= base + span):  # one chunk, which sees all of itself
+        return QueryBlock(queries, prefix, tuple(near), None)
+    keys = Tokens(*(torch.cat([column[keys] for keys in near]) for column in tokens))
+    mask = visibility.sees(Tokens(*(column[part.queries].unsqueeze(1) for column in tokens)), keys)
+    return QueryBlock(queries, prefix, tuple(near), mask)
+
+
+def among(blocks: list[QueryBlock], seen: Tensor) -> list[QueryBlock]:
+    """The blocks with the places of keys counted among those that are `seen` (bool [N] on the CPU), which all of theirs are."""
+    places = [0, *seen.cumsum(0).tolist()]
+    moved = []
+    for block in blocks:
+        prefix, *near = (slice(places[keys.start], places[keys.stop]) for keys in (block.prefix, *block.near))
+        moved.append(block._replace(prefix=prefix, near=tuple(near)))
+    return moved
 
 
 def attend_blocks(q: Tensor, k: Tensor, v: Tensor, documents: Documents, visibility: Visibility) -> Tensor:
     """`q` [B, T, H, d]; `k`, `v` [B, T, K, d] on the CPU, H a multiple of K. Returns [B, T, H, d]."""
     if documents.query_blocks is None:
         documents.query_blocks = plan_blocks(documents, visibility)
-    group = q.shape[2] // k.shape[2]
+    return attend_planned(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), documents.query_blocks).view_as(q)
+
+
+def attend_planned(q: Tensor, k: Tensor, v: Tensor, blocks: list[QueryBlock]) -> Tensor:
+    """`q` [n, H, d] of the queries that are here; `k`, `v` [m, K, d] of the keys that the blocks speak of."""
+    group = q.shape[1] // k.shape[1]
     if group > 1:
-        k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
-    flat = (x.flatten(0, 1).transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # [1, H, N, d]
-    return _BlockAttention.apply(*flat, documents.query_blocks).squeeze(0).transpose(0, 1).view_as(q)
+        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    flat = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # [1, H, n, d]
+    return _BlockAttention.apply(*flat, blocks).squeeze(0).transpose(0, 1)
 
 
 class _BlockAttention(torch.autograd.Function):
-    """[1, H, N, d] three times -> [1, H, N, d]. Backward runs each part again with the whole's output and log-sum-exp,
+    """[1, H, n, d] and twice [1, H, m, d] -> [1, H, n, d]. Backward runs each part again with the whole's output and log-sum-exp,
     which makes its probabilities those of the whole."""
 
     @staticmethod

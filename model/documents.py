@@ -14,11 +14,12 @@ from .visibility import Tokens
 
 
 class QueryBlock(NamedTuple):
-    """Queries and the keys that they see, as places in the flattened rows."""
+    """Queries and the keys that they see."""
 
     queries: slice
+    """Places among the queries that are here: in the flattened rows, if all are."""
     prefix: slice
-    """Keys that all of the queries see."""
+    """Keys that all of the queries see: places in the flattened rows, or among the keys that are here."""
     near: tuple[slice, ...]
     """Further keys, of which `mask` says who sees which."""
     mask: Tensor | None
@@ -39,8 +40,8 @@ class Documents:
     """Tokens of each document, in the order of the flattened rows; they sum to B * T."""
     cu_seqlens: Tensor
     """int32 [N + 1] on the device of the model: where each document starts in the flattened rows, then B * T."""
-    columns: slice = field(default_factory=lambda: slice(None))
-    """Which tokens of every row are here; the others are on other devices."""
+    columns: slice | Tensor = field(default_factory=lambda: slice(None))
+    """Which tokens of every row are here, int64 [t] ascending or a slice; the others are on other devices."""
     copies: int = 1
     """2 where the first half of every row is a noised copy of the second, which is clean."""
     rotary: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
@@ -75,7 +76,7 @@ class Documents:
         starts = torch.tensor([0, tokens], dtype=torch.int32, device=device)
         return cls(positions, [tokens], starts)
 
-    def part(self, columns: slice) -> Documents:
+    def part(self, columns: slice | Tensor) -> Documents:
         """The same documents where only some columns of the rows are at hand, as under sequence parallelism."""
         return Documents(self.position_ids[:, columns], self.lengths, self.cu_seqlens, columns, self.copies)
 
