@@ -12,7 +12,7 @@ import torch
 
 from engine.engine import Engine, PipelineEngine
 from engine.layout.groups import Groups
-from engine.layout.mesh import Mesh
+from engine.layout.mesh import EXCHANGE, Mesh
 from engine.layout.names import named_parameters
 from engine.layout.pipeline import Builder, PipelinedLlama, QueuedLoss
 from engine.layout.sequence import share_rows
@@ -59,6 +59,7 @@ def _build_engine(
 ) -> Engine:
     compression, loss = config.pop("gradient_compression", None), QueuedLoss()
     config.pop("tensor_parallel", None)  # DeepSpeed would start its own
+    config.pop(EXCHANGE, None)
     if config.pop("sequence_parallel_size", 1) > 1:
         config["train_batch_size"] *= mesh.sequence  # DeepSpeed counts every rank's micro-batch as other rows
     groups = Groups(mesh)
@@ -73,7 +74,7 @@ def _build_engine(
         model = Llama(recipe.model, recipe.training.seed, build)
         model.activation_checkpointing = recipe.training.activation_checkpointing
     if mesh.sequence > 1:
-        share_rows(model, groups.sequence)
+        share_rows(model, groups.sequence, mesh)
     if weights is not None:
         load_weights(model, weights, recipe, mesh)
     if recipe.training.compile:

@@ -10,9 +10,11 @@ from deepspeed import comm as dist
 from torch import Tensor, nn
 
 from engine import internals
+from engine.layout.deal import columns_here
 from engine.layout.mesh import Mesh
 from engine.layout.pipeline import QueuedLoss
 from engine.reduction.compression import CompressedReduction
+from model.documents import Documents
 from model.visibility import Visibility
 from training.batch import Batch
 
@@ -82,7 +84,8 @@ class Engine:
 
     def forward(self, batch: Batch, z_loss_weight: float) -> tuple[Tensor, Tensor]:
         """The sums (objective, cross-entropy) over this rank's tokens of one micro-batch."""
-        columns, here = self.mesh.columns(batch["input_ids"].shape[1]), self.part(batch)
+        columns = self.columns(batch)
+        here = _part(batch, columns)
         ids, targets, weights = (
             None if x is None else x.to(self.device, non_blocking=True)
             for x in (here["input_ids"], here["targets"], here.get("target_weights"))
@@ -97,15 +100,11 @@ class Engine:
             copies=here.get("copies", 1),
         )
 
-    def part(self, batch: Batch) -> Batch:
-        """This rank's tokens of the rows; their positions stay whole, since attention needs all documents."""
+    def columns(self, batch: Batch) -> slice | Tensor:
+        """Which tokens of the rows of a micro-batch this rank works on."""
         if self.mesh.sequence == 1:
-            return batch
-        columns = self.mesh.columns(batch["input_ids"].shape[1])
-        here = batch | {"input_ids": batch["input_ids"][:, columns], "targets": batch["targets"][:, columns]}
-        if "target_weights" in batch:
-            here["target_weights"] = batch["target_weights"][:, columns]
-        return here
+            return slice(None)
+        return columns_here(documents_of(batch), self.visibility, self.mesh)
 
     def sum_over_ranks(self, values: list[float]) -> list[float]:
         """Element by element, in float64."""
@@ -154,18 +153,31 @@ class PipelineEngine(Engine):
 
     def update(self, micro_batches: list[Batch], z_loss_weight: float, weight: float) -> Tensor:
         """As in `Engine`; zeros on all ranks but the last of the pipeline."""
-        here = [self.part(batch) for batch in micro_batches]
+        here = [_part(batch, self.columns(batch)) for batch in micro_batches]
         self.loss.start(here, z_loss_weight, weight)
         self.deepspeed.train_batch(_items(here))
         return self.loss.sums
 
     def evaluate(self, batches: list[Batch]) -> float:
-        batches = [self.part(batch) for batch in batches]
+        batches = [_part(batch, self.columns(batch)) for batch in batches]
         self.loss.start(batches)
         self.deepspeed.reset_activation_shape()  # rows may have another length here than in training
         self.deepspeed.eval_batch(_items(batches), reduce_output=None, bcast_loss=False, num_micro_batches=len(batches))
         self.deepspeed.reset_activation_shape()
         return float(self.loss.sums[1])
+
+
+def documents_of(batch: Batch) -> Documents:
+    """The documents of whole rows."""
+    return Documents.from_position_ids(batch["position_ids"], copies=batch.get("copies", 1))
+
+
+def _part(batch: Batch, columns: slice | Tensor) -> Batch:
+    """Some columns of the rows; the positions stay whole, since attention needs all documents."""
+    here = batch | {"input_ids": batch["input_ids"][:, columns], "targets": batch["targets"][:, columns]}
+    if "target_weights" in batch:
+        here["target_weights"] = batch["target_weights"][:, columns]
+    return here
 
 
 def _items(batches: list[Batch]) -> Iterator[tuple]:

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.engine import Engine
+from engine.engine import Engine, documents_of
+from engine.layout.deal import pairs_here
 from engine.optimizer import drop_sums
 from training.balance import imbalance
 from training.batch import Batch
@@ -53,13 +54,12 @@ def train_step(engine: Engine, micro_batches: list[Batch], learning_rate: float,
 
 def survey(engine: Engine, batches: list[Batch]) -> tuple[int, float]:
     """Valid targets of the batches over all ranks, those of a row once however many ranks work on it; and how unevenly
-    their attention is spread over the data-parallel ranks (see `training.balance.imbalance`)."""
+    their attention is spread over the ranks that have other tokens (see `training.balance.imbalance`)."""
     mesh = engine.mesh
-    ours = [0.0] * (1 + mesh.data)
+    ours = [0.0] * (1 + mesh.data * mesh.sequence)
     ours[0] = sum(batch["num_targets"] for batch in batches) / mesh.sequence
-    for batch in batches:  # every row begins with a document
-        starts = np.flatnonzero(batch["position_ids"].numpy() == 0)
-        lengths = np.diff(starts, append=batch["position_ids"].numel())
-        ours[1 + mesh.data_rank] += engine.visibility.pairs(lengths).sum() / mesh.sequence
+    place = 1 + mesh.data_rank * mesh.sequence + mesh.sequence_rank
+    for batch in batches:
+        ours[place] += pairs_here(documents_of(batch), engine.visibility, mesh)
     targets, *pairs = engine.sum_over_tokens(ours)
     return round(targets), imbalance(np.array(pairs))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,6 +50,8 @@ class Documents:
     """The same of attention.py, where FlexAttention attends."""
     query_blocks: list[QueryBlock] | None = field(default=None, repr=False)
     """The same of block_attention.py."""
+    exchange: Any = field(default=None, repr=False)
+    """The same of whoever fetches keys from other devices."""
 
     @classmethod
     def from_position_ids(cls, position_ids: Tensor, device: torch.device | None = None, copies: int = 1) -> Documents:

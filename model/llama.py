@@ -217,7 +217,7 @@ class Llama(nn.Module):
         position_ids: Tensor | None = None,
         targets: Tensor | None = None,
         z_loss_weight: float = 0.0,
-        columns: slice = slice(None),
+        columns: slice | Tensor = slice(None),
         target_weights: Tensor | None = None,
         copies: int = 1,
     ) -> Tensor | tuple[Tensor, Tensor]:

@@ -49,6 +49,16 @@ class Visibility(NamedTuple):
             visible = visible & (query.position - key.position < self.window)
         return visible
 
+    def keys(self, position: Any, tokens: Any) -> Any:
+        """How many keys the token at `position` of a document of `tokens` sees (numbers or arrays of them)."""
+        if self.span is None:
+            return tokens + 0 * position
+        top = (position // self.span + 1) * self.span
+        seen = (top <= tokens) * top + (top > tokens) * tokens
+        if self.window is None:
+            return seen
+        return (seen < self.window) * seen + (seen >= self.window) * self.window
+
     def pairs(self, tokens: Any) -> Any:
         """How many (query, key) pairs are visible in a document of `tokens` (a number or an array of them)."""
         n, c = tokens, self.span

@@ -72,7 +72,8 @@ def test_finished_run_leaves_all_its_files(finished):
     assert facts["recipe"]["optimizer"]["lr"] == 3e-3
     assert facts["ds_config"]["train_batch_size"] == 8
     assert facts["memory"]["optimizer"] > facts["memory"]["weights"]
-    assert facts["layout"] == {"world_size": 2, "pipeline": 1, "tensor": 1, "sequence": 1, "split_rows": False}
+    one = dict.fromkeys(("pipeline", "tensor", "sequence"), 1)
+    assert facts["layout"] == {"world_size": 2, **one, "split_rows": False, "exchange": "heads"}
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("memory: ")]
     assert line.endswith("are free here, for 2 ranks")
     validations = [r for r in read_records(output / "metrics.jsonl") if "validation" in r]

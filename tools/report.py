@@ -113,7 +113,8 @@ def _layout_words(facts: dict[str, Any]) -> str:
     layout = dict(facts.get("layout", {}))
     if ranks := layout.pop("world_size", None):
         words.append(f"{ranks} rank{'s' * (ranks > 1)}")
-    return ", ".join([*words, *(f"{name} {size}" for name, size in layout.items() if size > 1)])
+    by_keys = ["keys exchanged"] * (layout.pop("exchange", "heads") == "keys")
+    return ", ".join([*words, *(f"{name} {size}" for name, size in layout.items() if size > 1), *by_keys])
 
 
 def _device_words(environment: dict[str, Any]) -> str:

@@ -43,6 +43,7 @@ class TopLevel(PlainSection):
     gradient_accumulation_steps: PositiveInt
     gradient_clipping: NonNegativeFloat
     sequence_parallel_size: PositiveInt = 1
+    sequence_parallel_exchange: Literal["heads", "keys"] = "heads"
     steps_per_print: PositiveInt | None = None
     wall_clock_breakdown: bool = False
     memory_breakdown: bool = False

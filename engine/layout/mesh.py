@@ -15,6 +15,7 @@ PLACES = {
     "sequence": "sequence_parallel_size",
 }
 """Where a JSON says how many ranks an axis has."""
+EXCHANGE = "sequence_parallel_exchange"
 FLAGS = {"pipeline": "--pipeline_stages", "tensor": "--tensor", "sequence": "--sequence"}
 """Of a launch, for the same."""
 
@@ -35,6 +36,8 @@ class Mesh(NamedTuple):
     """Ranks over which the tokens of every row are split."""
     split_rows: bool = False
     """Whether the ranks of a tensor group divide the tokens between them wherever they need no matrix."""
+    exchange: str = "heads"
+    """What the ranks of a sequence group exchange in attention: parts of the heads, or the keys (and values) of all."""
 
     @property
     def data(self) -> int:
@@ -63,7 +66,7 @@ class Mesh(NamedTuple):
         return self.pipeline_rank == self.pipeline - 1 and self.tensor_rank == 0
 
     def columns(self, tokens: int) -> slice:
-        """Which tokens of a row of so many this rank works on."""
+        """Which tokens of a row of so many this rank works on, where these do not depend on the row (see `deal.py`)."""
         share = tokens // self.sequence
         return slice(self.sequence_rank * share, (self.sequence_rank + 1) * share)
 
@@ -77,6 +80,7 @@ class Mesh(NamedTuple):
     def __str__(self) -> str:
         parts = {"pipeline stages": self.pipeline, "tensor": self.tensor, "sequence": self.sequence}
         words = [f"{name} {size}" for name, size in parts.items() if size > 1]
+        words += ["by keys"] * (self.exchange == "keys")
         return ", ".join([f"{self.world_size} rank{'s' if self.world_size > 1 else ''}", *words])
 
 
@@ -118,7 +122,8 @@ def read_mesh(
     for axis, size in sizes.items():
         _write(config, axis, size)
     split_rows = sizes["tensor"] > 1 and config["tensor_parallel"].get("split_rows") is True
-    return Mesh(rank, world_size, **sizes, split_rows=split_rows), problems
+    by_keys = sizes["sequence"] > 1 and config.get(EXCHANGE) == "keys"
+    return Mesh(rank, world_size, **sizes, split_rows=split_rows, exchange="keys" if by_keys else "heads"), problems
 
 
 def _read(config: dict[str, Any], axis: str) -> Any:

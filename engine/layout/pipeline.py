@@ -18,6 +18,7 @@ from deepspeed.runtime.utils import partition_balanced
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from engine.layout.deal import columns_here
 from engine.layout.mesh import Mesh
 from engine.layout.tensor import loss_of
 from model.config import ModelConfig
@@ -33,15 +34,15 @@ Builder = Callable[[Layer, int], nn.Module]
 class KnownDocuments:
     """The documents of the rows that pass through this rank: one tensor of positions goes through all its layers."""
 
-    def __init__(self, copies: int, mesh: Mesh) -> None:
-        self._copies, self._mesh = copies, mesh
+    def __init__(self, recipe: Recipe, mesh: Mesh) -> None:
+        self._copies, self._visibility, self._mesh = recipe.objective.copies, recipe.model.visibility, mesh
         self._last: tuple[weakref.ref[Tensor], Documents] | None = None
 
     def of(self, position_ids: Tensor) -> Documents:
         """Derived from positions [B, T] of whole rows, once for each tensor."""
         if self._last is None or self._last[0]() is not position_ids:
-            columns = self._mesh.columns(position_ids.shape[1])
-            documents = Documents.from_position_ids(position_ids, copies=self._copies).part(columns)
+            whole = Documents.from_position_ids(position_ids, copies=self._copies)
+            documents = whole.part(columns_here(whole, self._visibility, self._mesh))
             self._last = weakref.ref(position_ids), documents
         return self._last[1]
 
@@ -108,7 +109,7 @@ class PipelinedLlama(PipelineModule):
             topology = PipeModelDataParallelTopology(mesh.pipeline, mesh.tensor, replicas)
         else:
             topology = PipeDataParallelTopology(mesh.pipeline, replicas)
-        known = KnownDocuments(recipe.objective.copies, mesh)
+        known = KnownDocuments(recipe, mesh)
         # DeepSpeed prints the seeds that it is not asked to set, and broadcasts tied weights
         with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
             super().__init__(_specs(recipe, build, known, loss), topology=topology)

@@ -28,6 +28,7 @@ SINUSOIDAL = {"model.position_embedding": "sinusoidal", "model.tie_word_embeddin
 TENSOR = {"tensor_parallel": {"autotp_size": 2}}
 ROWS = {"tensor_parallel": {"autotp_size": 2, "split_rows": True}}
 SEQUENCE = {"sequence_parallel_size": 2}
+KEYS = {"sequence_parallel_size": 2, "sequence_parallel_exchange": "keys"}
 
 
 def pipeline(stages: int | str, partition: str = "flops", **more) -> dict:
@@ -56,6 +57,8 @@ ON_TWO = {
     "pipeline2-offload": (pipeline(2, "type:block", zero={"offload_optimizer": OFFLOAD}), {}),
     **{f"sequence2-zero{stage}": (zero(stage, **SEQUENCE), {}) for stage in range(4)},
     "sequence2-accumulate-recompute": (zero(2, **SEQUENCE), SPLIT | RECOMPUTE),
+    "keys2-zero1": (zero(1, **KEYS), {}),
+    "keys2-zero3-accumulate-recompute": (zero(3, **KEYS), SPLIT | RECOMPUTE),
     "tensor2-zero1-accumulate": (zero(1, **TENSOR), SPLIT),
     "tensor2-zero2-offload": (
         zero(2, **TENSOR, zero={"offload_optimizer": OFFLOAD}),
@@ -80,12 +83,16 @@ ON_FOUR = {
     **{f"tensor2-sequence2-zero{stage}": (zero(stage, **TENSOR, **SEQUENCE), {}) for stage in range(4)},
     "rows2-sequence2-zero1-accumulate-recompute": (zero(1, **ROWS, **SEQUENCE), SPLIT | RECOMPUTE),
     "rows2-data2-zero3": (zero(3, **ROWS), {}),
+    "keys4-zero0": (zero(0, **KEYS | {"sequence_parallel_size": 4}), {}),  # more ranks than key/value heads
+    "rows2-keys2-zero1": (zero(1, **ROWS, **KEYS), {}),
+    "pipeline2-keys2-accumulate": (pipeline(2, **KEYS), SPLIT),
 }
 ON_EIGHT = {
     "pipeline2-tensor2-data2": (pipeline(2, **TENSOR), {}),
     "pipeline2-rows2-sequence2-accumulate": (pipeline(2, **ROWS, **SEQUENCE), SPLIT),
     "pipeline2-sequence2-data2": (pipeline(2, **SEQUENCE), {}),
     "tensor2-sequence2-data2-zero3": (zero(3, **TENSOR, **SEQUENCE), {}),
+    "keys8-zero2": (zero(2, **KEYS | {"sequence_parallel_size": 8}), {}),  # and than attention heads
 }
 HALF = {name: run for name, run in SHIPPED[2].items() if name not in ON_TWO}
 HALF |= {f"zero{stage}-bf16-accumulate": (zero(stage, **BF16), SPLIT) for stage in (1, 2, 3)}
@@ -111,7 +118,14 @@ WITH_TIED = {
         "tensor2-zero3-accumulate-recompute",
         "rows2-zero1",
     ],
-    4: ["pipeline2-data2", "pipeline2-tensor2", "pipeline2-rows2", "pipeline2-sequence2", "tensor2-sequence2-zero3"],
+    4: [
+        "pipeline2-data2",
+        "pipeline2-tensor2",
+        "pipeline2-rows2",
+        "pipeline2-sequence2",
+        "pipeline2-keys2-accumulate",
+        "tensor2-sequence2-zero3",
+    ],
     8: ["pipeline2-tensor2-data2"],
 }
 WITH_LION = {
@@ -120,7 +134,7 @@ WITH_LION = {
 }
 WITH_LEARNED = {
     2: ["zero0", "zero2", "zero3", "pipeline2", "sequence2-zero1", "tensor2_zero0_fp32", "rows2-zero0", "rows2-zero3"],
-    4: ["pipeline2-rows2", "tensor2-sequence2-zero1"],
+    4: ["pipeline2-rows2", "tensor2-sequence2-zero1", "rows2-keys2-zero1"],
 }
 CHUNKS = {"model.attention": "chunked", "model.chunk_size": "12", "model.vocab_size": "257"}  # an id for masks
 MASKED = {"objective.name": "masked", "objective.mask_ratio": "0.3", "objective.random_ratio": "0.1"} | CHUNKS
@@ -129,14 +143,16 @@ FEW_TARGETS = {"optimizer.eps": "1e-6"}
 MASKED |= FEW_TARGETS
 DIFFUSION = {"objective.name": "block_diffusion"} | CHUNKS | FEW_TARGETS
 WITH_MASKED = {
-    2: ["zero0", "zero2-recompute", "pipeline2-accumulate", "sequence2-zero1", "tensor2_zero0_fp32"],
+    2: ["zero0", "zero2-recompute", "pipeline2-accumulate", "sequence2-zero1", "keys2-zero1", "tensor2_zero0_fp32"],
     4: ["pipeline2-tensor2"],
 }
 WITH_DIFFUSION = {
     1: ["zero0"],
     2: ["zero0", "zero1", "zero3", "pipeline2", "sequence2-zero1", "tensor2-zero1-accumulate"],
-    4: ["pipeline2-rows2", "pipeline2-sequence2", "tensor2-sequence2-zero1"],
+    4: ["pipeline2-rows2", "pipeline2-sequence2", "tensor2-sequence2-zero1", "keys4-zero0"],
 }
+WINDOW = {"model.sliding_window": "10"}
+WITH_WINDOW = {2: ["zero0", "keys2-zero1"]}
 WITH_SINUSOIDAL = {2: ["zero0", "pipeline2", "rows2-zero1"], 4: ["pipeline2-tensor2"]}
 VARIANTS = {
     "-tied": (TIED, WITH_TIED),
@@ -145,9 +161,10 @@ VARIANTS = {
     "-sinusoidal": (SINUSOIDAL, WITH_SINUSOIDAL),
     "-masked": (MASKED, WITH_MASKED),
     "-diffusion": (DIFFUSION, WITH_DIFFUSION),
+    "-window": (WINDOW, WITH_WINDOW),
 }
 """Some layouts once more: with tied embeddings, biases and normalised heads; another optimizer; added
-positions; masks instead of the next token."""
+positions; masks instead of the next token; windows."""
 FLOAT32_RUNS = [(ranks, name) for ranks, layouts in FLOAT32.items() for name in layouts]
 for variant, (_, layouts_of) in VARIANTS.items():
     FLOAT32_RUNS += [(ranks, name + variant) for ranks, names in layouts_of.items() for name in names]

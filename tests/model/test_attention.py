@@ -101,7 +101,9 @@ def test_visible_pairs_are_counted(tokens, visibility, copies):
         visibility = visibility._replace(window=None)
     documents = Documents.from_position_ids(positions([tokens] * copies), copies=copies)
     of_token = documents.tokens()
-    assert copies * visibility.pairs(tokens) == visibility.sees(of_token.at((slice(None), None)), of_token).sum()
+    seen = visibility.sees(of_token.at((slice(None), None)), of_token)
+    assert copies * visibility.pairs(tokens) == seen.sum()
+    assert torch.equal(visibility.keys(of_token.position, tokens), seen.sum(1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -155,6 +155,8 @@ def test_every_problem_is_reported_at_once():
         ({"pipeline": {}, "zero_optimization": {"stage": 1}, "wall_clock_breakdown": True}, "stop a pipeline"),
         ({"pipeline": {}, "flops_profiler": {"enabled": True}}, "stop a pipeline"),
         ({"sequence_parallel_size": "all"}, "sequence_parallel_size"),
+        ({"sequence_parallel_exchange": "values"}, "sequence_parallel_exchange: Input should be 'heads' or 'keys'"),
+        ({"sequence_parallel_exchang": "keys"}, "did you mean 'sequence_parallel_exchange'"),
         ({"sequence_parallel_size": 4}, "does not divide the 2 ranks of this launch"),
         ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 3}}, "or start a multiple of 3 ranks"),
         ({"compile": {"deepcompile": True}}, "not supported"),

@@ -87,6 +87,14 @@ def test_json_and_flags_say_the_degrees(config, flags, expected):
     assert read_mesh(config, 0, 8, {}) == (mesh, [])  # all of it stands in the JSON now
 
 
+@pytest.mark.parametrize(("degree", "said"), [(2, "8 ranks, sequence 2, by keys"), (1, "8 ranks")])
+def test_keys_are_exchanged_where_a_row_is_shared(degree, said):
+    config = {"sequence_parallel_size": "auto", "sequence_parallel_exchange": "keys"}
+    mesh, _ = read_mesh(config, 0, 8, {"sequence": degree})
+    assert mesh.exchange == ("keys" if degree > 1 else "heads")
+    assert str(mesh) == said
+
+
 @pytest.mark.parametrize(
     ("config", "flags", "sentence"),
     [

@@ -97,7 +97,11 @@ def test_layouts_must_suit_the_model_the_rows_and_the_launch(setting, tmp_path):
     assert "pipeline.stages is 4 but --pipeline_stages is 2" in sentences(pipeline, 4, 2)
     by_tokens = {"training.global_batch_tokens": "768"}
     shared = {"sequence_parallel_size": 3}
-    assert "does not divide the model's 4 attention heads over 2 key/value heads: use 2 or 4" in sentences(shared, 3)
+    heads = "does not divide the model's 4 attention heads over 2 key/value heads: use 2 or 4, or "
+    assert f'{heads}"sequence_parallel_exchange": "keys"' in sentences(shared, 3)
+    by_keys = sentences(shared | {"sequence_parallel_exchange": "keys"}, 3, **by_tokens)
+    assert "attention heads" not in by_keys
+    assert "does not divide rows of 64 tokens" in by_keys
     assert "does not divide rows of 64 tokens" in sentences(shared, 3, **by_tokens)
     rows = {"tensor_parallel": {"autotp_size": 2, "split_rows": True}, "sequence_parallel_size": 64}
     assert "split_rows does not divide 1 tokens of a row over 2 ranks: set it to false" in sentences(rows, 128)

@@ -1,0 +1,102 @@
+"""Which tokens of their rows the ranks of a sequence group take, so that all have as many and about as much attention.
+
+A row is cut into equal stretches. At first every rank has neighbouring ones, of which few keys go to other ranks; then the
+busiest rank exchanges stretches with another, those that leave fewest documents divided, until no rank has more than
+`ENOUGH` beyond the average. That all follows from the lengths of the documents, which every rank knows.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.layout.mesh import Mesh
+from model.documents import Documents
+from model.visibility import Visibility
+from training.balance import deal, imbalance
+
+STRETCHES = (8, 16, 32)
+"""Of a row, for each rank: the first number that is enough; fewer where the row does not divide into so many."""
+ENOUGH = 0.01
+"""How much more attention than the average the busiest rank may have."""
+
+
+def columns_here(documents: Documents, visibility: Visibility, mesh: Mesh) -> slice | Tensor:
+    """Which columns of a batch of whole rows this rank works on."""
+    if mesh.exchange == "heads":
+        return mesh.columns(sum(documents.lengths) // len(documents.position_ids))
+    return dealt_columns(documents, visibility, mesh.sequence)[mesh.sequence_rank]
+
+
+def pairs_here(documents: Documents, visibility: Visibility, mesh: Mesh) -> float:
+    """Over how many (query, key) pairs of a batch of whole rows this rank attends, with all heads or its share of them."""
+    if mesh.exchange == "heads":
+        return float(visibility.pairs(np.array(documents.lengths)).sum()) / mesh.sequence
+    keys, _ = _keys_of_columns(documents.lengths, len(documents.position_ids), visibility)
+    return float(keys[columns_here(documents, visibility, mesh)].sum())
+
+
+def dealt_columns(documents: Documents, visibility: Visibility, ranks: int) -> list[Tensor]:
+    """By rank: its columns of all rows of a batch, int64 [T / ranks] ascending. T must be a multiple of `ranks`."""
+    return _dealt(tuple(documents.lengths), len(documents.position_ids), visibility, ranks)
+
+
+@lru_cache(maxsize=4)  # the engine and its layers ask for the same few batches
+def _dealt(lengths: tuple[int, ...], rows: int, visibility: Visibility, ranks: int) -> list[Tensor]:
+    keys, crossing = _keys_of_columns(lengths, rows, visibility)
+    best: tuple[float, list[Tensor]] | None = None
+    for most in STRETCHES:
+        each = next(count for count in range(most, 0, -1) if len(keys) // ranks % count == 0)
+        stretches = np.arange(len(keys)).reshape(ranks * each, -1)
+        costs = keys[stretches].sum(1)
+        evened = np.empty(len(costs), np.int64)
+        evened[deal(costs, each, ranks)[0]] = np.arange(ranks)[:, None]
+        for owner in (_exchanged(costs, crossing[stretches[:, 0]], ranks), evened):
+            excess = imbalance(np.bincount(owner, costs))
+            if best is None or excess < best[0]:
+                best = excess, [torch.from_numpy(stretches[owner == rank].flatten()) for rank in range(ranks)]
+            if excess <= ENOUGH:
+                return best[1]
+    assert best is not None
+    return best[1]
+
+
+def _keys_of_columns(lengths: Sequence[int], rows: int, visibility: Visibility) -> tuple[np.ndarray, np.ndarray]:
+    """Of each column, over all rows: the keys that its queries see, and how many of them belong to documents that lie on
+    both sides of its left edge."""
+    ends = np.cumsum(lengths)
+    position = np.arange(ends[-1]) - (ends - lengths).repeat(lengths)
+    keys = visibility.keys(position, np.repeat(lengths, lengths))
+    crossing = keys * (position > 0)
+    return keys.reshape(rows, -1).sum(0), crossing.reshape(rows, -1).sum(0)
+
+
+def _exchanged(costs: np.ndarray, crossing: np.ndarray, ranks: int) -> np.ndarray:
+    """By stretch: its rank. `crossing`: keys that are seen across the left edge of each stretch."""
+    owner, mean = np.arange(ranks).repeat(len(costs) // ranks), costs.sum() / ranks
+    edges, most = np.append(crossing, 0), max(crossing.max(), 1)
+    for _ in range(4 * len(costs)):
+        loads = np.bincount(owner, costs)
+        busiest = loads.argmax()
+        if loads[busiest] <= (1 + ENOUGH) * mean:
+            break
+        given, taken = np.flatnonzero(owner == busiest)[:, None], np.flatnonzero(owner != busiest)[None]
+        other, less = owner[taken], costs[given] - costs[taken]
+        highest = np.maximum(loads[busiest] - less, loads[other] + less)
+        beside = np.concatenate([[-1], owner, [-1]])
+
+        def divided(stretch: np.ndarray, rank: np.ndarray, beside: np.ndarray = beside) -> np.ndarray:
+            """Keys that are seen across the edges of a stretch if that rank has it."""
+            left, right = beside[stretch] != rank, beside[stretch + 2] != rank
+            return left * edges[stretch] + right * edges[stretch + 1]
+
+        more = divided(given, other) + divided(taken, busiest) - divided(given, busiest) - divided(taken, other)
+        score = 50 * np.maximum(highest / mean - 1 - ENOUGH, 0) + more / most
+        score = np.where(highest < loads[busiest], score, np.inf)
+        if np.isinf(score.min()):
+            break
+        i, j = np.unravel_index(score.argmin(), score.shape)
+        owner[given[i, 0]], owner[taken[0, j]] = owner[taken[0, j]], busiest
+    return owner
