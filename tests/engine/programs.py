@@ -23,6 +23,7 @@ from engine.run.resume import restore
 from engine.run.validation import validate_all
 from launch.topology import read_topology
 from model.llama import RMSNorm
+from tests.gloo import share_device
 from tests.processes import ROOT
 from tests.training.corpus import build
 from training.state import TrainState
@@ -39,7 +40,7 @@ RECIPE = {
     },
     "training": {
         "global_batch_tokens": 512,
-        "micro_batch_samples": 2,
+        "micro_batch_samples": 4,
         "max_steps": 8,
         "z_loss_weight": 1e-4,
         "seed": 3,
@@ -120,6 +121,7 @@ class Poison(NamedTuple):
 def join_process_group() -> None:
     """The group that the ranks of a test run keep from call to call."""
     if not torch.distributed.is_initialized():
+        share_device()
         start_process_group(read_topology())
 
 

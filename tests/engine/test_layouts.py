@@ -15,11 +15,10 @@ from training.config import load_recipe
 from training.optimizer import Lion, parameter_groups
 from training.schedule import lr_factor
 
-STEPS = 10
+STEPS = 6
 LONG_ENOUGH = {"training.max_steps": str(STEPS)}
 OFFLOAD = {"device": "cpu"}
-SPLIT = {"training.micro_batch_samples": "1"}
-WHOLE = {"training.micro_batch_samples": "4"}
+SPLIT = {"training.micro_batch_samples": "2"}
 LION = {"optimizer.name": "lion", "optimizer.lr": "1e-3"}
 RECOMPUTE = {"training.activation_checkpointing": "true"}
 TIED = {f"model.{key}": "true" for key in ("tie_word_embeddings", "attention_bias", "mlp_bias", "qk_norm")}
@@ -45,7 +44,6 @@ ON_ONE = {
 ON_TWO = {
     **ON_ONE,
     **{f"zero{stage}-accumulate": (zero(stage), SPLIT) for stage in range(4)},
-    "zero1-whole": (zero(1), WHOLE),
     "zero2-offload": (zero(2, zero={"offload_optimizer": OFFLOAD}), {}),
     "zero2-recompute": (zero(2), RECOMPUTE),
     "zero3-recompute": (zero(3), RECOMPUTE),
@@ -69,9 +67,9 @@ ON_TWO = {
     "rows2-zero1-accumulate-recompute": (zero(1, **ROWS), SPLIT | RECOMPUTE),
 }
 ON_FOUR = {
-    "zero3": (zero(3), {}),
-    "pipeline4": (pipeline(4), {}),
-    "pipeline2-data2": (pipeline(2), {}),
+    "zero3": (zero(3), SPLIT),
+    "pipeline4": (pipeline(4), SPLIT),
+    "pipeline2-data2": (pipeline(2), SPLIT),
     "sequence2-data2": (zero(2, **SEQUENCE), {}),
     "sequence4": (zero(3, sequence_parallel_size=4), {}),  # more ranks than key/value heads
     "tensor2-data2-zero1": (zero(1, **TENSOR), {}),
@@ -88,7 +86,7 @@ ON_FOUR = {
     "pipeline2-keys2-accumulate": (pipeline(2, **KEYS), SPLIT),
 }
 ON_EIGHT = {
-    "pipeline2-tensor2-data2": (pipeline(2, **TENSOR), {}),
+    "pipeline2-tensor2-data2": (pipeline(2, **TENSOR), SPLIT),
     "pipeline2-rows2-sequence2-accumulate": (pipeline(2, **ROWS, **SEQUENCE), SPLIT),
     "pipeline2-sequence2-data2": (pipeline(2, **SEQUENCE), {}),
     "tensor2-sequence2-data2-zero3": (zero(3, **TENSOR, **SEQUENCE), {}),
