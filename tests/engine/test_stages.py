@@ -246,7 +246,7 @@ def test_layouts_must_suit_the_rows_of_every_stage(setting, tmp_path):
     build(tmp_path / "odder", {"a": [300] * 20}, 1, vocab_size=256)
     shared = {"ranks": 2, "config": zero(2, sequence_parallel_size=2)}
     fitting = [{"max_steps": 6}, {"max_steps": 2, "data": str(tmp_path / "odd")}]
-    assert plan(setting, fitting, **shared).stages[1].batch == (16, 4, 4)
+    assert plan(setting, fitting, **shared, training__micro_batch_samples="2").stages[1].batch == (16, 4, 4)
     odd = [{"max_steps": 6}, {"max_steps": 2, "data": str(tmp_path / "odder")}]
     assert any("does not divide rows of 1 tokens" in line for line in refusal(setting, odd, **shared))
 

@@ -11,6 +11,7 @@ from engine.reduction.wire import OPERATIONS, WireBytes
 from tests.engine.programs import Run, join_process_group, prepare, zero
 
 MICRO_BATCHES = 2
+SPLIT = {"training.micro_batch_samples": "2"}
 
 
 def every_call() -> dict:
@@ -52,7 +53,8 @@ def stages(folder: str, recipe: str, data: str) -> dict:
     Run(recipe, data, zero(1, **autocast), Path(folder) / "autocast").close()  # leaves nothing to the next
     for stage in range(4):
         for dtype in ("fp32", "bf16"):
-            run = Run(recipe, data, zero(stage, communication_data_type=dtype), Path(folder) / f"{stage}-{dtype}")
+            config = zero(stage, communication_data_type=dtype)
+            run = Run(recipe, data, config, Path(folder) / f"{stage}-{dtype}", SPLIT)
             run.steps(1)
             with WireBytes() as wire:
                 run.steps(1)

@@ -59,6 +59,7 @@ def longer(folder: Path, name: str) -> dict[str, str]:
         "training.initial_weights": str(run / "checkpoints" / f"step-{step:08d}" if step else run),
         "model.max_position_embeddings": str(LONGER),
         "training.global_batch_tokens": str(4 * LONGER),
+        "training.micro_batch_samples": "2",
     }
     return overrides | ({"model.rope_scaling": json.dumps(scaling)} if scaling else {})
 
