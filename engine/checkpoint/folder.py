@@ -20,8 +20,10 @@ import torch.distributed as dist
 from engine.checkpoint.manifest import (
     MANIFEST,
     CheckpointManifest,
+    FindChange,
     StateLayout,
     digest_of_file,
+    find_change,
     folder_name,
     folder_of,
     read_manifest,
@@ -30,6 +32,7 @@ from engine.checkpoint.manifest import (
     strangers,
 )
 from engine.checkpoint.retention import delete_folder, set_aside
+from engine.checkpoint.verification import on_first_rank, shares
 from engine.engine import Engine
 from engine.layout.names import named_parameters
 from launch.peers import FAILED_COLLECTIVE
@@ -107,10 +110,12 @@ def _save(engine: Engine, run: Path, state: TrainState, facts: dict[str, Any]) -
     return final
 
 
-def newest_good(run: Path, full: bool = True) -> tuple[Path, CheckpointManifest, list[str]] | None:
+def newest_good(
+    run: Path, full: bool = True, find_change: FindChange = find_change
+) -> tuple[Path, CheckpointManifest, list[str]] | None:
     """The newest intact checkpoint, and a sentence for each thing passed over; None when there is none at all.
 
-    `full`: as in `read_manifest`.
+    `full`, `find_change`: as in `read_manifest`.
     Raises ValueError when checkpoints exist but every one is damaged or renamed: starting afresh would throw a run away.
     """
     damaged = [
@@ -119,7 +124,7 @@ def newest_good(run: Path, full: bool = True) -> tuple[Path, CheckpointManifest,
     ]
     for folder in steps(run):
         try:
-            manifest = read_manifest(folder, full)
+            manifest = read_manifest(folder, full, find_change)
             if manifest.format_version == 1:
                 damaged.append(f"{folder}: its manifest is of an older version, without a digest of its own")
             return folder, manifest, damaged
@@ -136,36 +141,31 @@ def newest_good(run: Path, full: bool = True) -> tuple[Path, CheckpointManifest,
 def agree_on_checkpoint(
     run: Path, resume_step: int | None = None
 ) -> tuple[tuple[Path, CheckpointManifest] | None, list[str]]:
-    """The first rank's `newest_good`, told to all ranks; its ValueError is raised on all of them.
+    """The first rank's `newest_good`, for which all ranks read a share of the files, told to all ranks.
 
     What an interrupted save left behind is deleted first; with `resume_step`, later checkpoints are set aside.
     """
-    message: list = [None]
-    if dist.get_rank() == 0:
+
+    def choose(find_change: FindChange) -> tuple[tuple[Path, CheckpointManifest] | None, list[str]]:
         leftovers = sorted((run / "checkpoints").glob(".*.partial"))
         words = [sentence for leftover in leftovers for sentence in delete_folder(leftover)]
-        try:
-            aside = set_aside(run, resume_step) if resume_step is not None else []
-            found = newest_good(run)
-            words += [f"moved out of the way: {folder}" for folder in aside]
-            message = [found and (*found[:2], [*found[2], *words])]
-        except ValueError as error:
-            message = [error]
-    dist.broadcast_object_list(message, src=0)
-    if isinstance(message[0], ValueError):
-        raise message[0]
-    return (message[0][:2], message[0][2]) if message[0] else (None, [])
+        aside = set_aside(run, resume_step, find_change) if resume_step is not None else []
+        if (found := newest_good(run, find_change=find_change)) is None:
+            return None, []
+        return found[:2], [*found[2], *words, *(f"moved out of the way: {folder}" for folder in aside)]
+
+    return on_first_rank(choose)
 
 
-def find(run: Path, step: int | None = None) -> tuple[Path, CheckpointManifest]:
+def find(run: Path, step: int | None = None, find_change: FindChange = find_change) -> tuple[Path, CheckpointManifest]:
     """A checkpoint to read from: the given step's, else the newest good one, with a warning on stderr for each damaged.
 
     Raises ValueError when there is none.
     """
     if step is not None:
         folder = folder_of(run, step)
-        return folder, read_manifest(folder)
-    if (found := newest_good(run)) is None:
+        return folder, read_manifest(folder, find_change=find_change)
+    if (found := newest_good(run, find_change=find_change)) is None:
         raise ValueError(f"{run} has no checkpoint: give the --output folder of a training run")
     for sentence in found[2]:
         print(sentence, file=sys.stderr)
@@ -174,13 +174,13 @@ def find(run: Path, step: int | None = None) -> tuple[Path, CheckpointManifest]:
 
 def _sync_and_hash(folder: Path) -> dict[str, tuple[int, str]]:
     """Sizes and digests of all files, the work shared between the ranks."""
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
     mine = {}
-    for name in names[dist.get_rank() :: dist.get_world_size()]:
+    for name in shares(sizes, dist.get_world_size())[dist.get_rank()]:
         path = folder / name
         with path.open("rb") as file:
             os.fsync(file.fileno())
-        mine[name] = (path.stat().st_size, digest_of_file(path))
-    shares: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, mine)
-    return {name: entry for share in shares for name, entry in share.items()}
+        mine[name] = (sizes[name], digest_of_file(path))
+    of_ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, mine)
+    return {name: entry for some in of_ranks for name, entry in some.items()}

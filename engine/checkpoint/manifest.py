@@ -7,6 +7,7 @@ is why no file is ever unpickled freely (`engine.safe_load`).
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,11 @@ from training.state import TrainState
 
 MANIFEST = "manifest.json"
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
+
+Files = dict[str, tuple[int, str]]
+"""Name in the folder: size in bytes and xxh3-128 digest."""
+FindChange = Callable[[Path, Files], str | None]
+"""Of a folder and its files: what is wrong with the content of the first that is not as it was written."""
 
 
 class StateLayout(BaseModel):
@@ -61,8 +67,7 @@ class CheckpointManifest(BaseModel):
     environment: dict[str, Any]
     data: dict[str, Any]
     """Path, fingerprint, sequence length and tokenizer of the training data; under `stages` those of every stage."""
-    files: dict[str, tuple[int, str]]
-    """Name in the folder: size in bytes and xxh3-128 digest."""
+    files: Files
     created: str
 
 
@@ -121,7 +126,22 @@ def folder_of(run: Path, step: int) -> Path:
     return known[step]
 
 
-def read_manifest(folder: Path, full: bool = True) -> CheckpointManifest:
+def find_change(folder: Path, files: Files) -> str | None:
+    """A `FindChange` that hashes file after file."""
+    changes = (change_of(folder / name, digest) for name, (_, digest) in files.items())
+    return next((change for change in changes if change), None)
+
+
+def change_of(path: Path, digest: str) -> str | None:
+    """A sentence unless the file's content has this digest."""
+    try:
+        changed = digest_of_file(path) != digest
+    except OSError as error:
+        return f"{path}: cannot be read ({error.strerror})"
+    return f"{path}: its content has changed since it was written (xxh3-128 differs)" if changed else None
+
+
+def read_manifest(folder: Path, full: bool = True, find_change: FindChange = find_change) -> CheckpointManifest:
     """Read and check one checkpoint: its manifest, the size of every file and, with `full`, every hash.
 
     Raises ValueError saying what is damaged.
@@ -139,17 +159,18 @@ def read_manifest(folder: Path, full: bool = True) -> CheckpointManifest:
         )
     if not manifest.files:
         raise ValueError(f"{folder / MANIFEST}: damaged: it names no files")
-    for name, (size, digest) in manifest.files.items():
+    for name, (size, _) in manifest.files.items():
         path = folder / name
         if not path.is_file():
             raise ValueError(f"{path}: missing")
         try:
-            if (found := path.stat().st_size) != size:
-                raise ValueError(f"{path}: {found} bytes instead of {size}")
-            if full and digest_of_file(path) != digest:
-                raise ValueError(f"{path}: its content has changed since it was written (xxh3-128 differs)")
+            found = path.stat().st_size
         except OSError as error:
             raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+        if found != size:
+            raise ValueError(f"{path}: {found} bytes instead of {size}")
+    if full and (change := find_change(folder, manifest.files)):
+        raise ValueError(change)
     return manifest
 
 

@@ -9,7 +9,7 @@ import contextlib
 import shutil
 from pathlib import Path
 
-from engine.checkpoint.manifest import folder_of, read_manifest, step_of, steps
+from engine.checkpoint.manifest import FindChange, find_change, folder_of, read_manifest, step_of, steps
 from training.config import CheckpointConfig
 
 
@@ -82,12 +82,12 @@ def delete_folder(folder: Path) -> list[str]:
     return []
 
 
-def set_aside(run: Path, step: int) -> list[Path]:
+def set_aside(run: Path, step: int, find_change: FindChange = find_change) -> list[Path]:
     """Move the checkpoints after `step` out of the way, to RUN/set_aside, and return where they are now.
 
     Raises ValueError, and moves nothing, unless there is an intact checkpoint of `step`.
     """
-    read_manifest(folder_of(run, step))
+    read_manifest(folder_of(run, step), find_change=find_change)
     moved = []
     for later in [folder for folder in steps(run) if (step_of(folder) or 0) > step]:
         target, number = run / "set_aside" / later.name, 1

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from engine.checkpoint.deepspeed_files import read_weights
 from engine.checkpoint.folder import find, newest_good
-from engine.checkpoint.manifest import CheckpointManifest, read_manifest
+from engine.checkpoint.manifest import CheckpointManifest, FindChange, find_change, read_manifest
+from engine.checkpoint.verification import on_first_rank
 from model.config import ROPE_EXTENDS_ORIGINAL, ModelConfig
 from model.hf.weights import load_hf
 from storage.manifest import TokenizerInfo
@@ -40,8 +40,9 @@ class WeightSource(NamedTuple):
     """None: a Hugging Face folder."""
 
 
-def open_source(path: str, full: bool) -> WeightSource:
-    """Read what the weights belong to. `full`: prove every byte of a checkpoint by its hash, not only by its size.
+def open_source(path: str, full: bool, find_change: FindChange = find_change) -> WeightSource:
+    """Read what the weights belong to. `full`: prove every byte of a checkpoint by its hash, not only by its size, with
+    `find_change`.
 
     Raises ValueError when there is nothing to start from, or it is damaged.
     """
@@ -50,9 +51,9 @@ def open_source(path: str, full: bool) -> WeightSource:
         model = ModelConfig.from_hf(folder)
         return WeightSource(model, model.max_position_embeddings, None)
     if (folder / "checkpoints").is_dir():
-        found = find(folder) if full else newest_good(folder, full=False)
+        found = find(folder, find_change=find_change) if full else newest_good(folder, full=False)
     elif folder.is_dir() and folder.name.startswith("step-"):
-        found = folder, read_manifest(folder, full)
+        found = folder, read_manifest(folder, full, find_change)
     else:
         raise ValueError(
             f"{folder} is neither a Hugging Face folder (no config.json) nor a run (no checkpoints) nor a checkpoint "
@@ -105,20 +106,12 @@ def _filled(model: ModelConfig, key: str) -> Any:
 
 
 def read_initial_weights(recipe: Recipe) -> Iterator[tuple[str, torch.Tensor]] | None:
-    """Names in the layer plan and whole tensors; of a run, from the checkpoint that the first rank has proved good.
+    """Names in the layer plan and whole tensors; of a run, from the checkpoint that all ranks have proved good.
 
     None where the recipe names no source. Collective over all ranks. Raises ValueError, on all ranks, when the source is
     damaged.
     """
     if (path := recipe.training.initial_weights) is None:
         return None
-    message: list = [None]
-    if dist.get_rank() == 0:
-        try:
-            message = [open_source(path, full=True).checkpoint]
-        except ValueError as error:
-            message = [error]
-    dist.broadcast_object_list(message, src=0)
-    if isinstance(message[0], ValueError):
-        raise message[0]
-    return load_hf(path)[1] if message[0] is None else read_weights(*message[0])
+    checkpoint = on_first_rank(lambda find_change: open_source(path, True, find_change).checkpoint)
+    return load_hf(path)[1] if checkpoint is None else read_weights(*checkpoint)
