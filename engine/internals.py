@@ -87,7 +87,9 @@ INTERNALS = [
         ("checkpoint_event_prologue", STAGE_3, TRANSPLANT, "persistent parameters are partitioned", RESUME),
         ("checkpoint_event_epilogue", STAGE_3, TRANSPLANT, "and whole again", RESUME),
         ("dp_process_group", STAGE_3, TRANSPLANT, "whose shares these are", RESUME),
+        ("ds_numel", "deepspeed.runtime.zero.partition_parameters", TRANSPLANT, "elements of a parameter", RESUME),
         # Read: keys of files
+        ("_checkpoint_offset", "torch.serialization", "engine/safe_load.py", "where a tensor begins", RESUME),
         ("module", ENGINE, FILES, "weights at stage 0", RESUME),
         ("optimizer", ENGINE, FILES, "moments at stage 0", RESUME),
         ("param_shapes", ENGINE, FILES, "which parameters, in which order", RESUME),

@@ -15,11 +15,28 @@ def load_file(path: Path) -> Any:
     Raises ValueError when it holds anything but tensors, containers and the few classes of DeepSpeed that its own files
     have: an unpickled object could run any code.
     """
+    return _load(path, map_location="cpu", mmap=True)
+
+
+def load_index(path: Path) -> Any:
+    """As `load_file`, but of the tensors only what they are and where (`position_of`), on the "meta" device."""
+    return _load(path, map_location="meta")
+
+
+def _load(path: Path, **how: Any) -> Any:
     allow_deepspeed_classes()
     try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        return torch.load(path, weights_only=True, **how)
     except Exception as error:
         raise refusal(path, error) from None
+
+
+def position_of(tensor: torch.Tensor) -> int:
+    """The byte of its file at which a tensor of `load_index` begins."""
+    assert tensor.is_contiguous()
+    start = tensor.untyped_storage()._checkpoint_offset
+    assert start is not None
+    return int(start + tensor.storage_offset() * tensor.element_size())
 
 
 def refusal(path: Path, error: Exception) -> ValueError:

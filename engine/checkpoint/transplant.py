@@ -1,11 +1,11 @@
-"""Put weights and optimizer states, one parameter at a time, into a live engine of any ZeRO stage.
+"""Put weights and optimizer states of a checkpoint into a live engine of any ZeRO stage, each rank what it keeps.
 
-With `engine.checkpoint.deepspeed_files.read_states` on the other side this is how a checkpoint continues in another
-layout: no intermediate files, and no more memory than the largest parameter.
+This is how a checkpoint continues in another layout: without intermediate files, and with no more memory than one buffer. What
+several ranks keep alike (data-parallel ones at stage 0) is read by one of them and broadcast.
 """
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,92 +14,109 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-from engine.checkpoint.deepspeed_files import ParameterState
+from engine.checkpoint.deepspeed_files import CheckpointFiles
+from engine.checkpoint.division import dealt
 from engine.engine import Engine
 from engine.layout.names import named_parameters
-from engine.layout.slices import cut_dimensions, slice_of
 from engine.optimizer import Guarded
 
 
-def transplant(engine: Engine, states: Iterable[ParameterState]) -> None:
-    """Overwrite all parameters and moments of a fresh engine. Every rank reads all states and keeps its part.
+class Keep(NamedTuple):
+    """Elements of a parameter (of this rank's slice of it, flattened) that this rank keeps, and where."""
+
+    name: str
+    elements: range
+    vectors: dict[str, torch.Tensor]
+    """By key, "weight" or a moment: what takes them, [N]."""
+    offset: int
+    """Of the first of them in the vectors."""
+
+
+def transplant(engine: Engine, files: CheckpointFiles) -> None:
+    """Overwrite all parameters and moments of a fresh engine. Collective over all ranks.
 
     Raises ValueError for an optimizer wrapper whose states this does not know (fp16 at stage 0, for example).
     """
     wrapper = engine.optimizer
-    if engine.mesh.tensor > 1:
-        states = _parts(engine, states)
     if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
-        _into_stage_3(engine, states)
+        _into_stage_3(engine, files)
     elif isinstance(wrapper, DeepSpeedZeroOptimizer | BF16_Optimizer):
-        _into_stages_1_and_2(engine, states)
+        for keep in _kept_at_stages_1_and_2(engine, files):
+            _read(engine, files, keep)
+        wrapper.update_lp_params()
     elif isinstance(wrapper, Guarded):
-        _into_stage_0(engine, states)
+        _into_stage_0(engine, files)
     else:
         raise ValueError(
             f"checkpoints of another layout cannot be continued under DeepSpeed's {type(wrapper).__name__}"
         )
 
 
-def _parts(engine: Engine, states: Iterable[ParameterState]) -> Iterator[ParameterState]:
-    """What this rank of a tensor-parallel group has of each parameter."""
-    config: Any = engine.module.config
-    mesh, dimensions = engine.mesh, cut_dimensions(config)
-    for name, weight, moments, step in states:
-        place = dimensions[name], mesh.tensor_rank, mesh.tensor
-        yield ParameterState(name, slice_of(weight, *place), {k: slice_of(m, *place) for k, m in moments.items()}, step)
+def _read(engine: Engine, files: CheckpointFiles, keep: Keep) -> None:
+    piece = files.division.slice(keep.name, engine.mesh.tensor_rank, engine.mesh.tensor)
+    for key, vector in keep.vectors.items():
+        files.read(keep.name, key, piece, keep.elements, vector.detach(), keep.offset)
 
 
-def _into_stage_0(engine: Engine, states: Iterable[ParameterState]) -> None:
+def _into_stage_0(engine: Engine, files: CheckpointFiles) -> None:
+    """Every parameter is read by one of the ranks that keep it, straight into place, and broadcast from there."""
     parameters = dict(named_parameters(engine.module))
-    for state in states:
-        parameter = parameters.pop(state.name)
-        parameter.data.copy_(state.weight)
-        moments = _start(engine, parameter, state)
-        for key, value in state.moments.items():
-            moments[key].copy_(value)
-    assert not parameters, f"no states for {sorted(parameters)}"
+    ranks, group = _replicas(engine)
+    for name, reader in dealt({name: p.numel() for name, p in parameters.items()}, len(ranks)).items():
+        parameter = parameters[name]
+        tensors = {"weight": parameter.data, **_start(engine, name, parameter, files)}
+        keep = Keep(name, range(parameter.numel()), {key: tensor.view(-1) for key, tensor in tensors.items()}, 0)
+        if ranks[reader] == dist.get_rank():
+            _read(engine, files, keep)
+        for vector in keep.vectors.values() if len(ranks) > 1 else ():
+            dist.broadcast(vector, src=ranks[reader], group=group)
+    if group is not None:
+        dist.destroy_process_group(group)
 
 
-def _into_stages_1_and_2(engine: Engine, states: Iterable[ParameterState]) -> None:
+def _replicas(engine: Engine) -> tuple[list[int], dist.ProcessGroup | None]:
+    """The ranks that hold the same part of the model as this one, and their group; None: all ranks, or this one alone."""
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, (engine.mesh.pipeline_rank, engine.mesh.tensor_rank))
+    mine, own = [], None
+    for part in sorted(set(parts)):
+        ranks = [rank for rank, other in enumerate(parts) if other == part]
+        group = dist.new_group(ranks) if 1 < len(ranks) < len(parts) else None
+        if dist.get_rank() in ranks:
+            mine, own = ranks, group
+    return mine, own
+
+
+def _kept_at_stages_1_and_2(engine: Engine, files: CheckpointFiles) -> Iterator[Keep]:
     """A parameter's `_hp_mapping` says which of its elements lie where in this rank's flat vector; none: not here."""
     wrapper = engine.optimizer
-    parameters: dict[str, Any] = dict(named_parameters(engine.module))
     groups = wrapper.bf16_groups if isinstance(wrapper, BF16_Optimizer) else wrapper.bit16_groups
     number = {id(parameter): index for index, group in enumerate(groups) for parameter in group}
-    for state in states:
-        if (parameter := parameters.pop(state.name, None)) is None:
-            continue  # of another pipeline stage
+    parameters: Iterator[tuple[str, Any]] = named_parameters(engine.module)
+    for name, parameter in parameters:
         (flat,) = engine.base_optimizer.param_groups[number[id(parameter)]]["params"]
-        moments, mapping = _start(engine, flat, state), parameter._hp_mapping
+        moments, mapping = _start(engine, name, flat, files), parameter._hp_mapping
         if mapping is None:
             continue
         here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
-        for target, value in [(flat, state.weight), *((moments[k], value) for k, value in state.moments.items())]:
-            target.data.narrow(0, here.start, here.numel).copy_(value.flatten().narrow(0, there.start, there.numel))
-    assert not parameters, f"no states for {sorted(parameters)}"
-    wrapper.update_lp_params()
+        elements = range(there.start, there.start + there.numel)
+        yield Keep(name, elements, {"weight": flat, **moments}, here.start)
 
 
-def _into_stage_3(engine: Engine, states: Iterable[ParameterState]) -> None:
+def _into_stage_3(engine: Engine, files: CheckpointFiles) -> None:
     """Each rank's share of a parameter stands in the flat vector of its sub-group, in the order of the group."""
     wrapper = engine.optimizer
     rank = dist.get_rank(wrapper.dp_process_group)
     wrapper.checkpoint_event_prologue()
     names = {id(parameter): name for name, parameter in named_parameters(engine.module)}
-    places = {}
     for group, flat in zip(wrapper.fp16_groups, wrapper.fp32_partitioned_groups_flat, strict=True):
         offset = 0
         for parameter in group:
-            places[names[id(parameter)]] = flat, offset, parameter.partition_numel()
-            offset += parameter.partition_numel()
-    for state in states:
-        flat, offset, share = places.pop(state.name)
-        moments = _start(engine, flat, state)
-        for target, value in [(flat, state.weight), *((moments[k], value) for k, value in state.moments.items())]:
-            part = value.flatten()[rank * share :][:share]
-            target.data.narrow(0, offset, len(part)).copy_(part)
-    assert not places, f"no states for {sorted(places)}"
+            name, share = names[id(parameter)], parameter.partition_numel()
+            elements = range(min(rank * share, parameter.ds_numel), min((rank + 1) * share, parameter.ds_numel))
+            vectors = {"weight": flat, **_start(engine, name, flat, files)}
+            _read(engine, files, Keep(name, elements, vectors, offset))
+            offset += share
     for half, flat, parts in zip(
         wrapper.fp16_partitioned_groups_flat,
         wrapper.fp32_partitioned_groups_flat,
@@ -112,13 +129,13 @@ def _into_stage_3(engine: Engine, states: Iterable[ParameterState]) -> None:
     wrapper.checkpoint_event_epilogue()
 
 
-def _start(engine: Engine, target: torch.Tensor, given: ParameterState) -> dict:
-    """The base optimizer's state of one of its tensors, made if it is not there yet."""
-    optimizer = engine.base_optimizer
+def _start(engine: Engine, name: str, target: torch.Tensor, files: CheckpointFiles) -> dict[str, torch.Tensor]:
+    """The base optimizer's moments of one of its tensors, made if they are not there yet, at the parameter's step."""
+    optimizer, keys, step = engine.base_optimizer, files.moments(name), files.step(name)
     state = optimizer.state[target]
-    for key in given.moments:
+    for key in keys:
         if key not in state:
             state[key] = torch.zeros_like(target.data)
     is_cpu_adam = isinstance(optimizer, DeepSpeedCPUAdam)
-    state["step"] = given.step if is_cpu_adam else torch.tensor(float(given.step), device=target.device)
-    return state
+    state["step"] = step if is_cpu_adam else torch.tensor(float(step), device=target.device)
+    return {key: state[key] for key in keys}

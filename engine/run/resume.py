@@ -1,7 +1,7 @@
 """Continue a run from its newest good checkpoint, in the same layout or in any other.
 
 The same layout loads DeepSpeed's own files and is exact to the bit. Another number of ranks, ZeRO stage, precision or
-offload reads the same files parameter by parameter, without a separate command, and is exact to rounding.
+offload reads of the same files what each rank keeps, without a separate command, and is exact to rounding.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from engine import internals
-from engine.checkpoint.deepspeed_files import read_states
+from engine.checkpoint.deepspeed_files import CheckpointFiles
 from engine.checkpoint.folder import layout_of
 from engine.checkpoint.manifest import MANIFEST, CheckpointManifest, StateLayout, step_of, steps, unseal
 from engine.checkpoint.transplant import transplant
@@ -105,7 +105,8 @@ def restore(engine: Engine, folder: Path, manifest: CheckpointManifest) -> Train
     if _loads_natively(manifest.layout, here):
         _load_natively(engine, folder)
     else:
-        transplant(engine, read_states(folder, manifest))
+        with CheckpointFiles(folder, manifest) as files:
+            transplant(engine, files)
         internals.continue_from(engine.deepspeed, manifest.state.step, manifest.state.consumed_samples)
     for group, hyperparameters in zip(engine.optimizer.param_groups, groups, strict=True):
         group.update(hyperparameters)
