@@ -1,0 +1,141 @@
+"""What a move to another layout really reads: the plan's bytes, the files' own places, and no more by the system's count."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.checkpoint.deepspeed_files import CheckpointFiles
+from engine.checkpoint.folder import layout_of, newest_good
+from engine.checkpoint.foreseen import foreseen_division
+from engine.run import resume
+from tests.engine.kept import kept
+from tests.engine.programs import Run, prepare
+from tests.engine.test_resume import ON_FOUR, ON_TWO
+from training.config import Recipe
+
+WIDER = {"model.hidden_size": "96", "model.intermediate_size": "200", "optimizer.lr": "1e-3"}
+MOVES = [
+    # ranks before, layout, ranks after, layout
+    (2, "zero3", 4, "pipeline2-data2"),
+    (2, "tensor2-zero3", 4, "tensor2-data2-zero2"),
+    (2, "zero0", 4, "tensor2-data2-zero0"),
+    (2, "zero2-offload", 4, "sequence2-data2"),
+    (2, "zero1-bf16", 2, "tensor2-zero1-bf16"),
+    (2, "pipeline", 2, "zero0"),
+    (4, "pipeline2-data2", 2, "tensor2-zero3"),
+    (4, "tensor2-data2-zero3", 2, "zero2"),
+    (4, "sequence2-data2", 2, "pipeline"),
+]
+CONFIGS = {2: ON_TWO, 4: ON_FOUR}
+
+
+def saved(folder: str, recipe: str, data: str, ds_config: dict) -> str:
+    """A checkpoint after one step."""
+    run = Run(recipe, data, ds_config, Path(folder), WIDER)
+    run.steps(1)
+    run.save()
+    run.close()
+    return folder
+
+
+def resumed(folder: str, source: str, recipe: str, data: str, ds_config: dict) -> dict:
+    """Of one rank that continues another run's checkpoint: bytes that it counted and that the system did, and the plan's."""
+    run = Run(recipe, data, ds_config, Path(folder), WIDER)
+    opened = []
+
+    class Counted(CheckpointFiles):
+        def __init__(self, *arguments) -> None:
+            super().__init__(*arguments)
+            opened.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resume, "CheckpointFiles", Counted)
+        run.restore(Path(source))  # the first imports what it needs
+        checkpoint = newest_good(Path(source))[:2]
+        before = read_by_system()
+        resume.restore(run.engine, *checkpoint)
+        system = read_by_system() - before
+    target = foreseen_division(run.plan.recipe.model, run.plan.recipe.optimizer, layout_of(run.engine))
+    division = opened[-1].division
+    read = (r.box for kept in target.kept(run.topology.rank) for r in division.reads(*kept))
+    elements = sum(box.rows * box.width for box in read)
+    run.close()
+    return {"counted": opened[-1].bytes_read, "planned": elements * 4 * 3, "system": system}
+
+
+def read_by_system() -> int:
+    """Bytes that this process has asked of files so far."""
+    words = Path("/proc/self/io").read_text().split()
+    return int(words[words.index("rchar:") + 1])
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, on_ranks):
+    """By ranks and layout: the folder of a run with one checkpoint; recipe and data."""
+    folder = tmp_path_factory.mktemp("reads")
+    problem = prepare(folder)
+
+    @kept
+    def write(ranks: int, name: str) -> tuple[Path, str, str]:
+        return Path(on_ranks(ranks, saved, f"{folder}/{ranks}-{name}", *problem, CONFIGS[ranks][name][0])[0]), *problem
+
+    return write
+
+
+@pytest.mark.parametrize("move", MOVES, ids=lambda move: " ".join(map(str, move)))
+def test_all_ranks_together_read_at_most_one_and_a_half_checkpoints(checkpoint, on_ranks, tmp_path, move):
+    before, source, after, target = move
+    run, *problem = checkpoint(before, source)
+    results = on_ranks(after, resumed, str(tmp_path), str(run), *problem, CONFIGS[after][target][0])
+    assert [result["counted"] for result in results] == [result["planned"] for result in results]
+    _, manifest, _ = newest_good(run)
+    whole = Recipe.model_validate(manifest.recipe).model.num_parameters() * 4 * 3
+    assert whole <= sum(result["counted"] for result in results) <= 1.5 * whole
+    indices = (
+        sum(size for size, _ in manifest.files.values()) - whole
+    )  # and weights in half precision, which nobody needs
+    assert sum(result["system"] for result in results) <= 1.5 * whole + after * indices
+
+
+@pytest.mark.parametrize(("ranks", "source"), dict.fromkeys(move[:2] for move in MOVES), ids=str)
+def test_the_files_divide_as_foreseen(checkpoint, ranks, source):
+    folder, manifest, _ = newest_good(checkpoint(ranks, source)[0])
+    recipe = Recipe.model_validate(manifest.recipe)
+    foreseen = foreseen_division(recipe.model, recipe.optimizer, manifest.layout)
+    with CheckpointFiles(folder, manifest) as files:
+        assert files.division.shapes == foreseen.shapes
+        for found, expected in zip(files.division.parts, foreseen.parts, strict=True):
+            assert found.shapes == expected.shapes
+            if manifest.layout.zero_stage:
+                assert found.ranks == expected.ranks
+            if manifest.layout.zero_stage in (1, 2):  # at stage 3 the order does not change what a rank has
+                assert (found.sizes, found.places) == (expected.sizes, expected.places)
+
+
+@pytest.mark.parametrize("buffer", [64, 1000])
+def test_a_small_buffer_reads_the_same(checkpoint, monkeypatch, buffer):
+    folder, manifest, _ = newest_good(checkpoint(4, "tensor2-data2-zero3")[0])
+    with CheckpointFiles(folder, manifest) as files:
+        whole = {name: files.read_whole(name, "exp_avg") for name in files.division.first_parts}
+        assert files.bytes_read == sum(tensor.numel() * 4 for tensor in whole.values())
+    monkeypatch.setattr("engine.checkpoint.deepspeed_files.BUFFER_BYTES", buffer)
+    monkeypatch.setattr("engine.checkpoint.deepspeed_files.OPEN_FILES", 1)
+    with CheckpointFiles(folder, manifest) as files:
+        for name, tensor in whole.items():
+            assert torch.equal(files.read_whole(name, "exp_avg"), tensor)
+
+
+def test_a_file_that_became_shorter_is_said(checkpoint):
+    folder, manifest, _ = newest_good(checkpoint(2, "pipeline")[0])
+    with CheckpointFiles(folder, manifest) as files:
+        name = next(iter(files.division.first_parts))
+        files.read_whole(name)
+        path = folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+        content = path.read_bytes()
+        path.write_bytes(content[:1000])
+        try:
+            with pytest.raises(ValueError, match=f"{path.name}: ends before what its index names: restore it"):
+                files.read_whole(name)
+        finally:
+            path.write_bytes(content)
