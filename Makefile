@@ -39,6 +39,7 @@ bench: .venv/installed
 	$(BIN)/python -m bench.kernels
 	$(BIN)/python -m bench.attention
 	$(BIN)/python -m bench.balance
+	$(BIN)/python -m bench.checkpoint
 	$(BIN)/python -m bench.equivalence
 	$(BIN)/python -m bench.compression
 
