@@ -93,7 +93,9 @@ def rank(folder: Path) -> None:
     from launch.rank import leave
 
     job, run = json.loads((folder / "job.json").read_text()), folder / "run"
-    plan = make_plan("recipes/tiny.yaml", OVERRIDES, job["ds_config"], str(folder / "data"), topology, job["stages"])
+    plan = make_plan(
+        "recipes/tiny.yaml", OVERRIDES, job["ds_config"], str(folder / "data"), topology, {"pipeline": job["stages"]}
+    )
     start_process_group(topology)
     loop, results = begin(plan), {}
     chosen: list = []
@@ -154,12 +156,11 @@ def foresee(recipe_file: str) -> None:
     from training.config import load_recipe
 
     recipe = load_recipe(recipe_file, {})
-    kind = {"wrapper": "", "optimizer": ""}
     bounds = tuple(pipeline_bounds(recipe.model, 8, "flops", recipe.model.max_position_embeddings))
     layouts = {
-        "ZeRO-3 on 512": StateLayout(zero_stage=3, world_size=512, **kind),
-        "ZeRO-3 on 256": StateLayout(zero_stage=3, world_size=256, **kind),
-        "8 x 8 x 8": StateLayout(zero_stage=1, world_size=512, stage_bounds=bounds, tensor=8, **kind),
+        "ZeRO-3 on 512": StateLayout(wrapper="", optimizer="", zero_stage=3, world_size=512),
+        "ZeRO-3 on 256": StateLayout(wrapper="", optimizer="", zero_stage=3, world_size=256),
+        "8 x 8 x 8": StateLayout(wrapper="", optimizer="", zero_stage=1, world_size=512, stage_bounds=bounds, tensor=8),
     }
     divisions = {name: foreseen_division(recipe.model, recipe.optimizer, layout) for name, layout in layouts.items()}
     whole = recipe.model.num_parameters() * BYTES_OF_AN_ELEMENT
@@ -182,7 +183,7 @@ def foresee(recipe_file: str) -> None:
         )
 
 
-class Sum(NamedTuple):
+class ReadTotals(NamedTuple):
     """Over a rank's plan of reads, for weight and moments."""
 
     bytes: int
@@ -190,14 +191,14 @@ class Sum(NamedTuple):
     reads: int
 
 
-def add_up(source: "Division", target: "Division", number: int) -> Sum:
+def add_up(source: "Division", target: "Division", number: int) -> ReadTotals:
     elements, runs, files = 0, 0, set()
     for kept in target.kept(number):
         for part, holder, _, box in source.reads(*kept):
             elements += box.rows * box.width
             runs += 1 if box.source_stride == box.width else box.rows
             files.add((part, holder))
-    return Sum(elements * BYTES_OF_AN_ELEMENT, len(files), runs * 3)
+    return ReadTotals(elements * BYTES_OF_AN_ELEMENT, len(files), runs * 3)
 
 
 def main() -> None:

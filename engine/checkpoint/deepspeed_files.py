@@ -33,7 +33,7 @@ class Vector(NamedTuple):
     dtype: torch.dtype
 
 
-class Content(NamedTuple):
+class RankStates(NamedTuple):
     """What one file of a source's rank has: by key ("weight", a moment) and group the vectors, one after another."""
 
     path: Path
@@ -51,7 +51,7 @@ class CheckpointFiles:
         """Of weights and moments, so far."""
         self._config = ModelConfig.model_validate(manifest.recipe["model"])
         self._moments = OptimizerConfig.model_validate(manifest.recipe["optimizer"]).moments
-        self._contents: dict[tuple[int, int], Content] = {}
+        self._contents: dict[tuple[int, int], RankStates] = {}
         self._paths = [self._optimizer_files(part) for part in range(manifest.layout.parts)]
         parts = [self._part_division(part) for part in range(manifest.layout.parts)]
         self.division = Division(parts, manifest.layout.tensor, cut_dimensions(self._config))
@@ -90,7 +90,7 @@ class CheckpointFiles:
         self.read(name, key, self.division.slice(name, 0, 1), range(whole.numel()), whole.view(-1))
         return whole
 
-    def _first(self, name: str) -> tuple[Content, int]:
+    def _first(self, name: str) -> tuple[RankStates, int]:
         """The first file that may have a parameter, and its group there."""
         part = self.division.first_parts[name]
         return self._content(part, 0), self.division.parts[part].places[name][0]
@@ -131,22 +131,22 @@ class CheckpointFiles:
                 raise ValueError(f"{path}: ends before what its index names: restore it")
             position, memory = position + got, memory[got:]
 
-    def _content(self, part: int, rank: int) -> Content:
+    def _content(self, part: int, rank: int) -> RankStates:
         if (part, rank) not in self._contents:
             stage_0 = self.manifest.layout.zero_stage == 0
             self._contents[part, rank] = self._content_0(part) if stage_0 else self._content_of_rank(part, rank)
         return self._contents[part, rank]
 
-    def _content_0(self, part: int) -> Content:
+    def _content_0(self, part: int) -> RankStates:
         path = self.folder / f"mp_rank_{part:02d}_model_states.pt"
         content = load_index(path)
         states = [content["optimizer"]["state"].get(i, {}) for i, _ in enumerate(self.manifest.parameters)]
         weights = [content["module"][name] for name in self.manifest.parameters]
         moments = {key: [[_vector(state[key])] if key in state else [] for state in states] for key in self._moments}
         vectors = {"weight": [[_vector(weight)] for weight in weights]} | moments
-        return Content(path, vectors, [_number(path, state.get("step", 0)) for state in states])
+        return RankStates(path, vectors, [_number(path, state.get("step", 0)) for state in states])
 
-    def _content_of_rank(self, part: int, rank: int) -> Content:
+    def _content_of_rank(self, part: int, rank: int) -> RankStates:
         path = self._paths[part][rank]
         content = load_index(path)["optimizer_state_dict"]
         weights = content.get("fp32_flat_groups") or content["single_partition_of_fp32_groups"]
@@ -155,7 +155,7 @@ class CheckpointFiles:
         vectors = {key: [_vector(tensor) for tensor in tensors] for key, tensors in flat.items()}
         stage_3 = self.manifest.layout.zero_stage == 3  # whose groups are divided again
         grouped = {key: [of_key] if stage_3 else [[one] for one in of_key] for key, of_key in vectors.items()}
-        return Content(path, grouped, [_number(path, states[0]["step"]) if states else 0])
+        return RankStates(path, grouped, [_number(path, states[0]["step"]) if states else 0])
 
     def _part_division(self, part: int) -> PartDivision:
         stage, ranks = self.manifest.layout.zero_stage, len(self._paths[part])
