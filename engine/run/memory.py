@@ -116,7 +116,7 @@ def rank_need(plan: RunPlan, rank: int) -> Need:
     activations = width * tokens * recipe.model.hidden_size * blocks * under_way
     if plan.batch.accumulation == 1:  # gradients come as activations go
         activations = max(0, activations - gradients)
-    return Need(weights, gradients, optimizer, activations, int(offloaded), _building(plan, mesh, stage, width))
+    return Need(weights, gradients, optimizer, activations, int(offloaded), _building(plan, mesh, stage))
 
 
 def largest_need(plan: RunPlan) -> Need:
@@ -137,15 +137,16 @@ def _blocks(model: ModelConfig, bounds: list[int], stage: int) -> int:
     return sum(entry.cls is Block for entry in plan[first:last])
 
 
-def _building(plan: RunPlan, mesh: Mesh, stage: int, width: int) -> int:
-    """The most that the host holds while layers are made one by one, each parameter drawn whole in float32 beside its own.
+def _building(plan: RunPlan, mesh: Mesh, stage: int) -> int:
+    """The most that the host holds while layers are made one by one in float32, each parameter drawn whole beside its own.
 
-    At stages 0 to 2 in float32 until DeepSpeed gets the model, which it cuts by tensors only then; at stage 3 cut at once.
+    What tensor parallelism leaves of a layer stays until DeepSpeed gets the model; at stage 3 nothing does.
     """
-    whole = parameter_sizes(plan.recipe.model, plan.pipeline_bounds, mesh._replace(tensor=1))
+    meshes = mesh, mesh._replace(tensor=1)
+    kept, whole = (parameter_sizes(plan.recipe.model, plan.pipeline_bounds, each) for each in meshes)
     if stage == 3:
-        return (4 + width) * max(whole)
-    return 4 * max(before + size for before, size in zip(accumulate(whole), whole, strict=True))
+        return 4 * 2 * max(whole)
+    return 4 * max(done - part + 2 * size for done, part, size in zip(accumulate(kept), kept, whole, strict=True))
 
 
 def check_memory(plan: RunPlan, topology: Topology, overcommit: bool = False) -> str:
