@@ -236,7 +236,7 @@ class Division:
 
 
 def dealt(sizes: dict[str, int], replicas: int) -> dict[str, int]:
-    """Which of the ranks that keep the same parameters reads which: the largest first, each time who has read least."""
+    """Which of several ranks takes which of some things, by their sizes: the largest first, each time who has least."""
     readers, loads = {}, [0] * replicas
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
         readers[name] = loads.index(min(loads))

@@ -32,7 +32,7 @@ from engine.checkpoint.manifest import (
     strangers,
 )
 from engine.checkpoint.retention import delete_folder, set_aside
-from engine.checkpoint.verification import on_first_rank, shares
+from engine.checkpoint.verification import of_this_rank, on_first_rank
 from engine.engine import Engine
 from engine.layout.names import named_parameters
 from launch.peers import FAILED_COLLECTIVE
@@ -176,7 +176,7 @@ def _sync_and_hash(folder: Path) -> dict[str, tuple[int, str]]:
     """Sizes and digests of all files, the work shared between the ranks."""
     sizes = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
     mine = {}
-    for name in shares(sizes, dist.get_world_size())[dist.get_rank()]:
+    for name in of_this_rank(sizes):
         path = folder / name
         with path.open("rb") as file:
             os.fsync(file.fileno())

@@ -76,13 +76,10 @@ def _into_stage_0(engine: Engine, files: CheckpointFiles) -> None:
 
 def _replicas(engine: Engine) -> tuple[list[int], dist.ProcessGroup | None]:
     """The ranks that hold the same part of the model as this one, and their group; None: all ranks, or this one alone."""
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, (engine.mesh.pipeline_rank, engine.mesh.tensor_rank))
     mine, own = [], None
-    for part in sorted(set(parts)):
-        ranks = [rank for rank, other in enumerate(parts) if other == part]
-        group = dist.new_group(ranks) if 1 < len(ranks) < len(parts) else None
-        if dist.get_rank() in ranks:
+    for ranks in engine.mesh.groups_along("data", "sequence"):
+        group = dist.new_group(ranks) if 1 < len(ranks) < engine.mesh.world_size else None
+        if engine.mesh.rank in ranks:
             mine, own = ranks, group
     return mine, own
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from engine.checkpoint.division import dealt
 from engine.checkpoint.manifest import Files, FindChange, change_of
 
 Result = TypeVar("Result")
@@ -56,19 +57,13 @@ def _returned(outcome: Any) -> Any:
 
 def _find_together(folder: Path, files: Files) -> str | None:
     """As `manifest.find_change`, of this rank's files; the finding for the first file that has one is everybody's."""
-    mine = shares({name: size for name, (size, _) in files.items()}, dist.get_world_size())[dist.get_rank()]
+    mine = of_this_rank({name: size for name, (size, _) in files.items()})
     changes: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(changes, {name: change_of(folder / name, files[name][1]) for name in mine})
     found = {name: change for some in changes for name, change in some.items()}
     return next((found[name] for name in files if found[name]), None)
 
 
-def shares(sizes: dict[str, int], ranks: int) -> list[list[str]]:
-    """Every name once, dealt so that the ranks have about as many bytes: the largest first, to whoever has least."""
-    dealt: list[list[str]] = [[] for _ in range(ranks)]
-    bytes_of = [0] * ranks
-    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
-        rank = bytes_of.index(min(bytes_of))
-        dealt[rank].append(name)
-        bytes_of[rank] += sizes[name]
-    return dealt
+def of_this_rank(sizes: dict[str, int]) -> list[str]:
+    """The names that fall to it where all ranks share the work."""
+    return [name for name, rank in dealt(sizes, dist.get_world_size()).items() if rank == dist.get_rank()]

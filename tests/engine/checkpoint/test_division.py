@@ -162,7 +162,7 @@ def test_a_slice_is_the_tensor_that_tensor_parallelism_cuts(rows, columns, ranks
 
 
 @given(st.dictionaries(st.text(max_size=2), st.integers(0, 50)), st.integers(1, 8))
-def test_replicas_read_evenly(sizes, replicas):
+def test_work_is_dealt_evenly(sizes, replicas):
     readers = dealt(sizes, replicas)
     assert readers.keys() == sizes.keys()
     loads = [sum(size for name, size in sizes.items() if readers[name] == rank) for rank in range(replicas)]

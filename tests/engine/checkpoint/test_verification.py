@@ -4,12 +4,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from engine.checkpoint.folder import agree_on_checkpoint
 from engine.checkpoint.manifest import digest_of_file, read_manifest
-from engine.checkpoint.verification import shares
 from tests.engine.checkpoint.test_folder import flip, write
 from tests.engine.programs import join_process_group
 
@@ -72,12 +69,3 @@ def test_a_step_to_go_back_to_is_read_once(run, on_ranks):
     for _, message, _ in on_ranks(2, agree, str(run / "copy"), 5):
         assert "weights.pt: its content has changed" in message
     assert read_manifest(run / "copy/checkpoints/step-00000010").state.step == 10
-
-
-@given(st.dictionaries(st.text(max_size=3), st.integers(0, 100)), st.integers(1, 9))
-def test_shares_are_whole_and_even(sizes, ranks):
-    dealt = shares(sizes, ranks)
-    assert len(dealt) == ranks
-    assert sorted(name for names in dealt for name in names) == sorted(sizes)
-    loads = [sum(sizes[name] for name in names) for names in dealt]
-    assert max(loads) - min(loads) <= max(sizes.values(), default=0)
