@@ -37,7 +37,9 @@ CHAIN = (
 OVERRIDES = {
     "model.num_attention_heads": "4",
     "training.global_batch_tokens": "4096",
-    "training.max_steps": "20",
+    "schedule.schedule": "constant",
+    "schedule.warmup_steps": "0",
+    "schedule.decay_steps": "null",
     "validation.every_steps": "null",
 }
 BYTES_OF_AN_ELEMENT = 12

@@ -47,6 +47,8 @@ INTERNALS = [
         ("global_steps", ENGINE, HERE, "the step at which a run continues in another layout", RESUME),
         ("global_samples", ENGINE, HERE, "its samples", RESUME),
         ("micro_batch_size", "deepspeed.runtime.pipe.engine", HERE, "rows of a stage", "tests/engine/test_stages.py"),
+        ("module_state_dict", ENGINE, HERE, "no weights beside the master weights in a checkpoint", RESUME),
+        ("load_module_state_dict", ENGINE, HERE, "none are expected there", RESUME),
         ("buffered_allreduce_fallback", ENGINE, HERE, "replaced by the compressed reduction", REDUCTION),
         ("tensor_model_parallel", "deepspeed.runtime.utils", HERE, "parts add up in the gradient norm", LAYOUTS),
         ("mpu", "deepspeed.utils.groups", HERE, "another engine after this", RESUME),
@@ -79,6 +81,7 @@ INTERNALS = [
         ("bf16_groups", "deepspeed.runtime.bf16_optimizer", TRANSPLANT, "parameters of a flat vector", RESUME),
         ("bit16_groups", STAGES_1_AND_2, TRANSPLANT, "parameters of a flat vector", RESUME),
         ("update_lp_params", STAGES_1_AND_2, TRANSPLANT, "half precision from master weights", RESUME),
+        ("update_lp_params", STAGES_1_AND_2, "engine/run/resume.py", "half precision from master weights", RESUME),
         ("fp16_groups", STAGE_3, TRANSPLANT, "parameters of a sub-group", RESUME),
         ("fp32_partitioned_groups_flat", STAGE_3, TRANSPLANT, "master weights", RESUME),
         ("fp16_partitioned_groups_flat", STAGE_3, TRANSPLANT, "half precision from master weights", RESUME),
@@ -125,6 +128,12 @@ def restart_accumulation(engine: DeepSpeedEngine) -> None:
 
 def continue_from(engine: DeepSpeedEngine, step: int, samples: int) -> None:
     engine.global_steps, engine.global_samples = step, samples
+
+
+def leave_out_module_weights(engine: DeepSpeedEngine) -> None:
+    """Of checkpoints, and load none: at stages 1 and 2 the optimizer's files have them in full precision."""
+    engine.module_state_dict = lambda **_: {}
+    engine.load_module_state_dict = lambda **_: None
 
 
 def set_micro_batch_size(engine: DeepSpeedEngine, rows: int) -> None:

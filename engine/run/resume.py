@@ -102,7 +102,9 @@ def restore(engine: Engine, folder: Path, manifest: CheckpointManifest) -> Train
         raise ValueError(f"{folder} holds {', '.join(unnamed)}, which its manifest does not name: move it elsewhere")
     groups = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
     here = layout_of(engine)
-    if _loads_natively(manifest.layout, here):
+    if _loads_natively(manifest.layout, here) and (
+        here.zero_stage == 0 or engine.deepspeed.zero_load_from_fp32_weights()
+    ):
         _load_natively(engine, folder)
     else:
         with CheckpointFiles(folder, manifest) as files:
@@ -116,12 +118,17 @@ def restore(engine: Engine, folder: Path, manifest: CheckpointManifest) -> Train
 
 
 def _load_natively(engine: Engine, folder: Path) -> None:
+    masters_only = engine.zero_stage in (1, 2)  # older checkpoints have the working weights too, which follow from them
+    if masters_only:
+        internals.leave_out_module_weights(engine.deepspeed)
     try:
         path, _ = engine.deepspeed.load_checkpoint(str(folder.parent), tag=folder.name)
     except pickle.UnpicklingError as error:
         raise refusal(folder, error) from None
     if path is None:
         raise ValueError(f"{folder}: DeepSpeed could not load this checkpoint")
+    if masters_only:
+        engine.optimizer.update_lp_params()
 
 
 def _loads_natively(there: StateLayout, here: StateLayout) -> bool:

@@ -1,14 +1,20 @@
 """What a move to another layout really reads: the plan's bytes, the files' own places, and no more by the system's count."""
 
+from math import prod
 from pathlib import Path
 
 import pytest
 import torch
 
+from engine import internals
 from engine.checkpoint.deepspeed_files import CheckpointFiles
 from engine.checkpoint.folder import layout_of, newest_good
 from engine.checkpoint.foreseen import foreseen_division
+from engine.layout.slices import cut_dimensions
 from engine.run import resume
+from engine.safe_load import load_index
+from model.config import ModelConfig
+from model.llama import Llama
 from tests.engine.kept import kept
 from tests.engine.programs import Run, prepare
 from tests.engine.test_resume import ON_FOUR, ON_TWO
@@ -111,6 +117,58 @@ def test_the_files_divide_as_foreseen(checkpoint, ranks, source):
                 assert found.ranks == expected.ranks
             if manifest.layout.zero_stage in (1, 2):  # at stage 3 the order does not change what a rank has
                 assert (found.sizes, found.places) == (expected.sizes, expected.places)
+
+
+@pytest.mark.parametrize(("ranks", "source"), dict.fromkeys(move[:2] for move in MOVES), ids=str)
+def test_nothing_is_written_twice(checkpoint, ranks, source):
+    """But what tensor-parallel ranks have whole, and the count of updates that each parameter or vector has."""
+    folder, manifest, _ = newest_good(checkpoint(ranks, source)[0])
+    model = Recipe.model_validate(manifest.recipe).model
+    on_all = sum(prod(shape) for name, shape in whole_shapes(model).items() if cut_dimensions(model)[name] is None)
+    needed = (model.num_parameters() + on_all * (manifest.layout.tensor - 1)) * 4 * 3
+    written = sum(stored_bytes(load_index(folder / name)) for name in manifest.files)
+    counts = 4 * len(whole_shapes(model)) * manifest.layout.parts
+    padding = 4 * 3 * manifest.layout.world_size * len(whole_shapes(model))
+    assert needed <= written <= needed + counts + padding
+
+
+def continued_from_older(folder: str, recipe: str, data: str, ds_config: dict) -> tuple[list[dict], list[dict]]:
+    """The same steps without a stop, and after one with a checkpoint that holds the working weights too."""
+    run = Run(recipe, data, ds_config, Path(folder), WIDER)
+    run.steps(2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(internals, "leave_out_module_weights", lambda engine: None)
+        run.save()
+    expected = run.steps(2)
+    run.close()
+    run = Run(recipe, data, ds_config, Path(folder), WIDER)
+    run.restore()
+    history = run.steps(2)
+    run.close()
+    return expected, history
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero1-bf16", "pipeline"])
+def test_an_older_checkpoint_continues_to_the_bit(on_ranks, tmp_path, name):
+    problem = prepare(tmp_path)
+    for expected, history in on_ranks(2, continued_from_older, f"{tmp_path}/run", *problem, ON_TWO[name][0]):
+        assert history == expected
+    manifest = newest_good(tmp_path / "run")[1]
+    model = Recipe.model_validate(manifest.recipe).model
+    assert sum(size for size, _ in manifest.files.values()) > model.num_parameters() * (4 * 3 + 2)
+
+
+def stored_bytes(content) -> int:
+    """Of all tensors in the content of a file."""
+    if isinstance(content, torch.Tensor):
+        return content.numel() * content.element_size()
+    values = content.values() if isinstance(content, dict) else content if isinstance(content, list | tuple) else ()
+    return sum(map(stored_bytes, values))
+
+
+def whole_shapes(model: ModelConfig) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        return {name: parameter.shape for name, parameter in Llama(model).named_parameters()}
 
 
 @pytest.mark.parametrize("buffer", [64, 1000])
