@@ -2,7 +2,8 @@
 
 A row is cut into equal stretches. At first every rank has neighbouring ones, of which few keys go to other ranks; then the
 busiest rank exchanges stretches with another, those that leave fewest documents divided, until no rank has more than
-`ENOUGH` beyond the average. That all follows from the lengths of the documents, which every rank knows.
+`ENOUGH` beyond the average. Of several numbers of stretches the one that divides least is taken. All of it follows from
+the lengths of the documents, which every rank knows.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,9 @@ from model.visibility import Visibility
 from training.balance import deal, imbalance
 
 STRETCHES = (8, 16, 32)
-"""Of a row, for each rank: the first number that is enough; fewer where the row does not divide into so many."""
+"""Of a row, for each rank: numbers to try, or lower ones into which the row divides."""
+FEW = 256
+"""Stretches of a row up to which a further number is tried when one is even enough: it takes milliseconds."""
 ENOUGH = 0.01
 """How much more attention than the average the busiest rank may have."""
 
@@ -46,21 +49,20 @@ def dealt_columns(documents: Documents, visibility: Visibility, ranks: int) -> l
 @lru_cache(maxsize=4)  # the engine and its layers ask for the same few batches
 def _dealt(lengths: tuple[int, ...], rows: int, visibility: Visibility, ranks: int) -> list[Tensor]:
     keys, crossing = _keys_of_columns(lengths, rows, visibility)
-    best: tuple[float, list[Tensor]] | None = None
+    found: list[tuple[float, int, np.ndarray, np.ndarray]] = []
     for most in STRETCHES:
         each = next(count for count in range(most, 0, -1) if len(keys) // ranks % count == 0)
+        if ranks * each > FEW and any(excess == 0 for excess, *_ in found):
+            break
         stretches = np.arange(len(keys)).reshape(ranks * each, -1)
-        costs = keys[stretches].sum(1)
+        costs, edges = keys[stretches].sum(1), crossing[stretches[:, 0]]
         evened = np.empty(len(costs), np.int64)
         evened[deal(costs, each, ranks)[0]] = np.arange(ranks)[:, None]
-        for owner in (_exchanged(costs, crossing[stretches[:, 0]], ranks), evened):
-            excess = imbalance(np.bincount(owner, costs))
-            if best is None or excess < best[0]:
-                best = excess, [torch.from_numpy(stretches[owner == rank].flatten()) for rank in range(ranks)]
-            if excess <= ENOUGH:
-                return best[1]
-    assert best is not None
-    return best[1]
+        for owner in (_exchanged(costs, edges, ranks), evened):
+            excess = max(imbalance(np.bincount(owner, costs)) - ENOUGH, 0.0)
+            found.append((excess, int(edges[1:][owner[1:] != owner[:-1]].sum()), owner, stretches))
+    _, _, owner, stretches = min(found, key=lambda each: each[:2])
+    return [torch.from_numpy(stretches[owner == rank].flatten()) for rank in range(ranks)]
 
 
 def _keys_of_columns(lengths: Sequence[int], rows: int, visibility: Visibility) -> tuple[np.ndarray, np.ndarray]:

@@ -111,7 +111,10 @@ class WireBytes:
         traffic = self.by_operation.setdefault(operation, Traffic())
         traffic.calls += 1
         traffic.bytes += payload
-        traffic.ring_bytes += payload * RING_FACTORS.get(operation, lambda ranks: 1)(group.size())
+        leaving = RING_FACTORS.get(operation, lambda ranks: 1)(group.size())
+        if operation == "all_to_all" and len(arguments) > 3 and sum(parts := arguments[3]):  # of unequal parts
+            leaving = 1 - parts[group.rank()] / sum(parts)
+        traffic.ring_bytes += payload * leaving
 
 
 def _bytes(tensors: torch.Tensor | list) -> int:
