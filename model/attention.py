@@ -17,11 +17,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from .block_attention import attend_blocks
 from .documents import Documents
-from .visibility import Visibility
+from .visibility import Tokens, Visibility
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -39,7 +39,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents, visibility: Vi
 
     Returns [B, T, H, d].
     """
-    if (visibility.span == 1 or visibility.span is None) and documents.copies == 1 and _varlen_takes(q):
+    if (visibility.span == 1 or visibility.span is None) and documents.copies == 1 and varlen_takes(q):
         return _attend_varlen(q, k, v, documents, visibility)
     if visibility.span != 1 or documents.copies == 2:
         return (_attend_flex if q.is_cuda else attend_blocks)(q, k, v, documents, visibility)
@@ -53,45 +53,55 @@ def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents, visibility: Vi
     return torch.cat(out, dim=1).view_as(q)
 
 
-def _varlen_takes(q: Tensor) -> bool:
+def varlen_takes(q: Tensor) -> bool:
     return HAS_VARLEN and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0
 
 
 def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents, visibility: Visibility) -> Tensor:
     """All documents in one flash kernel, causal or bidirectional."""
-    longest, cu_seqlens = documents.max_length, documents.cu_seqlens
+    starts = documents.cu_seqlens, documents.max_length
+    return run_varlen(*(x.flatten(0, 1) for x in (q, k, v)), starts, starts, visibility).view_as(q)
+
+
+def run_varlen(
+    q: Tensor, k: Tensor, v: Tensor, of_queries: tuple[Tensor, int], of_keys: tuple[Tensor, int], visibility: Visibility
+) -> Tensor:
+    """Stretches of queries [n, H, d], each over one of keys [m, K, d], causal or bidirectional.
+
+    `of_queries`, `of_keys`: where the stretches begin, int32, and how long the longest is. Returns [n, H, d].
+    """
     left = -1 if visibility.window is None else visibility.window - 1
     right = 0 if visibility.span == 1 else -1
-    out = varlen_attn(
-        q.flatten(0, 1),
-        k.flatten(0, 1),
-        v.flatten(0, 1),
-        cu_seqlens,
-        cu_seqlens,
-        longest,
-        longest,
-        window_size=(left, right),
-        enable_gqa=q.shape[2] != k.shape[2],
-    )
+    (cu_q, longest_q), (cu_k, longest_k) = of_queries, of_keys
+    grouped = q.shape[1] != k.shape[1]
+    out = varlen_attn(q, k, v, cu_q, cu_k, longest_q, longest_k, window_size=(left, right), enable_gqa=grouped)
     assert isinstance(out, Tensor), "only asked for more it gives a tuple"
-    return out.view_as(q)
+    return out
 
 
 def _attend_flex(q: Tensor, k: Tensor, v: Tensor, documents: Documents, visibility: Visibility) -> Tensor:
     """All rows as one sequence under a block-sparse mask (Dong et al. 2024, Flex Attention)."""
     if documents.block_mask is None:
         tokens = documents.tokens()
+        documents.block_mask = mask_of_blocks(visibility, tokens, tokens)
+    return run_flex(*(x.flatten(0, 1) for x in (q, k, v)), documents.block_mask).view_as(q)
 
-        def sees(_row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return visibility.sees(tokens.at(query), tokens.at(key))
 
-        size = len(tokens.document)
-        documents.block_mask = create_block_mask(sees, None, None, size, size, q.device, _compile=q.is_cuda)
-    flat = (x.flatten(0, 1).transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # [1, H, B T, d]
+def mask_of_blocks(visibility: Visibility, queries: Tokens, keys: Tokens) -> BlockMask:
+    def sees(_row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return visibility.sees(queries.at(query), keys.at(key))
+
+    device = queries.document.device
+    sizes = len(queries.document), len(keys.document)
+    return create_block_mask(sees, None, None, *sizes, device, _compile=device.type == "cuda")
+
+
+def run_flex(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask) -> Tensor:
+    """`q` [n, H, d], `k` and `v` [m, K, d] -> [n, H, d]."""
+    flat = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # [1, H, n, d]
     kernel: Any = _compiled_flex() if q.is_cuda else flex_attention
-    grouped = q.shape[2] != k.shape[2]
-    out = kernel(*flat, block_mask=documents.block_mask, enable_gqa=grouped)
-    return out.squeeze(0).transpose(0, 1).reshape_as(q)
+    out = kernel(*flat, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1])
+    return out.squeeze(0).transpose(0, 1)
 
 
 @cache

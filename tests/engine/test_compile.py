@@ -13,6 +13,7 @@ LAYOUTS = {
     "zero2": zero(2),
     "pipeline": zero(1, pipeline={"stages": 2}),
     "sequence": zero(1, sequence_parallel_size=2),
+    "keys": zero(1, sequence_parallel_size=2, sequence_parallel_exchange="keys"),
     "tensor": zero(1, tensor_parallel={"autotp_size": 2}),
     "rows": zero(1, tensor_parallel={"autotp_size": 2, "split_rows": True}),
 }

@@ -29,7 +29,8 @@ TENSOR = {  # not on one rank
     "tensor2-zero2": (zero(2, tensor_parallel={"autotp_size": 2}), {}),
     "tensor2-zero3": (zero(3, tensor_parallel={"autotp_size": 2}), {}),
 }
-ON_TWO = CONFIGS | TENSOR
+KEYS = {"keys2": (zero(2, sequence_parallel_size=2, sequence_parallel_exchange="keys"), {})}
+ON_TWO = CONFIGS | TENSOR | KEYS
 ON_FOUR = {
     "pipeline4": (zero(1, pipeline={"stages": 4}), {}),
     "pipeline2-data2": (zero(1, pipeline={"stages": 2, "partition": "uniform"}), {}),
@@ -77,6 +78,7 @@ TO_FOUR += [
     ("tensor2-zero2", "pipeline2-tensor2"),
     ("pipeline", "tensor2-sequence2-zero3"),
     ("zero1", "pipeline2-sequence2"),
+    ("keys2", "tensor2-sequence2-zero1"),
 ]
 FROM_FOUR += [
     ("pipeline2-tensor2", "tensor2-zero3"),
