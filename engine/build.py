@@ -18,11 +18,13 @@ from engine.layout.pipeline import Builder, PipelinedLlama, QueuedLoss
 from engine.layout.sequence import share_rows
 from engine.layout.slices import cut_dimensions, slice_of
 from engine.layout.tensor import Parts, divide_layer
+from engine.matrices import names_of_matrices, place_matrices
 from engine.optimizer import Guarded, build_optimizer
 from engine.reduction.compression import compressed_reduction
 from model.llama import Block, Layer, Llama
 from model.positions import resize_positions
 from training.config import Recipe
+from training.muon import Muon
 from training.optimizer import Lion
 
 ANNOUNCED_SECONDS = 2.0
@@ -62,7 +64,7 @@ def _build_engine(
     config.pop(EXCHANGE, None)
     if config.pop("sequence_parallel_size", 1) > 1:
         config["train_batch_size"] *= mesh.sequence  # DeepSpeed counts every rank's micro-batch as other rows
-    groups = Groups(mesh)
+    groups = Groups(mesh, holders=recipe.optimizer.is_muon)
     build = _builder(recipe, config, groups)
     model: Llama | PipelinedLlama
     if bounds:
@@ -80,8 +82,9 @@ def _build_engine(
     if recipe.training.compile:
         compile_blocks(model)
     optimizer = build_optimizer(model, recipe.optimizer, config)
-    if isinstance(optimizer, Lion):
-        config["zero_allow_untested_optimizer"] = True  # DeepSpeed has not tested this one; tests/engine has
+    matrices = names_of_matrices(model, optimizer)
+    if isinstance(optimizer, Lion | Muon):
+        config["zero_allow_untested_optimizer"] = True  # DeepSpeed has not tested these; tests/engine has
     if isinstance(optimizer, Guarded):
         optimizer.groups = groups if mesh.tensor > 1 else None
         config["gradient_clipping"] = 0.0  # this optimizer clips by itself, after measuring
@@ -91,9 +94,14 @@ def _build_engine(
             model=model, optimizer=optimizer, config=config, mpu=mpu, dist_init_required=False
         )
     reduction, visibility = compressed_reduction(wrapped, compression), recipe.model.visibility
-    if bounds:
-        return PipelineEngine(wrapped, mesh, visibility, reduction, loss, bounds)
-    return Engine(wrapped, mesh, visibility, reduction)
+    engine = (
+        PipelineEngine(wrapped, mesh, visibility, reduction, loss, bounds)
+        if bounds
+        else Engine(wrapped, mesh, visibility, reduction)
+    )
+    if isinstance(optimizer, Muon):
+        place_matrices(engine, optimizer, matrices, recipe, groups)
+    return engine
 
 
 def _builder(recipe: Recipe, config: dict[str, Any], groups: Groups) -> Builder:

@@ -34,6 +34,7 @@ READ_IN = {"deepspeed": "0.19.8", "torch": "2.13.0"}
 
 RESUME, LAYOUTS, NONFINITE = (f"tests/engine/test_{name}.py" for name in ("resume", "layouts", "nonfinite"))
 TRANSPLANT, FILES = "engine/checkpoint/transplant.py", "engine/checkpoint/deepspeed_files.py"
+HELD = "engine/layout/held.py"
 KEYS, WIRE, FLASH = "engine/ds_json/keys.py", "engine/reduction/wire.py", "model/block_attention.py"
 REDUCTION, DS_JSON, C10D = "tests/engine/reduction", "tests/engine/ds_json", "torch.distributed.distributed_c10d"
 HERE, STAGE_3 = "engine/internals.py", "deepspeed.runtime.zero.stage3"
@@ -75,22 +76,26 @@ INTERNALS = [
         ("ds_id", "deepspeed.runtime.zero.partition_parameters", "engine/layout/tensor.py", "is partitioned", LAYOUTS),
         ("ds_id", "deepspeed.runtime.zero.partition_parameters", "engine/build.py", "is partitioned", LAYOUTS),
         # Read: states in a live engine
-        ("_hp_mapping", "deepspeed.utils.mixed_precision_linkage", TRANSPLANT, "places in flat vectors", RESUME),
-        ("hp_fragment_address", "deepspeed.utils.tensor_fragment", TRANSPLANT, "places in flat vectors", RESUME),
-        ("lp_fragment_address", "deepspeed.utils.tensor_fragment", TRANSPLANT, "places in a parameter", RESUME),
-        ("bf16_groups", "deepspeed.runtime.bf16_optimizer", TRANSPLANT, "parameters of a flat vector", RESUME),
-        ("bit16_groups", STAGES_1_AND_2, TRANSPLANT, "parameters of a flat vector", RESUME),
+        ("_hp_mapping", "deepspeed.utils.mixed_precision_linkage", HELD, "places in flat vectors", RESUME),
+        ("hp_fragment_address", "deepspeed.utils.tensor_fragment", HELD, "places in flat vectors", RESUME),
+        ("lp_fragment_address", "deepspeed.utils.tensor_fragment", HELD, "places in a parameter", RESUME),
+        ("bf16_groups", "deepspeed.runtime.bf16_optimizer", HELD, "parameters of a flat vector", RESUME),
+        ("bit16_groups", STAGES_1_AND_2, HELD, "parameters of a flat vector", RESUME),
         ("update_lp_params", STAGES_1_AND_2, TRANSPLANT, "half precision from master weights", RESUME),
         ("update_lp_params", STAGES_1_AND_2, "engine/run/resume.py", "half precision from master weights", RESUME),
-        ("fp16_groups", STAGE_3, TRANSPLANT, "parameters of a sub-group", RESUME),
+        ("fp32_groups_flat_partition", "deepspeed.runtime.bf16_optimizer", HELD, "master weights", RESUME),
+        ("single_partition_of_fp32_groups", STAGES_1_AND_2, HELD, "master weights", RESUME),
+        ("fp32_partitioned_groups_flat", STAGE_3, HELD, "master weights", RESUME),
+        ("ds_shape", "deepspeed.runtime.zero.partition_parameters", "engine/matrices.py", "of a whole matrix", LAYOUTS),
+        ("fp16_groups", STAGE_3, HELD, "parameters of a sub-group", RESUME),
         ("fp32_partitioned_groups_flat", STAGE_3, TRANSPLANT, "master weights", RESUME),
         ("fp16_partitioned_groups_flat", STAGE_3, TRANSPLANT, "half precision from master weights", RESUME),
         ("fp16_partitioned_groups", STAGE_3, TRANSPLANT, "half precision from master weights", RESUME),
-        ("partition_numel", "deepspeed.runtime.zero.partition_parameters", TRANSPLANT, "a rank's share", RESUME),
+        ("partition_numel", "deepspeed.runtime.zero.partition_parameters", HELD, "a rank's share", RESUME),
         ("checkpoint_event_prologue", STAGE_3, TRANSPLANT, "persistent parameters are partitioned", RESUME),
         ("checkpoint_event_epilogue", STAGE_3, TRANSPLANT, "and whole again", RESUME),
-        ("dp_process_group", STAGE_3, TRANSPLANT, "whose shares these are", RESUME),
-        ("ds_numel", "deepspeed.runtime.zero.partition_parameters", TRANSPLANT, "elements of a parameter", RESUME),
+        ("dp_process_group", STAGE_3, HELD, "whose shares these are", RESUME),
+        ("ds_numel", "deepspeed.runtime.zero.partition_parameters", HELD, "elements of a parameter", RESUME),
         # Read: keys of files
         ("_checkpoint_offset", "torch.serialization", "engine/safe_load.py", "where a tensor begins", RESUME),
         ("module", ENGINE, FILES, "weights at stage 0", RESUME),

@@ -7,7 +7,9 @@ from deepspeed import comm as dist
 from deepspeed.runtime.utils import is_model_parallel_parameter
 
 from engine.layout.groups import Groups
-from training.optimizer import Lion, MuonAndAdamW, parameter_groups
+from engine.layout.pipeline import PipelinedLlama
+from training.muon import Muon
+from training.optimizer import Lion, parameter_groups
 from training.sections import OptimizerConfig
 
 
@@ -49,7 +51,7 @@ class GuardedLion(Guarded, Lion):
     pass
 
 
-class GuardedMuon(Guarded, MuonAndAdamW):
+class GuardedMuon(Guarded, Muon):
     pass
 
 
@@ -84,8 +86,11 @@ def build_optimizer(model: torch.nn.Module, config: OptimizerConfig, ds_config: 
     if config.name == "lion":
         return GuardedLion(groups, config.max_grad_norm or 0.0, **options) if unguarded else Lion(groups, **options)
     options["eps"] = config.eps
-    if config.name == "muon":
-        return GuardedMuon(groups, config.max_grad_norm or 0.0, momentum=config.momentum, **options)
+    if config.is_muon:
+        if isinstance(model, PipelinedLlama):
+            groups = _as_many_in_all_stages(groups)
+        options |= {"momentum": config.momentum, "normalize": config.name == "normuon"}
+        return GuardedMuon(groups, config.max_grad_norm or 0.0, **options) if unguarded else Muon(groups, **options)
     if zero.get("offload_optimizer") and ds_config["zero_force_ds_cpu_optimizer"]:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
@@ -95,6 +100,14 @@ def build_optimizer(model: torch.nn.Module, config: OptimizerConfig, ds_config: 
     if unguarded:
         return GuardedAdamW(groups, config.max_grad_norm or 0.0, fused=True, **options)
     return torch.optim.AdamW(groups, fused=True, **options)
+
+
+def _as_many_in_all_stages(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """DeepSpeed sums a norm for each group over a pipeline, of which one end alone has a head: it joins those that do not
+    decay, and `engine.matrices` tells Muon of it."""
+    matrices, *others = groups
+    rest = {"name": "no_decay", "params": [p for group in others for p in group["params"]], "weight_decay": 0.0}
+    return [matrices, rest]
 
 
 def drop_sums(optimizer: Any) -> None:

@@ -227,7 +227,7 @@ def card(
         sources="\n".join(rows),
         validation=_validation(run, state.step),
         seed=state.seed,
-        optimizer={"adamw": "AdamW", "lion": "Lion", "muon": "Muon"}[recipe["optimizer"]["name"]],
+        optimizer={"adamw": "AdamW", "lion": "Lion", "muon": "Muon", "normuon": "NorMuon"}[recipe["optimizer"]["name"]],
         lr=recipe["optimizer"]["lr"],
         weight_decay=recipe["optimizer"]["weight_decay"],
         checkpoint=checkpoint.name,

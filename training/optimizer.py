@@ -38,27 +38,6 @@ class Lion(torch.optim.Optimizer):
                 state["step"] += 1
 
 
-class MuonAndAdamW(torch.optim.Optimizer):
-    """torch's Muon for the group named "muon", its AdamW for the others, as one optimizer with one state."""
-
-    def __init__(
-        self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float, momentum: float
-    ) -> None:
-        matrices, others = ([g for g in groups if (g["name"] == "muon") is chosen] for chosen in (True, False))
-        self.muon = torch.optim.Muon(matrices, lr=lr, momentum=momentum, adjust_lr_fn="match_rms_adamw")
-        self.adamw = torch.optim.AdamW(others, lr=lr, betas=betas, eps=eps, fused=True)
-        super().__init__(self.muon.param_groups + self.adamw.param_groups, {})
-
-    def step(self, closure: None = None) -> None:  # type: ignore[override]  # nobody has one
-        for part, is_muon in ((self.muon, True), (self.adamw, False)):
-            # loading a checkpoint replaces these objects
-            part.state, part.param_groups = (
-                self.state,
-                [g for g in self.param_groups if (g["name"] == "muon") is is_muon],
-            )
-            part.step()
-
-
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
     """The trainable parameters as optimizer groups "decay" and "no_decay", each in the order of `named_parameters`.
 
@@ -73,7 +52,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
         for name, parameter in module.named_parameters(recurse=False):
             if not _decays(module_name, module, name):
                 without_decay.add(id(parameter))
-            elif config.name == "muon" and isinstance(module, nn.Linear):
+            elif config.is_muon and isinstance(module, nn.Linear):
                 matrices.add(id(parameter))
     muon: list[nn.Parameter] = []
     decay: list[nn.Parameter] = []

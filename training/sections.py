@@ -90,9 +90,10 @@ class ObjectiveConfig(BaseModel):
 class OptimizerConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True, allow_inf_nan=False)
 
-    name: Literal["adamw", "lion", "muon"] = "adamw"
+    name: Literal["adamw", "lion", "muon", "normuon"] = "adamw"
     """AdamW (Loshchilov and Hutter 2019); Lion (Chen et al. 2023), half the state, a rate 3 to 10 times smaller; or Muon
-    (Jordan et al. 2024) for the linear maps of the blocks, at AdamW's rate (Liu et al. 2025), and AdamW for the rest."""
+    (Jordan et al. 2024) or NorMuon (Li et al. 2025) for the linear maps of the blocks, at AdamW's rate (Liu et al. 2025), and
+    AdamW for the rest."""
 
     lr: PositiveFloat = 3e-4
     """Peak learning rate, reached at the end of warmup."""
@@ -116,7 +117,14 @@ class OptimizerConfig(BaseModel):
     def moments(self) -> tuple[str, ...]:
         """Names of the optimizer's state tensors, each of the parameter's shape; under Muon a parameter has some of them."""
         adamw = ("exp_avg", "exp_avg_sq")
-        return {"adamw": adamw, "lion": ("exp_avg",), "muon": ("momentum_buffer", *adamw)}[self.name]
+        muon = ("momentum_buffer", *adamw)
+        kinds = {"adamw": adamw, "lion": ("exp_avg",), "muon": muon, "normuon": ("row_mean_square", *muon)}
+        return kinds[self.name]
+
+    @property
+    def is_muon(self) -> bool:
+        """Whether matrices are updated as a whole."""
+        return self.name in ("muon", "normuon")
 
 
 class MetricsConfig(BaseModel):

@@ -23,6 +23,8 @@ from training.sections import OptimizerConfig
 
 BUFFER_BYTES = 1 << 24
 OPEN_FILES = 64
+ABSENT = -1
+"""Position of a moment that the optimizer does not keep of a parameter."""
 
 
 class Vector(NamedTuple):
@@ -68,7 +70,13 @@ class CheckpointFiles:
     def moments(self, name: str) -> tuple[str, ...]:
         """Those that the checkpoint has of this parameter (under Muon a parameter has some)."""
         content, group = self._first(name)
-        return tuple(key for key in self._moments if content.vectors[key][group])
+        place = self.division.parts[self.division.first_parts[name]].places[name][1]
+        stage_3 = self.manifest.layout.zero_stage == 3
+        return tuple(
+            key
+            for key in self._moments
+            if _at(content.vectors[key][group], place if stage_3 else 0)[0].position != ABSENT
+        )
 
     def step(self, name: str) -> int:
         """Updates that the moments of a parameter have seen."""
@@ -96,11 +104,8 @@ class CheckpointFiles:
         return self._content(part, 0), self.division.parts[part].places[name][0]
 
     def _copy(self, read: Read, key: str, into: torch.Tensor, shift: int) -> None:
-        content, start = self._content(read.part, read.rank), read.box.source
-        for vector in content.vectors[key][read.group]:
-            if start < vector.numel:
-                break
-            start -= vector.numel
+        content = self._content(read.part, read.rank)
+        vector, start = _at(content.vectors[key][read.group], read.box.source)
         box, size = read.box._replace(source=start, target=read.box.target + shift), vector.dtype.itemsize
         across = min(box.width, BUFFER_BYTES // size)
         down = max(BUFFER_BYTES // size // across, 1)
@@ -142,8 +147,10 @@ class CheckpointFiles:
         content = load_index(path)
         states = [content["optimizer"]["state"].get(i, {}) for i, _ in enumerate(self.manifest.parameters)]
         weights = [content["module"][name] for name in self.manifest.parameters]
-        moments = {key: [[_vector(state[key])] if key in state else [] for state in states] for key in self._moments}
-        vectors = {"weight": [[_vector(weight)] for weight in weights]} | moments
+        vectors = {"weight": [[_vector(weight)] for weight in weights]}
+        for key in self._moments:
+            pairs = zip(states, vectors["weight"], strict=True)
+            vectors[key] = [[_moment(state.get(key), weight)] for state, (weight,) in pairs]
         return RankStates(path, vectors, [_number(path, state.get("step", 0)) for state in states])
 
     def _content_of_rank(self, part: int, rank: int) -> RankStates:
@@ -151,8 +158,11 @@ class CheckpointFiles:
         content = load_index(path)["optimizer_state_dict"]
         weights = content.get("fp32_flat_groups") or content["single_partition_of_fp32_groups"]
         states = (content.get("optimizer_state_dict") or content["base_optimizer_state"])["state"]
-        flat = {"weight": weights} | {key: [states[i][key] for i in sorted(states)] for key in self._moments}
-        vectors = {key: [_vector(tensor) for tensor in tensors] for key, tensors in flat.items()}
+        vectors = {"weight": [_vector(tensor) for tensor in weights]}
+        of_vectors = [states[i] for i in sorted(states)] or [{}] * len(weights)  # none before the first update
+        for key in self._moments:
+            pairs = zip(of_vectors, vectors["weight"], strict=True)
+            vectors[key] = [_moment(state.get(key), weight) for state, weight in pairs]
         stage_3 = self.manifest.layout.zero_stage == 3  # whose groups are divided again
         grouped = {key: [of_key] if stage_3 else [[one] for one in of_key] for key, of_key in vectors.items()}
         return RankStates(path, grouped, [_number(path, states[0]["step"]) if states else 0])
@@ -191,6 +201,19 @@ def read_weights(folder: Path, manifest: CheckpointManifest) -> Iterator[tuple[s
 
 def _vector(tensor: torch.Tensor) -> Vector:
     return Vector(position_of(tensor), tensor.numel(), tensor.dtype)
+
+
+def _moment(tensor: torch.Tensor | None, weight: Vector) -> Vector:
+    return weight._replace(position=ABSENT) if tensor is None else _vector(tensor)
+
+
+def _at(vectors: list[Vector], place: int) -> tuple[Vector, int]:
+    """Which of several vectors, one after another, has an element, and where."""
+    for vector in vectors:
+        if place < vector.numel:
+            break
+        place -= vector.numel
+    return vector, place
 
 
 def _number(path: Path, value: Any) -> int:

@@ -26,6 +26,8 @@ def foreseen_division(config: ModelConfig, optimizer: OptimizerConfig, layout: S
     parts = []
     for layers in stages or [_in_one_module(plan)]:
         groups = _groups(layers, optimizer)
+        if stages and optimizer.is_muon:  # see `engine.optimizer`
+            groups = [groups[0], {name: shape for group in groups[1:] for name, shape in group.items()}]
         for tensor_rank in range(layout.tensor):
             cut = [{name: _cut(s, dimensions[name], tensor_rank, layout) for name, s in g.items()} for g in groups]
             step = ALIGNMENT * ranks

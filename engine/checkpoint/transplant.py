@@ -4,9 +4,6 @@ This is how a checkpoint continues in another layout: without intermediate files
 several ranks keep alike (data-parallel ones at stage 0) is read by one of them and broadcast.
 """
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
-
 import torch
 import torch.distributed as dist
 from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -17,19 +14,8 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from engine.checkpoint.deepspeed_files import CheckpointFiles
 from engine.checkpoint.division import dealt
 from engine.engine import Engine
-from engine.layout.names import named_parameters
+from engine.layout.held import Held, held
 from engine.optimizer import Guarded
-
-
-class Keep(NamedTuple):
-    """Elements of a parameter (of this rank's slice of it, flattened) that this rank keeps, and where."""
-
-    name: str
-    elements: range
-    vectors: dict[str, torch.Tensor]
-    """By key, "weight" or a moment: what takes them, [N]."""
-    offset: int
-    """Of the first of them in the vectors."""
 
 
 def transplant(engine: Engine, files: CheckpointFiles) -> None:
@@ -39,37 +25,42 @@ def transplant(engine: Engine, files: CheckpointFiles) -> None:
     """
     wrapper = engine.optimizer
     if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
-        _into_stage_3(engine, files)
+        wrapper.checkpoint_event_prologue()
+        _into_vectors(engine, files)
+        _take_over_at_stage_3(wrapper)
     elif isinstance(wrapper, DeepSpeedZeroOptimizer | BF16_Optimizer):
-        for keep in _kept_at_stages_1_and_2(engine, files):
-            _read(engine, files, keep)
+        _into_vectors(engine, files)
         wrapper.update_lp_params()
     elif isinstance(wrapper, Guarded):
-        _into_stage_0(engine, files)
+        _into_parameters(engine, files)
     else:
         raise ValueError(
             f"checkpoints of another layout cannot be continued under DeepSpeed's {type(wrapper).__name__}"
         )
 
 
-def _read(engine: Engine, files: CheckpointFiles, keep: Keep) -> None:
-    piece = files.division.slice(keep.name, engine.mesh.tensor_rank, engine.mesh.tensor)
-    for key, vector in keep.vectors.items():
-        files.read(keep.name, key, piece, keep.elements, vector.detach(), keep.offset)
+def _into_vectors(engine: Engine, files: CheckpointFiles) -> None:
+    """Every rank reads its shares."""
+    for share in held(engine.optimizer, engine.module):
+        for key, vector in _start(engine, share, files).items():
+            _read(engine, files, share, key, vector)
 
 
-def _into_stage_0(engine: Engine, files: CheckpointFiles) -> None:
+def _read(engine: Engine, files: CheckpointFiles, share: Held, key: str, vector: torch.Tensor) -> None:
+    piece = files.division.slice(share.name, engine.mesh.tensor_rank, engine.mesh.tensor)
+    files.read(share.name, key, piece, share.elements, vector, share.offset)
+
+
+def _into_parameters(engine: Engine, files: CheckpointFiles) -> None:
     """Every parameter is read by one of the ranks that keep it, straight into place, and broadcast from there."""
-    parameters = dict(named_parameters(engine.module))
+    shares = {share.name: share for share in held(engine.optimizer, engine.module)}
     ranks, group = _replicas(engine)
-    for name, reader in dealt({name: p.numel() for name, p in parameters.items()}, len(ranks)).items():
-        parameter = parameters[name]
-        tensors = {"weight": parameter.data, **_start(engine, name, parameter, files)}
-        keep = Keep(name, range(parameter.numel()), {key: tensor.view(-1) for key, tensor in tensors.items()}, 0)
-        if ranks[reader] == dist.get_rank():
-            _read(engine, files, keep)
-        for vector in keep.vectors.values() if len(ranks) > 1 else ():
-            dist.broadcast(vector, src=ranks[reader], group=group)
+    for name, reader in dealt({name: len(share.elements) for name, share in shares.items()}, len(ranks)).items():
+        for key, vector in _start(engine, shares[name], files).items():
+            if ranks[reader] == dist.get_rank():
+                _read(engine, files, shares[name], key, vector)
+            if len(ranks) > 1:
+                dist.broadcast(vector, src=ranks[reader], group=group)
     if group is not None:
         dist.destroy_process_group(group)
 
@@ -84,36 +75,8 @@ def _replicas(engine: Engine) -> tuple[list[int], dist.ProcessGroup | None]:
     return mine, own
 
 
-def _kept_at_stages_1_and_2(engine: Engine, files: CheckpointFiles) -> Iterator[Keep]:
-    """A parameter's `_hp_mapping` says which of its elements lie where in this rank's flat vector; none: not here."""
-    wrapper = engine.optimizer
-    groups = wrapper.bf16_groups if isinstance(wrapper, BF16_Optimizer) else wrapper.bit16_groups
-    number = {id(parameter): index for index, group in enumerate(groups) for parameter in group}
-    parameters: Iterator[tuple[str, Any]] = named_parameters(engine.module)
-    for name, parameter in parameters:
-        (flat,) = engine.base_optimizer.param_groups[number[id(parameter)]]["params"]
-        moments, mapping = _start(engine, name, flat, files), parameter._hp_mapping
-        if mapping is None:
-            continue
-        here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
-        elements = range(there.start, there.start + there.numel)
-        yield Keep(name, elements, {"weight": flat, **moments}, here.start)
-
-
-def _into_stage_3(engine: Engine, files: CheckpointFiles) -> None:
-    """Each rank's share of a parameter stands in the flat vector of its sub-group, in the order of the group."""
-    wrapper = engine.optimizer
-    rank = dist.get_rank(wrapper.dp_process_group)
-    wrapper.checkpoint_event_prologue()
-    names = {id(parameter): name for name, parameter in named_parameters(engine.module)}
-    for group, flat in zip(wrapper.fp16_groups, wrapper.fp32_partitioned_groups_flat, strict=True):
-        offset = 0
-        for parameter in group:
-            name, share = names[id(parameter)], parameter.partition_numel()
-            elements = range(min(rank * share, parameter.ds_numel), min((rank + 1) * share, parameter.ds_numel))
-            vectors = {"weight": flat, **_start(engine, name, flat, files)}
-            _read(engine, files, Keep(name, elements, vectors, offset))
-            offset += share
+def _take_over_at_stage_3(wrapper: DeepSpeedZeroOptimizer_Stage3) -> None:
+    """The half precision weights of the float32 ones."""
     for half, flat, parts in zip(
         wrapper.fp16_partitioned_groups_flat,
         wrapper.fp32_partitioned_groups_flat,
@@ -126,13 +89,15 @@ def _into_stage_3(engine: Engine, files: CheckpointFiles) -> None:
     wrapper.checkpoint_event_epilogue()
 
 
-def _start(engine: Engine, name: str, target: torch.Tensor, files: CheckpointFiles) -> dict[str, torch.Tensor]:
-    """The base optimizer's moments of one of its tensors, made if they are not there yet, at the parameter's step."""
-    optimizer, keys, step = engine.base_optimizer, files.moments(name), files.step(name)
-    state = optimizer.state[target]
+def _start(engine: Engine, share: Held, files: CheckpointFiles) -> dict[str, torch.Tensor]:
+    """What takes weight and moments, flattened; moments are made if they are not there yet, at the parameter's step."""
+    optimizer, keys, step = engine.base_optimizer, files.moments(share.name), files.step(share.name)
+    state = optimizer.state[share.holder]
     for key in keys:
         if key not in state:
-            state[key] = torch.zeros_like(target.data)
-    is_cpu_adam = isinstance(optimizer, DeepSpeedCPUAdam)
-    state["step"] = step if is_cpu_adam else torch.tensor(float(step), device=target.device)
-    return {key: state[key] for key in keys}
+            state[key] = torch.zeros_like(share.holder.data)
+    if keys:
+        is_cpu_adam = isinstance(optimizer, DeepSpeedCPUAdam)
+        state["step"] = step if is_cpu_adam else torch.tensor(float(step), device=share.holder.device)
+    tensors = {"weight": share.holder.detach(), **{key: state[key] for key in keys}}
+    return {key: tensor.view(-1) for key, tensor in tensors.items()}

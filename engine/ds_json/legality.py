@@ -36,6 +36,12 @@ def _quantized(config: dict[str, Any]) -> list[str]:
     return [key for key in ("zero_quantized_weights", "zero_quantized_gradients") if zero.get(key)]
 
 
+def _offload_devices(config: dict[str, Any]) -> dict[str, str]:
+    zero = config.get("zero_optimization", {})
+    devices = {key: (zero.get(key) or {}).get("device", "none") for key in ("offload_optimizer", "offload_param")}
+    return {key: device for key, device in devices.items() if device != "none"}
+
+
 def _precision(config: dict[str, Any], accumulation: int, device: torch.device) -> Checks:
     bf16, fp16, autocast = _enabled(config, "bf16", "fp16", "torch_autocast")
     accumulate, stage = config.get("data_types", {}).get("grad_accum_dtype"), _stage(config)
@@ -67,9 +73,8 @@ def _precision(config: dict[str, Any], accumulation: int, device: torch.device) 
 
 def _zero(config: dict[str, Any], mesh: Mesh, device: torch.device) -> Checks:
     zero, stage, quantized = config.get("zero_optimization", {}), _stage(config), _quantized(config)
-    sections = {key: zero.get(key) or {} for key in ("offload_optimizer", "offload_param")}
-    devices = {key: section["device"] for key, section in sections.items() if section.get("device", "none") != "none"}
-    nvme_folders = sorted({str(sections[key].get("nvme_path")) for key in devices if devices[key] == "nvme"})
+    devices = _offload_devices(config)
+    nvme_folders = sorted({str(zero[key].get("nvme_path")) for key in devices if devices[key] == "nvme"})
     group = zero.get("zero_hpz_partition_size", 1)
     return [
         (
@@ -106,8 +111,9 @@ def _zero(config: dict[str, Any], mesh: Mesh, device: torch.device) -> Checks:
 
 
 def _layout(config: dict[str, Any], mesh: Mesh, recipe: Recipe) -> Checks:
-    stage, pipeline, muon = _stage(config), "pipeline" in config, recipe.optimizer.name == "muon"
-    bf16, fp16, profiler = _enabled(config, "bf16", "fp16", "flops_profiler")
+    stage, pipeline, muon = _stage(config), "pipeline" in config, recipe.optimizer.is_muon
+    optimizer = recipe.optimizer.name
+    fp16, profiler = _enabled(config, "fp16", "flops_profiler")
     profiling = ["wall_clock_breakdown"] * (config.get("wall_clock_breakdown") is True) + ["flops_profiler"] * profiler
     hpz = config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1) > 1
     grouped = _quantized(config) + ["zero_hpz_partition_size"] * hpz
@@ -127,13 +133,12 @@ def _layout(config: dict[str, Any], mesh: Mesh, recipe: Recipe) -> Checks:
             "false, or use ZeRO stage 2",
         ),
         (
-            muon and (stage != 0 or bf16 or fp16 or mesh.tensor > 1),
-            "the recipe's optimizer.name muon works on whole float32 matrices: use ZeRO stage 0 without bf16, fp16 or "
-            "tensor_parallel (torch_autocast is fine), or adamw",
+            muon and fp16,
+            f"the recipe's optimizer.name {optimizer} has not been tried with fp16: use bf16, float32 or adamw",
         ),
         (
-            muon and not hasattr(torch.optim, "Muon"),
-            "the recipe's optimizer.name muon needs torch 2.9 or newer: use adamw",
+            muon and "nvme" in _offload_devices(config).values(),
+            f"the recipe's optimizer.name {optimizer} needs its states in memory: offload to cpu, or use adamw",
         ),
         (
             pipeline and bool(profiling),

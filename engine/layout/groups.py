@@ -8,10 +8,11 @@ from engine.layout.mesh import Mesh
 class Groups:
     """One group along each way through the mesh over which something is summed or exchanged. Collective over all ranks.
 
-    To ZeRO the ranks of a sequence group are data-parallel ranks: they hold the same parameters.
+    To ZeRO the ranks of a sequence group are data-parallel ranks: they hold the same parameters. `holders`: whether that
+    group is wanted as well.
     """
 
-    def __init__(self, mesh: Mesh) -> None:
+    def __init__(self, mesh: Mesh, holders: bool = False) -> None:
         self.mesh = mesh
         self._made: dict[str, dist.ProcessGroup] = {}
         if mesh.tensor > 1:
@@ -19,6 +20,8 @@ class Groups:
             self._made["replicas"] = self._along("data", "sequence")
         if mesh.sequence > 1:
             self._made["sequence"] = self._along("sequence")
+        if holders:
+            self._made["holders"] = self._along("data", "sequence", "tensor")
 
     def _along(self, *axes: str) -> dist.ProcessGroup:
         all_ranks = self.mesh.groups_along(*axes)
@@ -42,6 +45,11 @@ class Groups:
     def replicas(self) -> dist.ProcessGroup:
         """With the same part of the model; there where it is divided by tensor parallelism."""
         return self._made["replicas"]
+
+    @property
+    def holders(self) -> dist.ProcessGroup:
+        """With this rank's layers, or parts of them."""
+        return self._made["holders"]
 
     # What DeepSpeed calls. Only without a pipeline, for which it makes groups by itself.
     def get_data_parallel_group(self) -> dist.ProcessGroup:

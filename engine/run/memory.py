@@ -90,7 +90,7 @@ def rank_need(plan: RunPlan, rank: int) -> Need:
 
     width = 2 if half else 4
     sum_width = {"fp32": 4, None: width}.get(config.get("data_types", {}).get("grad_accum_dtype"), 2)
-    moments = 2 if recipe.optimizer.name == "adamw" else 1  # at least: under Muon some parameters have two
+    moments = 2 if recipe.optimizer.name in ("adamw", "normuon") else 1  # at least: under Muon some parameters have two
     state_width = moments * (2 if bf16.get("bf16_optimizer_states") else 4)
     master_width = 2 if bf16.get("bf16_master_weights_and_grads") else 4
     to_host = {key: _share_on(zero, key, "cpu") for key in ("offload_optimizer", "offload_param")}

@@ -12,6 +12,7 @@ from model.llama import Llama
 from tests.engine.kept import kept
 from tests.engine.programs import BF16, histories, prepare, shipped, zero
 from training.config import load_recipe
+from training.muon import Muon
 from training.optimizer import Lion, parameter_groups
 from training.schedule import lr_factor
 
@@ -152,9 +153,17 @@ WITH_DIFFUSION = {
 WINDOW = {"model.sliding_window": "10"}
 WITH_WINDOW = {2: ["zero0", "keys2-zero1"]}
 WITH_SINUSOIDAL = {2: ["zero0", "pipeline2", "rows2-zero1"], 4: ["pipeline2-tensor2"]}
+MUON, NORMUON = {"optimizer.name": "muon"}, {"optimizer.name": "normuon"}
+WITH_MUON = {
+    2: ["zero0", "zero1-accumulate", "zero2-offload", "pipeline2", "tensor2_zero0_fp32"],
+    4: ["tensor2-data2-zero3", "pipeline2-tensor2", "tensor2-sequence2-zero1"],
+}
+WITH_NORMUON = {2: ["zero0", "pipeline2-accumulate", "tensor2-zero3-accumulate-recompute"]}
 VARIANTS = {
     "-tied": (TIED, WITH_TIED),
     "-lion": (LION, WITH_LION),
+    "-muon": (MUON, WITH_MUON),
+    "-normuon": (NORMUON, WITH_NORMUON),
     "-learned": (LEARNED, WITH_LEARNED),
     "-sinusoidal": (SINUSOIDAL, WITH_SINUSOIDAL),
     "-masked": (MASKED, WITH_MASKED),
@@ -187,7 +196,10 @@ def plain_torch(setting, overrides: dict):
     model = Llama(recipe.model, seed=recipe.training.seed)
     config = recipe.optimizer
     groups = parameter_groups(model, config)
-    if config.name == "lion":
+    if config.is_muon:
+        options = {"lr": 1.0, "betas": config.betas, "eps": config.eps, "momentum": config.momentum}
+        optimizer = Muon(groups, normalize=config.name == "normuon", **options)
+    elif config.name == "lion":
         optimizer = Lion(groups, lr=1.0, betas=config.betas)
     else:
         optimizer = torch.optim.AdamW(groups, lr=1.0, betas=config.betas, eps=config.eps)

@@ -27,6 +27,7 @@ CASES = {
     **{name: (config, {}) for name, config in ON_TWO.items()},
     **{f"{name}-lion": (ON_TWO[name], LION) for name in ("zero0_fp32", "zero2_offload", "zero3")},
     "zero0-muon": (ON_TWO["zero0"], MUON),
+    "zero2-muon": (ON_TWO["zero2"], MUON),
     "zero2-offload-fp32": (zero(2, zero=OFFLOAD), {}),
     "zero1-offload": (zero(1, zero=OFFLOAD, **BF16), {}),
     "zero2-offload-one-micro-batch": (ON_TWO["zero2_offload"], ONE_MICRO_BATCH),

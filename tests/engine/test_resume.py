@@ -11,6 +11,7 @@ from tests.engine.programs import BF16, continued, interrupted, moved, prepare, 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 READ_AHEAD = {"data.num_workers": "2", "data.prefetch_batches": "8"}
 LION = {"optimizer.name": "lion", "optimizer.lr": "1e-3"}
+MUON, NORMUON = {"optimizer.name": "muon"}, {"optimizer.name": "normuon"}
 CONFIGS = {
     **{f"zero{stage}": (zero(stage), {}) for stage in range(4)},
     "zero0-autocast": (zero(0, torch_autocast={"enabled": True, "dtype": "bfloat16"}), {}),
@@ -18,7 +19,11 @@ CONFIGS = {
     "zero2-offload": (zero(2, zero=OFFLOAD), {}),
     "zero3-offload": (zero(3, zero=OFFLOAD | {"offload_param": {"device": "cpu"}}), {}),
     "zero1-read-ahead": (zero(1), READ_AHEAD),
-    "zero0-muon": (zero(0), {"optimizer.name": "muon"}),
+    "zero0-muon": (zero(0), MUON),
+    "zero1-bf16-muon": (zero(1, **BF16), MUON),
+    "zero3-muon": (zero(3), MUON),
+    "pipeline-muon": (zero(1, pipeline={"stages": "auto"}), MUON),
+    "zero2-normuon": (zero(2), NORMUON),
     **{f"zero{stage}-lion": (zero(stage), LION) for stage in (0, 2, 3)},
     "pipeline": (zero(1, pipeline={"stages": "auto"}), {}),
     "pipeline-bf16": (zero(1, pipeline={"stages": "auto"}, **BF16), {}),
@@ -28,6 +33,7 @@ TENSOR = {  # not on one rank
     "tensor2-zero1-bf16": (zero(1, tensor_parallel={"autotp_size": 2}, **BF16), {}),
     "tensor2-zero2": (zero(2, tensor_parallel={"autotp_size": 2}), {}),
     "tensor2-zero3": (zero(3, tensor_parallel={"autotp_size": 2}), {}),
+    "tensor2-zero3-normuon": (zero(3, tensor_parallel={"autotp_size": 2}), NORMUON),
 }
 KEYS = {"keys2": (zero(2, sequence_parallel_size=2, sequence_parallel_exchange="keys"), {})}
 ON_TWO = CONFIGS | TENSOR | KEYS
@@ -47,6 +53,7 @@ COMBINED = {
     "pipeline2-sequence2": (zero(1, pipeline={"stages": 2}, sequence_parallel_size=2), {}),
     "tensor2-sequence2-zero1": (zero(1, tensor_parallel={"autotp_size": 2}, sequence_parallel_size=2), {}),
     "tensor2-sequence2-zero3": (zero(3, tensor_parallel={"autotp_size": 2}, sequence_parallel_size=2), {}),
+    "pipeline2-tensor2-muon": (zero(1, pipeline={"stages": 2}, tensor_parallel={"autotp_size": 2}), MUON),
 }
 ON_FOUR |= COMBINED
 ON_EIGHT = {
@@ -58,6 +65,8 @@ STAGES = ["zero0", "zero1", "zero2", "zero3", "zero3-offload"]
 TO_ONE = [(source, target) for source in STAGES for target in STAGES if source != target]
 TO_ONE += [("zero1-bf16", "zero3-bf16"), ("zero3-bf16", "zero1-bf16"), ("zero2-bf16", "zero0-autocast")]
 TO_ONE += [("zero0-lion", "zero2-lion"), ("zero2-lion", "zero3-lion"), ("zero3-lion", "zero0-lion")]
+TO_ONE += [("zero0-muon", "zero3-muon"), ("zero3-muon", "pipeline-muon"), ("pipeline-muon", "zero0-muon")]
+TO_ONE += [("tensor2-zero3-normuon", "zero2-normuon")]
 TO_ONE += [("pipeline", "zero0"), ("pipeline", "zero3-offload"), ("pipeline-bf16", "zero2-bf16")]
 TO_ONE += [("tensor2-zero0", "zero3"), ("tensor2-zero2", "zero0"), ("tensor2-zero3", "zero1")]
 TO_ONE += [("tensor2-zero1-bf16", "zero2-bf16")]
@@ -79,11 +88,13 @@ TO_FOUR += [
     ("pipeline", "tensor2-sequence2-zero3"),
     ("zero1", "pipeline2-sequence2"),
     ("keys2", "tensor2-sequence2-zero1"),
+    ("zero3-muon", "pipeline2-tensor2-muon"),
 ]
 FROM_FOUR += [
     ("pipeline2-tensor2", "tensor2-zero3"),
     ("pipeline2-tensor2", "pipeline"),
     ("pipeline2-sequence2", "zero2"),
+    ("pipeline2-tensor2-muon", "zero3-muon"),
 ]
 FROM_FOUR += [("tensor2-sequence2-zero3", "zero1"), ("tensor2-sequence2-zero1", "tensor2-zero0")]
 ON_AS_MANY = [("pipeline2-tensor2", "tensor2-sequence2-zero3"), ("tensor2-sequence2-zero1", "pipeline2-sequence2")]
@@ -97,8 +108,8 @@ RANKS = {"to one": (2, 1), "to four": (2, 4), "from four": (4, 2), "on four": (4
 
 
 def tolerance(*names: str) -> float:
-    """float32 to rounding; bf16 rounds each rank's sum by more; Muon's iteration alone is in bf16."""
-    loosest = {"bf16": 0.02, "autocast": 0.02, "muon": 1e-4}
+    """float32 to rounding; bf16 rounds each rank's sum by more."""
+    loosest = {"bf16": 0.02, "autocast": 0.02}
     return max((bound for word, bound in loosest.items() if any(word in name for name in names)), default=1e-5)
 
 
@@ -179,7 +190,8 @@ def test_other_ranks_compute_the_same(begun, further, name):
 def test_groups_keep_their_own_weight_decay(further, name):
     for run in further(name):
         decays = [decay for decay, _ in run[0]["groups"]]
-        assert decays == ([0.1, 0.1, 0.0] if name.endswith("-muon") else [0.1, 0.0])
+        in_pipeline = name.startswith("pipeline")
+        assert decays == ([0.1, 0.1, 0.0] if name.endswith("muon") and not in_pipeline else [0.1, 0.0])
 
 
 @pytest.mark.parametrize("move", MOVES, ids=" ".join)

@@ -6,7 +6,8 @@ from torch import nn
 
 from model.config import ModelConfig
 from model.llama import Llama
-from training.optimizer import Lion, MuonAndAdamW, parameter_groups
+from training.muon import Muon
+from training.optimizer import Lion, parameter_groups
 from training.sections import OptimizerConfig
 
 SHAPE = {
@@ -115,30 +116,90 @@ def test_lion_is_algorithm_2_of_its_paper():
         torch.testing.assert_close(weight.detach(), expected)
 
 
+def muon_groups(weights, decay: float) -> list[dict]:
+    """And one more parameter, for AdamW."""
+    other = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    return [
+        {"name": "muon", "params": weights, "weight_decay": decay},
+        {"name": "no_decay", "params": [other], "weight_decay": 0.0},
+    ]
+
+
+@pytest.mark.parametrize("normalize", [False, True], ids=["muon", "normuon"])
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5)])
+def test_muon_moves_singular_values_by_the_quintic(shape, normalize):
+    """Here by the singular values themselves, with which the iteration does without."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64))
+    lr, decay, momentum, beta2 = 0.01, 0.1, 0.9, 0.8
+    optimizer = Muon(muon_groups([weight], decay), lr, (0.9, beta2), 1e-8, momentum, normalize)
+    expected, average = weight.detach().clone(), torch.zeros(shape, dtype=torch.float64)
+    of_rows = torch.zeros(shape[0], 1, dtype=torch.float64)
+    for _ in range(4):
+        weight.grad = torch.randn(shape, generator=generator, dtype=torch.float64)
+        average = momentum * average + (1 - momentum) * weight.grad
+        left, values, right = torch.linalg.svd((1 - momentum) * weight.grad + momentum * average, full_matrices=False)
+        values = values / values.norm()
+        for _ in range(5):
+            values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+        update = left @ values.diag() @ right
+        size = max(shape) ** 0.5
+        if normalize:
+            of_rows = beta2 * of_rows + (1 - beta2) * update.square().mean(1, keepdim=True)
+            update = update / (of_rows.sqrt() + 1e-8)
+            size = (shape[0] * shape[1]) ** 0.5 / update.norm()
+        expected = expected * (1 - lr * decay) - lr * 0.2 * size * update
+        optimizer.step()
+        torch.testing.assert_close(weight.detach(), expected)
+
+
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
-def test_muon_and_adamw_are_torchs_two_side_by_side():
-    """On one model, and after its state went through a checkpoint."""
+def test_muon_is_torchs_but_for_its_bfloat16():
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = (torch.nn.Parameter(torch.ones(24, 8)) for _ in range(2))
+    optimizer = Muon(muon_groups([ours], 0.1), 0.01, (0.9, 0.95), 1e-8, 0.9)
+    reference = torch.optim.Muon([theirs], lr=0.01, momentum=0.9, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for step in range(5):
+        if step == 2:
+            del optimizer.state[ours]["step"]  # of which theirs has none: its checkpoints continue
+        ours.grad = torch.randn(24, 8, generator=generator)
+        theirs.grad = ours.grad.clone()
+        optimizer.step()
+        reference.step()
+    moved = (1 - theirs.detach()).norm()
+    assert (ours - theirs).norm() < 0.02 * moved
+
+
+def test_muon_and_adamw_divide_the_model_and_survive_a_checkpoint():
     config = OptimizerConfig(name="muon", weight_decay=0.1)
     ours, theirs = (Llama(ModelConfig(**SHAPE), seed=0) for _ in range(2))
     names = split_names(ours, parameter_groups(ours, config))
     assert {name.split(".")[-2] for name in names["muon"]} == set(LINEAR_MAPS) - {"lm_head"}
     assert names["decay"] == {"lm_head.weight"}
     options = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8}
-    optimizer = MuonAndAdamW(parameter_groups(ours, config), momentum=0.9, **options)
-    groups = {group["name"]: group for group in parameter_groups(theirs, config)}
-    muon = torch.optim.Muon([groups.pop("muon")], lr=0.01, momentum=0.9, adjust_lr_fn="match_rms_adamw")
-    adamw = torch.optim.AdamW(list(groups.values()), fused=True, **options)
+    optimizer, whole = (Muon(parameter_groups(model, config), momentum=0.9, **options) for model in (ours, theirs))
+    adamw = [group for group in parameter_groups(theirs, config) if group["name"] != "muon"]
     for step in range(4):
         if step == 2:
             saved = optimizer.state_dict()
-            optimizer = MuonAndAdamW(parameter_groups(ours, config), momentum=0.9, **options)
+            optimizer = Muon(parameter_groups(ours, config), momentum=0.9, **options)
             optimizer.load_state_dict(saved)
         for model in (ours, theirs):
+            model.zero_grad()
             ids = torch.arange(32).view(1, 32) + step
             model(ids, targets=ids + 1)[0].backward()
-        for optimizer_of_all in (optimizer, muon, adamw):
-            optimizer_of_all.step()
-        for model in (ours, theirs):
-            model.zero_grad()
+        if step == 0:
+            alone = Llama(ModelConfig(**SHAPE), seed=0)
+            alone.load_state_dict(theirs.state_dict())
+            others = {name for name, p in theirs.named_parameters() if any(p is q for g in adamw for q in g["params"])}
+        optimizer.step()
+        whole.step()
+        if step == 0:
+            groups = [group for group in parameter_groups(alone, config) if group["name"] != "muon"]
+            for (name, p), q in zip(alone.named_parameters(), theirs.parameters(), strict=True):
+                p.grad = q.grad if name in others else None
+            torch.optim.AdamW(groups, fused=True, **options).step()
+            for name in others:
+                torch.testing.assert_close(alone.get_parameter(name), theirs.get_parameter(name), rtol=0, atol=0)
     for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(mine, other, msg=name)
+        torch.testing.assert_close(mine, other, msg=name, rtol=0, atol=0)

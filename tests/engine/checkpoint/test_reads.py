@@ -36,9 +36,9 @@ MOVES = [
 CONFIGS = {2: ON_TWO, 4: ON_FOUR}
 
 
-def saved(folder: str, recipe: str, data: str, ds_config: dict) -> str:
+def saved(folder: str, recipe: str, data: str, ds_config: dict, overrides: dict | None = None) -> str:
     """A checkpoint after one step."""
-    run = Run(recipe, data, ds_config, Path(folder), WIDER)
+    run = Run(recipe, data, ds_config, Path(folder), WIDER | (overrides or {}))
     run.steps(1)
     run.save()
     run.close()
@@ -104,9 +104,39 @@ def test_all_ranks_together_read_at_most_one_and_a_half_checkpoints(checkpoint, 
     assert sum(result["system"] for result in results) <= 1.5 * whole + after * indices
 
 
+def begun_elsewhere(folder: str, recipe: str, data: str, source: dict, target: dict) -> tuple[list[float], list[float]]:
+    """Losses of two runs of two steps, the second continued from what the first saved before them, in another layout."""
+    losses = []
+    for ds_config in (source, target):
+        run = Run(recipe, data, ds_config, Path(f"{folder}/{len(losses)}"), WIDER)
+        if losses:
+            run.restore(Path(f"{folder}/0"))
+        else:
+            run.save()
+        losses.append([step["loss"] for step in run.steps(2)])
+        run.close()
+    return losses[0], losses[1]
+
+
+@pytest.mark.parametrize(("source", "target"), [("zero2", "zero3"), ("zero3", "zero0"), ("zero0", "zero2")])
+def test_what_was_saved_before_the_first_update_moves(on_ranks, tmp_path, source, target):
+    before, after = ON_TWO[source][0], ON_TWO[target][0]
+    results = on_ranks(2, begun_elsewhere, str(tmp_path), *prepare(tmp_path), before, after)
+    for first, second in results:
+        assert second == pytest.approx(first, rel=1e-5)
+
+
 @pytest.mark.parametrize(("ranks", "source"), dict.fromkeys(move[:2] for move in MOVES), ids=str)
 def test_the_files_divide_as_foreseen(checkpoint, ranks, source):
-    folder, manifest, _ = newest_good(checkpoint(ranks, source)[0])
+    divides_as_foreseen(checkpoint(ranks, source)[0])
+
+
+def test_a_pipeline_divides_as_foreseen_for_muon(on_ranks, tmp_path):
+    divides_as_foreseen(Path(on_ranks(2, saved, str(tmp_path), *prepare(tmp_path), *ON_TWO["pipeline-muon"])[0]))
+
+
+def divides_as_foreseen(run: Path) -> None:
+    folder, manifest, _ = newest_good(run)
     recipe = Recipe.model_validate(manifest.recipe)
     foreseen = foreseen_division(recipe.model, recipe.optimizer, manifest.layout)
     with CheckpointFiles(folder, manifest) as files:
