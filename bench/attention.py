@@ -6,8 +6,10 @@ A step is forward and backward of one row of T tokens through a model of one blo
 vocabulary, so that attention is most of the work in long rows. The row is
 
     one document     under the causal mask,
-    chunks of 512    one document, each chunk in both directions and all chunks before it (a masked model), or
-    documents of 1k  packed, causal, nothing seen across their ends.
+    chunks of 512    one document, each chunk in both directions and all chunks before it (a masked model),
+    documents of 1k  packed, causal, nothing seen across their ends, or
+    1 of 8 ranks     the columns of one document that one rank has under sequence parallelism by keys, over the keys that
+                     these see (nothing is exchanged: its own stand for the others').
 
 `dense mask` is this model with `scaled_dot_product_attention` under one [T, T] mask instead; transformers is LlamaForCausalLM
 with sdpa, which builds such a mask for packed rows. Every case runs in a process of its own; its memory is what the step
@@ -26,21 +28,24 @@ def main() -> None:
     parser.add_argument(
         "--tokens", type=int, nargs="+", default=[1024 << k for k in range(6)], help="default: %(default)s"
     )
+    parser.add_argument("--rows", nargs="+", help="of those above (default: all)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="default: %(default)s")
     parser.add_argument("--device", default="cpu", help="default: %(default)s")
     parser.add_argument("--seconds", type=float, default=400, help="of a single step (default: %(default)s)")
     arguments = parser.parse_args()
     import torch
 
-    from bench.attention_steps import CONTENDERS, ROWS, measure
+    from bench.attention_steps import CONTENDERS, LEFT_OUT, ROWS, measure
 
+    if unknown := set(arguments.rows or ()) - set(ROWS):
+        raise ValueError(f"--rows: {', '.join(sorted(unknown))} is none of {', '.join(ROWS)}")
     how = arguments.dtype, arguments.device
     print(f"one block of width 768, {', '.join(how)}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}")
-    for row in ROWS:
+    for row in arguments.rows or ROWS:
         print(
             f"\n{row:16s} {'':12s} " + " ".join(f"{f'T={tokens:,}':>22s}" for tokens in arguments.tokens) + "   growth"
         )
-        for contender in CONTENDERS:
+        for contender in [each for each in CONTENDERS if (row, each) not in LEFT_OUT]:
             cells: list[str] = []
             times: list[float] = []
             for tokens in arguments.tokens:

@@ -10,11 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from engine.layout.deal import dealt_columns
 from model.attention import CAUSAL, attend
 from model.config import ModelConfig
 from model.documents import Documents
 from model.hf.weights import to_hf_state
 from model.llama import Block, Llama
+from model.part_attention import RowPart, attend_part
+from model.segments import seen_keys, segments
 from model.visibility import Visibility
 
 CONFIG = ModelConfig(
@@ -29,8 +32,11 @@ CONFIG = ModelConfig(
 CHUNK_TOKENS = 512
 CHUNKED = CONFIG.model_copy(update={"is_causal": False, "attention": "chunked", "chunk_size": CHUNK_TOKENS})
 DOCUMENT_TOKENS = 1024
-ROWS = ("one document", "chunks of 512", "documents of 1k")
+ROWS = ("one document", "chunks of 512", "documents of 1k", "1 of 8 ranks")
 CONTENDERS = ("longform", "dense mask", "transformers")
+LEFT_OUT = {("1 of 8 ranks", "transformers")}
+"""It has no such form."""
+SEQUENCE_RANKS, SEQUENCE_RANK = 8, 3
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, documents: Documents, visibility: Visibility = CAUSAL) -> Tensor:
@@ -39,6 +45,29 @@ def dense(q: Tensor, k: Tensor, v: Tensor, documents: Documents, visibility: Vis
     mask = visibility.sees(tokens.at((slice(None), None)), tokens)
     q, k, v = (x.flatten(0, 1).transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).squeeze(0).transpose(0, 1).unsqueeze(0)
+
+
+def attend_columns(q: Tensor, k: Tensor, v: Tensor, documents: Documents, visibility: Visibility = CAUSAL) -> Tensor:
+    """What a rank of a sequence group computes once it has the keys that it needs. Here its own stand for the others'."""
+    if documents.exchange is None:
+        found = segments(documents, documents.columns)
+        documents.exchange = RowPart(found, seen_keys(found, visibility, sum(documents.lengths)))
+    k, v = _as_many(documents.exchange.seen, k, v)
+    return attend_part(q, k, v, documents, visibility, documents.exchange)
+
+
+def dense_columns(q: Tensor, k: Tensor, v: Tensor, documents: Documents, visibility: Visibility = CAUSAL) -> Tensor:
+    """The same with all scores under one mask."""
+    tokens = documents.tokens()
+    seen = visibility.sees(tokens.at((documents.columns, None)), tokens)
+    k, v = (x.transpose(0, 1).unsqueeze(0) for x in _as_many(seen.any(0), k, v))
+    mask = seen[:, seen.any(0)]
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask).transpose(1, 2)
+
+
+def _as_many(seen: Tensor, *tensors: Tensor) -> list[Tensor]:
+    places = torch.arange(int(seen.sum()), device=tensors[0].device) % tensors[0].shape[1]
+    return [x[0, places] for x in tensors]
 
 
 def step_of(row: str, contender: str, tokens: int, dtype: torch.dtype, device: str) -> Callable[[int], None]:
@@ -51,6 +80,9 @@ def step_of(row: str, contender: str, tokens: int, dtype: torch.dtype, device: s
     if contender != "transformers":
         (block,) = ours.layers
         assert isinstance(block, Block)
+        if row == "1 of 8 ranks":
+            block.self_attn.attend = dense_columns if contender == "dense mask" else attend_columns
+            return lambda n: step_of_rank(ours, ids[:, :n], positions[:, :n])
         block.self_attn.attend = dense if contender == "dense mask" else attend
         return lambda n: (ours(ids[:, :n], positions[:, :n], ids[:, :n])[0] / n).backward()
     theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**CONFIG.to_hf()), attn_implementation="sdpa")
@@ -66,6 +98,13 @@ def step_of(row: str, contender: str, tokens: int, dtype: torch.dtype, device: s
         theirs(ids_, position_ids=places, shift_labels=ids_, labels=ids_, use_cache=False, **extra).loss.backward()
 
     return step
+
+
+def step_of_rank(ours: Llama, ids: Tensor, positions: Tensor) -> None:
+    documents = Documents.from_position_ids(positions.cpu())
+    columns = dealt_columns(documents, CAUSAL, SEQUENCE_RANKS)[SEQUENCE_RANK]
+    here = ids[:, columns.to(ids.device)]
+    (ours(here, positions.cpu(), here, columns=columns)[0] / here.numel()).backward()
 
 
 def measure(row: str, contender: str, tokens: int, dtype: str, device: str, repeats: int) -> tuple[float, float]:

@@ -4,8 +4,10 @@
 
 Half of the rows of 4,096 tokens hold a stretch of one of Shakespeare's plays, half are packed from short speeches: as many
 tokens, a small part of the attention. First, how unevenly the attention of these rows is spread over more ranks, from the
-rows alone. Then both ways take the same steps in turn, with the same rows, in one process a rank, so that a busy machine slows
-both alike; the ratio is the median over the steps.
+rows alone; and that of long rows over the ranks of a sequence group, which share them: in order, in a zigzag (the i-th stretch
+from the left with the i-th from the right), and dealt as with "sequence_parallel_exchange": "keys". Then both ways take the
+same steps in turn, with the same rows, in one process a rank, so that a busy machine slows both alike; the ratio is the
+median over the steps.
 """
 
 import argparse
@@ -51,6 +53,53 @@ def spread(data: Path, steps: int = 100) -> None:
             found["by attention"].append(imbalance(costs[deal(costs, 1, ranks)].sum((0, 2))))
         cells = "".join(f"{np.mean(values):>12.1%}" for values in found.values())
         print(f"{ranks:3d} ranks, {rows} rows each {cells}")
+
+
+def spread_in_rows(ranks: int = 8, seeds: int = 5) -> None:
+    """Print the same for ranks that share a row, and which part of what a gather of all keys sends they need."""
+    import torch
+
+    from engine.layout.deal import dealt_columns
+    from model.documents import Documents
+    from model.segments import seen_keys, segments
+    from model.visibility import Visibility
+    from training.balance import imbalance
+
+    visibility, ways = Visibility(), ("in order", "zigzag", "dealt")
+    print(
+        f"\nthe same over {ranks} ranks that share a row, mean (worst) of {seeds}, and the keys sent, of those of a gather"
+    )
+    print(f"{'':38s}", *(f"{way:>17s}" for way in ways), "      sent, dealt")
+    for tokens, about in ((32768, 1024), (131072, 1024), (131072, 4096), (131072, 16384), (131072, 2 * 131072)):
+        found: dict[str, list[float]] = {way: [] for way in (*ways, "sent")}
+        for seed in range(seeds):
+            lengths = _lengths(tokens, about, seed)
+            places = torch.cat([torch.arange(length) for length in lengths])
+            documents = Documents.from_position_ids(places.unsqueeze(0))
+            halves = torch.arange(tokens).view(2 * ranks, -1)
+            dealt = {
+                "in order": list(torch.arange(tokens).view(ranks, -1)),
+                "zigzag": [torch.cat([halves[rank], halves[-1 - rank]]) for rank in range(ranks)],
+                "dealt": dealt_columns(documents, visibility, ranks),
+            }
+            for way in ways:
+                found[way].append(imbalance(np.array([int((places[columns] + 1).sum()) for columns in dealt[way]])))
+            sent = 0
+            for columns in dealt["dealt"]:
+                seen = seen_keys(segments(documents, columns), visibility, tokens)
+                sent += int(seen.sum() - seen[columns].sum())
+            found["sent"].append(sent / (ranks - 1) / tokens)
+        cells = (f"{np.mean(values):>8.1%} ({max(values):>6.1%})" for values in found.values())
+        name = "one document" if about > tokens else f"documents of about {about:,}"
+        print(f"rows of {tokens:>7,}, {name:22s}", *cells)
+
+
+def _lengths(tokens: int, about: int, seed: int) -> list[int]:
+    rng, lengths = np.random.default_rng(seed), []
+    while tokens:
+        lengths.append(min(tokens, int(rng.integers(about // 2, 3 * about // 2 + 1))))
+        tokens -= lengths[-1]
+    return lengths
 
 
 def rank(folder: Path, steps: int) -> None:
@@ -121,6 +170,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder))
         spread(Path(folder) / "data")
+        spread_in_rows()
         report(run_ranks("bench.balance", RANKS, Path(folder), arguments.steps))
 
 

@@ -68,6 +68,7 @@ ON_ONE_OR_TWO = (  # {0}: ranks
     f"ZeRO-3 offload=ds_configs/zero3_fp32.json:{{0}} {OFFLOAD_ALL}",
 )
 TENSOR, SEQUENCE = "tensor_parallel.autotp_size=2", "sequence_parallel_size=2"
+KEYS = "sequence_parallel_exchange=keys"
 ON_MORE = (
     "pipeline 2=ds_configs/pipeline_fp32.json:2",
     "pipeline 2 x data 2=ds_configs/pipeline_fp32.json:4:2",
@@ -79,6 +80,9 @@ ON_MORE = (
     *(f"sequence 2, ZeRO-{n}=ds_configs/zero{n}_fp32.json:2 {SEQUENCE}" for n in range(4)),
     f"pipeline 2 x tensor 2=ds_configs/pipeline_fp32.json:4:2 {TENSOR}",
     f"pipeline 2 x sequence 2=ds_configs/pipeline_fp32.json:4:2 {SEQUENCE}",
+    f"keys 2, ZeRO-3=ds_configs/zero3_fp32.json:2 {SEQUENCE} {KEYS}",
+    f"keys 4 on 2 key/value heads=ds_configs/zero1_fp32.json:4 sequence_parallel_size=4 {KEYS}",
+    f"pipeline 2 x keys 2=ds_configs/pipeline_fp32.json:4:2 {SEQUENCE} {KEYS}",
     f"tensor 2 x sequence 2, ZeRO-1=ds_configs/zero1_fp32.json:4 {TENSOR} {SEQUENCE}",
     f"tensor 2 x sequence 2, ZeRO-3=ds_configs/zero3_fp32.json:4 {TENSOR} {SEQUENCE}",
     f"pipeline 2 x tensor 2 x data 2=ds_configs/pipeline_fp32.json:8:2 {TENSOR}",

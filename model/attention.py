@@ -60,7 +60,7 @@ def varlen_takes(q: Tensor) -> bool:
 def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents, visibility: Visibility) -> Tensor:
     """All documents in one flash kernel, causal or bidirectional."""
     starts = documents.cu_seqlens, documents.max_length
-    return run_varlen(*(x.flatten(0, 1) for x in (q, k, v)), starts, starts, visibility).view_as(q)
+    return run_varlen(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), starts, starts, visibility).view_as(q)
 
 
 def run_varlen(
@@ -84,7 +84,7 @@ def _attend_flex(q: Tensor, k: Tensor, v: Tensor, documents: Documents, visibili
     if documents.block_mask is None:
         tokens = documents.tokens()
         documents.block_mask = mask_of_blocks(visibility, tokens, tokens)
-    return run_flex(*(x.flatten(0, 1) for x in (q, k, v)), documents.block_mask).view_as(q)
+    return run_flex(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), documents.block_mask).view_as(q)
 
 
 def mask_of_blocks(visibility: Visibility, queries: Tokens, keys: Tokens) -> BlockMask:

@@ -21,6 +21,8 @@ from .visibility import Tokens, Visibility
 
 BLOCK_TOKENS = 128
 """Small chunks are put together to about this many queries: fewer calls, at the price of a mask that hides a part."""
+LARGEST_BLOCK_TOKENS = 1024
+"""The same where eight times as many keys are seen as a whole: the kernel is twice as fast on 768 queries and more."""
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -33,14 +35,22 @@ def plan_blocks(
     tokens, blocks, here = documents.tokens(), [], 0
     for segment in segments(documents, columns):
         span = min(visibility.span or segment.length, segment.length)
-        step = span * max(1, BLOCK_TOKENS // span)
         first, end = segment.queries.start, segment.queries.stop
         while first < end:
+            step = span * max(1, _block_tokens(first - segment.start, visibility) // span)
             last = min(end, first + step - (first - segment.start) % step)  # chunks begin at multiples of their span
             queries, here = slice(here, here + last - first), here + last - first
             blocks.append(_block(segment._replace(queries=slice(first, last)), queries, span, visibility, tokens))
             first = last
     return blocks
+
+
+def _block_tokens(earlier: int, visibility: Visibility) -> int:
+    """How many queries to put together after so many tokens of their document."""
+    size = BLOCK_TOKENS
+    while size < LARGEST_BLOCK_TOKENS and min(earlier, visibility.window or earlier) >= 16 * size:
+        size *= 2
+    return size
 
 
 def _block(part: Segment, queries: slice, span: int, visibility: Visibility, tokens: Tokens) -> QueryBlock:

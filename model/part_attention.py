@@ -87,13 +87,14 @@ def plan_varlen(part: RowPart, visibility: Visibility) -> list[VarlenCall]:
 def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, part: RowPart) -> Tensor:
     if part.varlen_calls is None:
         part.varlen_calls = [
-            (call, *(_starts(each, q.device) for each in (call.query_lengths, call.key_lengths)))
+            (call, _starts(call.query_lengths, q.device), _starts(call.key_lengths, q.device))
             for call in plan_varlen(part, visibility)
         ]
     out = [
         run_varlen(
             q[call.queries],
-            *(x[call.keys] for x in (k, v)),
+            k[call.keys],
+            v[call.keys],
             (of_queries, max(call.query_lengths)),
             (of_keys, max(call.key_lengths)),
             visibility,

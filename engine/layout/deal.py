@@ -89,7 +89,7 @@ def _exchanged(costs: np.ndarray, crossing: np.ndarray, ranks: int) -> np.ndarra
         highest = np.maximum(loads[busiest] - less, loads[other] + less)
         beside = np.concatenate([[-1], owner, [-1]])
 
-        def divided(stretch: np.ndarray, rank: np.ndarray, beside: np.ndarray = beside) -> np.ndarray:
+        def divided(stretch: np.ndarray, rank: np.ndarray | np.integer, beside: np.ndarray = beside) -> np.ndarray:
             """Keys that are seen across the edges of a stretch if that rank has it."""
             left, right = beside[stretch] != rank, beside[stretch + 2] != rank
             return left * edges[stretch] + right * edges[stretch + 1]
