@@ -86,7 +86,8 @@ class Mesh(NamedTuple):
 
 def add_mesh_flags(parser: argparse.ArgumentParser) -> None:
     for axis, flag in FLAGS.items():
-        parser.add_argument(flag, dest=axis, type=int, metavar="N", help=f"ranks of a {axis} group")
+        more = f'; what they exchange says "{EXCHANGE}" of the JSON: heads or keys' if axis == "sequence" else ""
+        parser.add_argument(flag, dest=axis, type=int, metavar="N", help=f"ranks of a {axis} group{more}")
 
 
 def read_mesh(
