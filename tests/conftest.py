@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from tests import processes
+from tests.properties import MOST_WHEN_FAST
 from tests.ranks import RankPool
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before anything imports DeepSpeed, which would look for a GPU
-settings.register_profile("longform", deadline=None, derandomize=True)
-settings.register_profile("fast", parent=settings.get_profile("longform"), max_examples=20)
+quiet = [HealthCheck.function_scoped_fixture]  # the same folder for all examples
+settings.register_profile("longform", deadline=None, derandomize=True, suppress_health_check=quiet)
+settings.register_profile("fast", parent=settings.get_profile("longform"), max_examples=MOST_WHEN_FAST)
 settings.load_profile("longform")
 
 

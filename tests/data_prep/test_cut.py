@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import assume, example, given, settings
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -19,6 +19,7 @@ from data_prep.tokenizer import open_tokenizer
 from storage.manifest import PackingPolicy
 from tests.data_prep.test_pack import targets_seen
 from tests.data_prep.texts import DEEPSEEK, MISTRAL, PROSE, awkward
+from tests.properties import examples
 
 BLANKS = r"[ \t\r\v\f]*"
 SENTENCE = re.compile(rf"([{re.escape(STOPS)}][{re.escape(STOPS + CLOSERS)}]*)({BLANKS})\Z")
@@ -56,7 +57,7 @@ def encoded(tokenizer, text: str) -> np.ndarray:
 
 @pytest.mark.parametrize("path", [None, MISTRAL, DEEPSEEK])
 @given(text=st.one_of(awkward, st.sampled_from([*PROSE[:9], CHINESE])))
-@settings(max_examples=30, deadline=None)
+@examples(30)
 def test_the_bytes_of_tokens_are_the_text(tokenizer_folder, path, text):
     tokenizer, pieces = opened(path or tokenizer_folder)
     whole = b"".join(pieces[i] for i in encoded(tokenizer, text).tolist()).decode()
@@ -117,7 +118,7 @@ def best_by_text(pieces: list[bytes], low: int, high: int, last: bool) -> tuple[
 @given(st.lists(st.integers(0, len(PIECES) - 1), min_size=2, max_size=60), st.data(), st.booleans())
 @example([3, 1] + [4] * 30 + [1, 5], None, True)  # a blank line longer than what is usually looked at
 @example([7] + [13] * 40 + [18, 5], None, True)
-@settings(max_examples=400, deadline=None)
+@examples(400)
 def test_the_best_cut_is_that_of_the_decoded_text(ids, data, last):
     low = data.draw(st.integers(1, len(ids) - 1)) if data else len(ids) - 1
     high = data.draw(st.integers(low, len(ids) - 1)) if data else len(ids) - 1
@@ -221,7 +222,7 @@ DOCUMENTS = st.lists(st.lists(st.integers(0, len(PIECES) - 1), min_size=1, max_s
 
 
 @given(DOCUMENTS, policies(), st.integers(0, 3))
-@settings(max_examples=200, deadline=None)
+@examples(200)
 def test_every_token_but_a_documents_first_is_a_target_exactly_once(texts, policy, seed):
     documents = Texts([np.array(text) for text in texts])
     windows = structure_windows(documents, policy, Breaks(PIECES))

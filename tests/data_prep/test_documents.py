@@ -7,13 +7,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.documents import Problems, read_unit
 from data_prep.sources import parse_sources, plan_units
 from tests.data_prep.builds import read
 from tests.data_prep.texts import awkward, write_lines
+from tests.properties import examples
 
 TEXTS = ["first", "", " \n", "zwei\r\nLinien", "三\0", "x" * 1000, "</s>", "last"]
 
@@ -53,7 +54,7 @@ def test_text_files_are_one_document_each(tmp_path):
     assert [(d.key, d.text) for d in documents] == [("a.md", "# é"), ("b.txt", "with\r\nBOM"), ("sub/c.txt", "")]
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(60)
 @given(texts=st.lists(awkward, min_size=1, max_size=20), unit_bytes=st.integers(1, 400), newline=st.booleans())
 def test_cutting_into_units_changes_nothing(tmp_path, texts, unit_bytes, newline):
     lines = "\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts)

@@ -3,7 +3,7 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.encode import Disagreement, Encoder, UnitEncoder, Work, awkward_texts, choose_encoder
@@ -13,8 +13,6 @@ from data_prep.store import unit_schema
 from data_prep.tokenizer import open_tokenizer
 from tests.data_prep.builds import ROOT
 from tests.data_prep.texts import DEEPSEEK, MISTRAL, PROSE, awkward, write_prose
-
-fixture_safe = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module", params=["trained", "mistral", "deepseek"])
@@ -37,7 +35,6 @@ def accelerated(each_tokenizer, planned):
     return Encoder(each_tokenizer, form)
 
 
-@fixture_safe
 @given(texts=st.lists(awkward, min_size=1, max_size=5))
 def test_every_document_has_one_beginning_and_one_end(each_tokenizer, texts):
     ids, lengths = Encoder(each_tokenizer).encode(texts)
@@ -47,7 +44,6 @@ def test_every_document_has_one_beginning_and_one_end(each_tokenizer, texts):
         assert document.tolist() == [each_tokenizer.bos_id, *inner, each_tokenizer.eos_id]
 
 
-@fixture_safe
 @given(texts=st.lists(awkward, min_size=1, max_size=5))
 def test_accelerated_ids_are_the_tokenizers(accelerated, each_tokenizer, texts):
     for fast, exact in zip(accelerated.encode(texts), Encoder(each_tokenizer).encode(texts), strict=True):

@@ -17,11 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.data_prep.builds import left_out_of, read
 from tests.data_prep.texts import awkward
+from tests.properties import examples
 
 
 def as_lines(texts: list[str]) -> list[bytes]:
@@ -152,7 +153,7 @@ def write_other(folder: Path, name: str, kind: str) -> tuple[Path, int]:
     return path, 10
 
 
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(st.lists(st.one_of(files, others), min_size=1, max_size=8), st.one_of(st.none(), st.integers(50, 1000)))
 def test_every_file_of_a_folder_is_read_or_named(entries, unit_bytes):
     expected, named = ["the first"], {}
@@ -211,7 +212,7 @@ def given_by(decoder, data: bytes) -> bytes:
     return out
 
 
-@settings(deadline=None, max_examples=200)
+@examples(200)
 @given(
     st.sampled_from(sorted(DECOMPRESS)),
     st.sampled_from(sorted(IN_PIECES)),

@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -14,6 +14,7 @@ from data_prep import pack as pack_module
 from data_prep.pack import pack, write_split
 from storage.manifest import PackingPolicy
 from storage.shards import Row, ShardWriter, row_block
+from tests.properties import examples
 from tests.training.corpus import PAD, MadeDocuments
 
 LENGTHS = st.lists(st.integers(1, 70), min_size=1, max_size=60)
@@ -38,7 +39,6 @@ def targets_seen(packing) -> Counter:
 
 
 @given(LENGTHS, policies(tail="pad"), st.integers(0, 3))
-@settings(deadline=None)
 def test_every_token_but_a_documents_first_is_a_target_exactly_once(lengths, policy, seed):
     packing = pack(np.array(lengths), policy.row_tokens, policy, seed)
     assert targets_seen(packing) == {(d, o): 1 for d, n in enumerate(lengths) for o in range(1, n)}
@@ -47,7 +47,6 @@ def test_every_token_but_a_documents_first_is_a_target_exactly_once(lengths, pol
 
 
 @given(LENGTHS, policies(), st.integers(0, 3))
-@settings(deadline=None)
 def test_counts_equal_a_recount(lengths, policy, seed):
     packing = pack(np.array(lengths), policy.row_tokens, policy, seed)
     pieces = list(zip(packing.piece_doc.tolist(), packing.piece_off.tolist(), packing.piece_len.tolist(), strict=True))
@@ -64,7 +63,6 @@ def test_counts_equal_a_recount(lengths, policy, seed):
 
 
 @given(LENGTHS, policies(policy="bestfit"))
-@settings(deadline=None)
 def test_bestfit_cuts_nothing_that_fits_and_fills_all_rows_but_one_to_half(lengths, policy):
     packing = pack(np.array(lengths), policy.row_tokens, policy, 0)
     fill = np.diff(np.concatenate([[0], np.cumsum(packing.piece_len)])[packing.row_splits])
@@ -75,7 +73,6 @@ def test_bestfit_cuts_nothing_that_fits_and_fills_all_rows_but_one_to_half(lengt
 
 
 @given(st.lists(st.integers(1, 40), max_size=80), st.integers(40, 60))
-@settings(deadline=None)
 def test_grouped_best_fit_decreasing_equals_placing_one_by_one(sizes, capacity):
     sizes = np.array(sorted(sizes, reverse=True), np.int64)
     row = np.array(list(pack_module._best_fit_decreasing(sizes, capacity)), np.int64)
@@ -91,7 +88,6 @@ def test_grouped_best_fit_decreasing_equals_placing_one_by_one(sizes, capacity):
 
 
 @given(LENGTHS, st.integers(1, 24))
-@settings(deadline=None)
 def test_concat_is_the_stream_cut_at_fixed_length(lengths, seq_length):
     policy = PackingPolicy(policy="concat", seq_length=seq_length)
     packing = pack(np.array(lengths), policy.row_tokens, policy, 1)
@@ -107,7 +103,6 @@ def rows_of(packing) -> list[list[tuple[int, int]]]:
 
 
 @given(LENGTHS, policies(), st.integers(0, 99))
-@settings(deadline=None)
 def test_seed_changes_the_order_of_rows_only(lengths, policy, seed):
     one, same, other = (pack(np.array(lengths), policy.row_tokens, policy, s) for s in (seed, seed, seed + 1))
     assert rows_of(one) == rows_of(same)
@@ -115,7 +110,7 @@ def test_seed_changes_the_order_of_rows_only(lengths, policy, seed):
 
 
 @given(LENGTHS, policies(tail="pad"), st.integers(1, 200))
-@settings(deadline=None, max_examples=50)
+@examples(50)
 def test_groups_lose_nothing_and_keep_rows_near(lengths, policy, group_tokens):
     whole = pack_module.GROUP_TOKENS
     pack_module.GROUP_TOKENS = group_tokens
@@ -150,7 +145,7 @@ def test_impossible_policies_are_refused(fields, sentence):
 
 
 @given(LENGTHS, policies(), st.sampled_from([1000, 65_536, 65_537]))
-@settings(max_examples=40, deadline=None)
+@examples(40)
 def test_written_rows_hold_the_documents_tokens(tmp_path_factory, lengths, policy, vocab_size):
     directory = tmp_path_factory.mktemp("rows")
     documents = MadeDocuments(lengths, vocab_size, first=100)

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.build import build
@@ -22,6 +22,7 @@ from tests.data_prep.builds import UNIT_BYTES, build_here, command, contents, fa
 from tests.data_prep.test_cut import CHINESE
 from tests.data_prep.test_verify import flip_bit, remove, shorten
 from tests.data_prep.texts import DEEPSEEK, MISTRAL, PROSE, awkward, write_lines
+from tests.properties import examples
 
 # --- the same bytes ---------------------------------------------------------------------------------------------------
 
@@ -42,7 +43,7 @@ texts = st.lists(st.one_of(awkward, st.sampled_from([*PROSE[:5], CHINESE[:900]])
 
 
 @given(texts, policies(), policies(), st.sampled_from([None, 200]), st.booleans())
-@settings(max_examples=10, deadline=None)
+@examples(10)
 def test_packed_again_it_is_what_a_build_makes(tmp_path_factory, tokenizer_folder, texts, first, second, units, remove):
     folder = tmp_path_factory.mktemp("repack")
     path = write_lines(folder / "a.jsonl", [{"text": text} for text in ["some text", "more", *texts]])

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep import build as building
@@ -20,6 +20,7 @@ from data_prep.ledger import Ledger
 from storage.manifest import PackingPolicy
 from tests.data_prep.builds import build_here, contents, failure, run
 from tests.data_prep.texts import write_lines
+from tests.properties import examples
 
 LEDGER = Ledger(unit=0, plan_sha256="0", input_sha256="0", sha256="0", file_bytes=0, documents=1).model_dump_json()
 TEXTS = [f"text {number} of some words" for number in range(40)]
@@ -205,7 +206,7 @@ plans = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=100)
+@examples(100)
 @given(content=plans)
 def test_any_plan_file_is_followed_or_refused(content):
     with TemporaryDirectory() as folder:

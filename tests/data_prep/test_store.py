@@ -1,12 +1,13 @@
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep import store
 from data_prep.ledger import Ledger, read_ledger, unit_path, write_ledger
 from data_prep.store import LEFT_OUT, DocumentBatch, TokenStore, read_columns, write_index, write_unit
+from tests.properties import examples
 
 
 def batch(documents: list[list[int]], first: int, dtype) -> DocumentBatch:
@@ -38,7 +39,7 @@ def write_store(folder, units: list[list[list[list[int]]]], dtype=np.uint16, spl
 documents = st.lists(st.lists(st.integers(0, 65_535), min_size=1, max_size=9), min_size=1, max_size=4)
 
 
-@settings(deadline=None, max_examples=40)
+@examples(40)
 @given(
     units=st.lists(st.lists(documents, max_size=3), min_size=1, max_size=5),
     dtype=st.sampled_from([np.uint16, np.uint32]),

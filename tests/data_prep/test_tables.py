@@ -7,10 +7,11 @@ from tempfile import TemporaryDirectory
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.data_prep.builds import left_out_of, read
+from tests.properties import examples
 
 TEXTS = ["one", "zwei\n", "", "四", "one"]
 
@@ -133,7 +134,7 @@ def test_of_a_damaged_list_what_stands_before_is_kept(tmp_path):
         assert (texts_of(documents), problems.count) == (TEXTS, 1), number
 
 
-@settings(deadline=None, max_examples=100)
+@examples(100)
 @given(
     st.sampled_from([".parquet", ".arrow", ".feather"]),
     st.lists(st.text("ab", min_size=5, max_size=40), min_size=2, max_size=12),

@@ -4,15 +4,14 @@ import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 
 from data_prep.tokenizer import open_tokenizer
 from data_prep.tokenizer_files import CONFIG_FILE
 from data_prep.tokenizer_training import train
 from tests.data_prep.builds import run
 from tests.data_prep.texts import DEEPSEEK, MISTRAL, PROSE, awkward
-
-fixture_safe = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+from tests.properties import examples
 
 
 @pytest.fixture(scope="module", params=["trained", "mistral", "deepseek"])
@@ -26,7 +25,7 @@ def control_ids(tokenizer) -> set[int]:
     return {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.mask_id} - {None}
 
 
-@fixture_safe
+@examples(150)
 @given(text=awkward)
 def test_text_never_yields_a_control_id_and_survives(each_tokenizer, text):
     (ids,) = each_tokenizer.encode_batch([text])
@@ -35,7 +34,7 @@ def test_text_never_yields_a_control_id_and_survives(each_tokenizer, text):
         assert each_tokenizer.decode(ids) == text
 
 
-@settings(fixture_safe, max_examples=40)
+@examples(40)
 @given(text=awkward)
 def test_long_texts_have_the_ids_of_plain_encode(tokenizer, text):
     reference = sentencepiece.SentencePieceProcessor(str(tokenizer.path))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -16,9 +16,9 @@ from data_prep.tokenizer import open_tokenizer
 from data_prep.tokenizer_files import TokenizerConfig
 from tests.data_prep.builds import arguments, failure, run
 from tests.data_prep.texts import PROSE
+from tests.properties import examples
 
 TEXTS = ["Hello wörld 123 \n</s><|im_end|>", "", " ", "a" * 5000]
-quiet = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 anything = st.one_of(
     st.none(),
@@ -77,7 +77,7 @@ def opened_or_sentence(folder: Path, file: Path) -> str | None:
     return sentence
 
 
-@settings(quiet, max_examples=150)
+@examples(150)
 @given(file=st.sampled_from(FILES), key=st.sampled_from(KEYS), value=anything)
 def test_any_value_of_any_key_is_used_or_named(folder, file, key, value):
     place = folder / file
@@ -91,7 +91,7 @@ def test_any_value_of_any_key_is_used_or_named(folder, file, key, value):
         assert key in found
 
 
-@settings(quiet, max_examples=60)
+@examples(60)
 @given(
     file=st.sampled_from(FILES[:3]),
     content=st.one_of(st.binary(max_size=40), anything.map(lambda v: json.dumps(v).encode())),
@@ -105,7 +105,7 @@ def test_files_that_hold_anything_else_are_named(folder, file, content):
         place.unlink()
 
 
-@settings(quiet, max_examples=100)
+@examples(100)
 @given(data=st.data())
 def test_damaged_tokenizers_are_used_or_named(folder, tmp_path_factory, data):
     (main,) = [file for file in folder.iterdir() if file.is_file() and file.name.startswith("tokenizer.")]

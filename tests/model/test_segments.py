@@ -6,7 +6,7 @@ The calls of the variable-length kernel, which needs a GPU, are carried out here
 from unittest import mock
 
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from model import block_attention
@@ -17,6 +17,7 @@ from model.segments import keys_of, seen_keys, segments
 from model.visibility import Visibility
 from tests.model.test_attention import both_copies, qkv, rows_of_documents, what_may_be_visible
 from tests.model.tiny import formula, positions
+from tests.properties import examples
 
 
 @st.composite
@@ -129,7 +130,7 @@ def test_neighbouring_documents_share_a_call_of_the_kernel():
     assert [(call.query_lengths, call.key_lengths) for call in calls] == [([2], [3]), ([1], [6])]
 
 
-@settings(max_examples=30)
+@examples(30)
 @given(part=parts_of_rows())
 def test_flex_attention_of_a_part_equals_the_formula(part):
     documents, visibility, columns = part

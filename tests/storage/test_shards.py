@@ -13,11 +13,12 @@ import psutil
 import pyarrow as pa
 import pytest
 from datasets import Dataset, load_from_disk
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.manifest import NOT_FINGERPRINTED, Manifest, fingerprint, read_manifest, save_manifest, token_dtype
 from storage.shards import RowBlock, ShardWriter, open_split, rows_per_batch, write_manifest
+from tests.properties import examples
 from tests.training.corpus import build, document_tokens
 
 LENGTHS = {"books": [9] * 4200 + [5] * 900 + [40] * 20, "web": list(range(1, 60))}
@@ -178,7 +179,7 @@ def test_a_flipped_bit_is_found_by_full_verification(data):
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=100)
+@examples(100)
 def test_no_flipped_bit_of_a_shard_escapes_full_verification(tmp_path_factory, data):
     directory = tmp_path_factory.mktemp("flip")
     build(directory, {"books": list(range(1, 60))}, seq_length=8)
@@ -208,7 +209,7 @@ def test_unknown_split_and_row_and_small_model_are_refused(pristine):
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=60)
+@examples(60)
 def test_changing_anything_in_the_manifest_changes_the_fingerprint(pristine, data):
     content = json.loads((pristine / "manifest.json").read_text())
     assert fingerprint(content) == content["fingerprint"]
@@ -225,7 +226,7 @@ def test_changing_anything_in_the_manifest_changes_the_fingerprint(pristine, dat
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=100)
+@examples(100)
 def test_no_changed_byte_of_the_manifest_is_believed(pristine, tmp_path_factory, data):
     original = (pristine / "manifest.json").read_bytes()
     content = bytearray(original)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
@@ -26,6 +26,7 @@ from model.hf.weights import save_hf
 from model.llama import Llama
 from tests.data_prep.test_tokenizer_files import FILES, KEYS, anything, byte_level
 from tests.data_prep.texts import MISTRAL, PROSE
+from tests.properties import examples
 from tools.hf_tokenizer import Written, write_hf_tokenizer
 
 LENGTH = 4096
@@ -120,7 +121,7 @@ def export(
     return written, AutoTokenizer.from_pretrained(output)
 
 
-@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(30)
 @given(drawn=folders(), some=st.lists(texts, min_size=1, max_size=5))
 def test_it_behaves_as_the_one_that_was_given(backend, tmp_path_factory, drawn, some):
     place, (table, files) = tmp_path_factory.mktemp("given"), drawn
@@ -228,7 +229,7 @@ def plain(tmp_path_factory) -> Path:
     return byte_level(tmp_path_factory.mktemp("plain"), entries=260)
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(40)
 @given(files=st.dictionaries(st.sampled_from(FILES[:3]), st.dictionaries(st.sampled_from(KEYS), anything, max_size=2)))
 def test_what_can_be_trained_with_can_be_exported(plain, tmp_path_factory, files):
     place = tmp_path_factory.mktemp("any")

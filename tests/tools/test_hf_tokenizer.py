@@ -9,7 +9,7 @@ from pathlib import Path
 import mistral_common
 import pytest
 import sentencepiece
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, NormalizerSpec, TrainerSpec
 from transformers import AutoTokenizer
@@ -19,6 +19,7 @@ from data_prep.tokenizer import Tokenizer, open_tokenizer
 from data_prep.tokenizer_training import train
 from model.config import ModelConfig
 from tests.data_prep.texts import DEEPSEEK, MISTRAL, PROSE
+from tests.properties import examples
 from tools.hf_tokenizer import Written, write_hf_tokenizer
 
 PLAYS = [
@@ -39,7 +40,6 @@ awkward = st.lists(
     st.one_of(st.sampled_from(PIECES), st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=8)),
     max_size=12,
 ).map("".join)
-quiet = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @dataclasses.dataclass
@@ -100,7 +100,6 @@ def exported(request, small_model, tmp_path_factory) -> Exported:
     return export(known[request.param], folder, PLAYS[:1], lossless=request.param != "unigram")
 
 
-@quiet
 @given(texts=st.lists(awkward, min_size=1, max_size=4))
 def test_any_text_gives_the_ids_of_training(exported, texts):
     exported.assert_same(texts)
@@ -215,7 +214,7 @@ def entries(draw, alphabet: str) -> dict[str, float]:
     return scores | dict.fromkeys(alphabet, -200.0)
 
 
-@settings(quiet, max_examples=200)
+@examples(200)
 @given(data=st.data())
 def test_any_sentencepiece_model_is_reproduced_or_refused(tmp_path, data):
     alphabet = data.draw(st.sampled_from(["a▁", "ab▁", "abc▁", "▁"]))

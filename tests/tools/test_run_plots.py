@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.tools.test_report import Page, numbers, write_evaluations, write_run
@@ -88,7 +88,6 @@ def test_nothing_overlaps_in_a_narrow_page(tmp_path):
             assert gap * area >= 17 * len(lines)
 
 
-@settings(deadline=None)
 @given(CURVE, st.integers(1, 200))
 def test_long_curves_keep_their_extremes_and_gaps(values, repeats):
     curve = np.tile(values, repeats)
@@ -102,7 +101,6 @@ def test_long_curves_keep_their_extremes_and_gaps(values, repeats):
         assert np.nanmax(curve[kept]) == np.nanmax(curve)
 
 
-@settings(deadline=None)
 @given(st.floats(-10, 10), st.floats(-1, 1), st.integers(1, 500))
 def test_smoothing_neither_lags_nor_bends_a_straight_line(start, slope, length):
     line = start + slope * np.arange(length)

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.properties import examples
 from training.config import Recipe, add_recipe_flags, config_json_notices, load_recipe
 from training.foreign_names import TRANSFORMERS_NAMES
 from training.sections import StageConfig
@@ -229,7 +230,7 @@ stage = st.dictionaries(st.sampled_from(sorted(StageConfig.model_fields)) | st.t
 sections["stages"] = anything | st.lists(stage, max_size=3)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(200)
 @given(st.fixed_dictionaries({}, optional=sections) | anything, st.text(max_size=20))
 def test_any_yaml_loads_or_is_refused_in_sentences(tmp_path, tree, override):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree, allow_unicode=True), encoding="utf-8")
@@ -242,7 +243,7 @@ def test_any_yaml_loads_or_is_refused_in_sentences(tmp_path, tree, override):
     assert refusal.strip()
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(200)
 @given(st.binary(max_size=60))
 def test_any_bytes_load_or_are_refused(tmp_path, content):
     (tmp_path / "recipe.yaml").write_bytes(content)

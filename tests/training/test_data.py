@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.shards import open_split
+from tests.properties import examples
 from tests.training.corpus import PAD, build
 from training.data import NO_TARGET, TrainingData, train_loader, training_order, validation_batches
 from training.sections import DataConfig
@@ -70,7 +71,7 @@ def slow_batch(dataset, source: str, row: int) -> tuple[list, list, list]:
     st.sampled_from(["bestfit", "concat"]),
     st.integers(1, 5),
 )
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_batches_equal_their_definition(tmp_path_factory, lengths, seq_length, overlap, policy, size):
     directory = tmp_path_factory.mktemp("definition")
     overlap = min(overlap, seq_length) if policy == "bestfit" else 1
@@ -100,7 +101,7 @@ def test_every_layout_sees_the_same_samples_in_each_step(data):
 
 
 @given(st.integers(0, 10**9), st.lists(st.tuples(st.sampled_from(LAYOUTS), st.integers(1, 4)), min_size=1, max_size=5))
-@settings(max_examples=25, deadline=None)
+@examples(25)
 def test_a_run_resumed_in_other_layouts_continues_the_sequence(data, first, legs):
     total = sum(count for _, count in legs)
     expected = steps(data, first, total, *LAYOUTS[0])

@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from model.config import ModelConfig
 from storage.shards import open_split
+from tests.properties import examples
 from tests.training.corpus import PAD, build
 from training.config import Recipe
 from training.data import NO_TARGET, TrainingData, make_batch, train_loader, training_order
@@ -100,7 +101,7 @@ def test_masks_depend_on_the_sample_and_nothing_else(dataset, objective):
 
 
 @given(st.sampled_from([(1, 8), (2, 4), (4, 1)]), st.integers(0, 2), st.sampled_from([0, 2]))
-@settings(max_examples=6)
+@examples(6)
 def test_ranks_micro_batches_and_workers_do_not_enter(dataset, layout, first_step, workers):
     """The same multiset of masked rows in a step, whoever reads them."""
     order = training_order(dataset, DataConfig(), seed=5)

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.processes import run_cli, start_cli
@@ -23,7 +23,6 @@ def write_all(path: Path, records: list[dict], resumed_step: int = 0) -> None:
     file.close(0)
 
 
-@settings(deadline=None)
 @given(RECORDS, st.data())
 def test_a_file_cut_anywhere_continues_with_its_whole_records(records, data):
     with tempfile.TemporaryDirectory() as folder:

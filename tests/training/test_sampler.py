@@ -6,7 +6,7 @@ from math import factorial
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from training.sampler import WEIGHT_BITS, SampleOrder, permute
@@ -22,7 +22,6 @@ def orders(draw) -> SampleOrder:
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**64 - 1))
-@settings(deadline=None)
 def test_permute_is_a_permutation(size, key):
     image = permute(np.arange(size), size, np.full(size, key, np.uint64))
     assert sorted(image.tolist()) == list(range(size))
@@ -44,7 +43,6 @@ def test_neighbours_are_scattered():
 
 
 @given(orders(), st.integers(0, 5))
-@settings(deadline=None)
 def test_epochs_are_permutations_and_differ(order, seed):
     sources, rows, epochs = order.locate_many(np.arange(8192))
     for s, size in enumerate(order.rows):
@@ -57,7 +55,6 @@ def test_epochs_are_permutations_and_differ(order, seed):
 
 
 @given(orders(), st.integers(1, 12))
-@settings(deadline=None)
 def test_mixture_is_within_one_sample_of_its_share_after_every_block(order, blocks):
     block = 1 << order._block_bits
     share = np.diff(order._ends) / (1 << WEIGHT_BITS)
@@ -68,7 +65,6 @@ def test_mixture_is_within_one_sample_of_its_share_after_every_block(order, bloc
 
 
 @given(st.dictionaries(st.sampled_from("abcde"), st.floats(0.0001, 1e6), min_size=1))
-@settings(deadline=None)
 def test_shares_are_the_weights(weights):
     order = SampleOrder(dict.fromkeys(weights, 1), weights, "", 0)
     exact = np.array([weights[name] for name in order.sources]) / sum(weights.values())
@@ -77,7 +73,6 @@ def test_shares_are_the_weights(weights):
 
 
 @given(orders(), st.lists(st.integers(0, 10**12), min_size=1, max_size=30))
-@settings(deadline=None)
 def test_a_sample_does_not_depend_on_what_else_is_asked(order, ks):
     sources, rows, epochs = order.locate_many(np.array(ks))
     for k, source, row, epoch in zip(ks, sources, rows, epochs, strict=True):

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from training.schedule import ScheduleConfig, landmarks, lr_factor
@@ -32,7 +32,6 @@ def curve(config: ScheduleConfig, total: int, **options) -> list[float]:
     return [lr_factor(config, step, total, **options) for step in range(1, total + 1)]
 
 
-@settings(deadline=None)
 @given(schedules())
 def test_warmup_starts_above_zero_and_ends_at_the_peak(case):
     config, total = case
@@ -43,7 +42,6 @@ def test_warmup_starts_above_zero_and_ends_at_the_peak(case):
     assert min(factors) >= 0
 
 
-@settings(deadline=None)
 @given(schedules(DECAYING))
 def test_the_last_step_has_the_final_ratio_and_keeps_it(case):
     config, total = case
@@ -51,7 +49,6 @@ def test_the_last_step_has_the_final_ratio_and_keeps_it(case):
     assert lr_factor(config, total + 7, total) == config.min_lr_ratio
 
 
-@settings(deadline=None)
 @given(schedules())
 def test_rises_during_warmup_and_never_after(case):
     config, total = case
@@ -61,7 +58,6 @@ def test_rises_during_warmup_and_never_after(case):
     assert all(a >= b for a, b in itertools.pairwise(falling))
 
 
-@settings(deadline=None)
 @given(schedules())
 def test_no_jump_is_larger_than_the_steepest_part_of_the_shape(case):
     config, total = case
@@ -74,7 +70,6 @@ def test_no_jump_is_larger_than_the_steepest_part_of_the_shape(case):
     assert all(abs(a - b) <= bound + 1e-12 for a, b in itertools.pairwise(factors))
 
 
-@settings(deadline=None)
 @given(schedules(), st.integers(1, 10**7))
 def test_steps_and_tokens_describe_the_same_curve(case, step_tokens):
     config, total = case
@@ -91,7 +86,6 @@ def test_lengths_in_tokens_need_not_be_whole_steps():
     assert curve(config, 5, step_tokens=100) == [0.4, 0.8, 1.0, 1.0, 1.0]
 
 
-@settings(deadline=None)
 @given(st.integers(1, 300), st.floats(0, 0.9))
 def test_cosine_is_that_of_torch(total, ratio):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)

@@ -4,10 +4,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.shards import open_split
+from tests.properties import examples
 from tests.training.corpus import build
 from training.data import training_order
 from training.sampler import SampleOrder
@@ -58,7 +59,7 @@ def block(parts) -> int:
 
 
 @given(runs())
-@settings(deadline=None, max_examples=150)
+@examples(150)
 def test_over_all_stages_the_rows_of_a_source_come_in_whole_permutations(run):
     """No row twice in an epoch; an epoch that is behind by more than what unfinished blocks hold back lacks no row."""
     parts, used = run
@@ -76,7 +77,6 @@ def test_over_all_stages_the_rows_of_a_source_come_in_whole_permutations(run):
 
 
 @given(st.integers(1, 700), st.lists(st.integers(0, 2000), min_size=2, max_size=5))
-@settings(deadline=None)
 def test_one_source_cut_into_stages_is_one_sequence(size, used):
     parts = [(Rows({"a": size}), DataConfig(weights={"a": 1.0}))] * len(used)
     whole = SampleOrder({"a": size}, {"a": 1.0}, "f", SEED).locate_many(np.arange(sum(used)))
@@ -85,7 +85,7 @@ def test_one_source_cut_into_stages_is_one_sequence(size, used):
 
 
 @given(runs())
-@settings(deadline=None, max_examples=40)
+@examples(40)
 def test_what_is_left_is_exactly_what_was_not_drawn(run):
     """Against a slow account of every draw: epochs times rows plus the place in the epoch's permutation."""
     parts, used = run

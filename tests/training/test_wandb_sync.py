@@ -15,11 +15,12 @@ from typing import Any
 
 import psutil
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.forks import run_python
 from tests.processes import free_port, run_cli
+from tests.properties import examples
 from tests.training.test_metrics import log
 from tests.training.test_wandb_run import FACTS, launch, read_run, records_of
 from training import wandb_run
@@ -182,7 +183,7 @@ def finished(tmp_path_factory) -> Path:
     return folder
 
 
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(150)
 @given(data=st.data())
 def test_wherever_a_kill_cuts_the_file_nothing_is_lost_or_sent_twice(finished, tmp_path, monkeypatch, data):
     """The file cut at any byte, or with rubbish behind the cut, as a file system leaves it that had no time."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import xxhash
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.checkpoint.folder import find, newest_good
@@ -27,6 +27,7 @@ from engine.checkpoint.manifest import (
 )
 from engine.checkpoint.retention import Retention, delete_folder, set_aside
 from engine.safe_load import load_file
+from tests.properties import examples
 from training.config import CheckpointConfig
 from training.state import TrainState
 
@@ -168,7 +169,7 @@ ACCIDENTS = st.one_of(
 EVENTS = st.lists(st.one_of(st.booleans(), st.tuples(st.integers(0, 4), ACCIDENTS)), max_size=14)
 
 
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(EVENTS, st.integers(2, 3), st.sampled_from([None, 3]))
 def test_the_newest_good_state_is_always_there(tmp_path_factory, events, keep_last, keep_every):
     """Saves (of applied or of skipped steps), each followed by retention, between accidents to what lies there."""

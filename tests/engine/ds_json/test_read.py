@@ -4,13 +4,14 @@ import json
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.ds_json.keys import KNOWN, SECTIONS
 from engine.ds_json.read import read_ds_config, resolve_ds_config
 from launch.topology import Topology
 from tests.engine.programs import shipped
+from tests.properties import examples
 from training.config import Recipe
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -249,7 +250,7 @@ documents = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(documents)
 def test_any_json_resolves_or_is_refused_in_sentences(config):
     """Whatever the file says, the reader ends in a config without "auto" or in a ValueError."""

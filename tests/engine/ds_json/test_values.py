@@ -4,12 +4,13 @@ import json
 
 import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.ds_json.keys import REFUSED, SECTIONS, TopLevel, _model_of
 from engine.ds_json.read import read_ds_config
 from tests.engine.ds_json.test_read import GPU, problems, resolve
+from tests.properties import examples
 
 
 def known_places(schema=None, prefix=()) -> list[tuple[str, ...]]:
@@ -31,7 +32,7 @@ VALUES = [None, True, False, 0, 1, 2, -1, 10**30, 0.5, 1e5, -2.5, 1e308, "", "2"
 VALUES += [["a"], {}, {"enabled": True}, {"a": 1}, "cpu", "bf16", "fp32"]
 
 
-@settings(max_examples=600, deadline=None)
+@examples(600)
 @given(st.sampled_from(PLACES), st.sampled_from(VALUES), st.sampled_from([0, 1, 2, 3, "2"]), st.sampled_from([1, 2]))
 def test_every_key_with_every_type_is_taken_by_both_or_refused_in_sentences(place, value, stage, ranks):
     tree = {"zero_optimization": {"stage": stage}}

@@ -4,11 +4,12 @@ from math import prod
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.reduction.compressors import OneBit, PowerSGD, decode, encode
 from tests.engine.reduction.reductions import COMPRESSED, MIN_ELEMENTS, SHAPES, moved, reduced
+from tests.properties import examples
 
 WARMUP, STEPS = 3, 150
 POWERSGD = {"method": "powersgd", "rank": 2, "warmup_steps": WARMUP, "min_elements": MIN_ELEMENTS}
@@ -18,7 +19,7 @@ METHODS = ["powersgd", "onebit"]
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 4), st.floats(1e-12, 1e12), st.integers(0, 2**32))
-@settings(max_examples=200, deadline=None)
+@examples(200)
 def test_a_rank_as_large_as_the_matrix_is_exact(rows, columns, more, size, seed):
     generator = torch.Generator().manual_seed(seed)
     matrix = size * torch.randn(rows, columns, generator=generator)
@@ -63,7 +64,7 @@ def test_a_result_that_overflows_after_the_first_all_reduce_leaves_no_trace():
 
 
 @given(st.lists(st.integers(0, 32), min_size=1, max_size=5), st.integers(0, 2**32))
-@settings(max_examples=100, deadline=None)
+@examples(100)
 def test_a_block_is_its_signs_times_its_mean_absolute_value(filled, seed):
     blocks = torch.randn(len(filled), 32, generator=torch.Generator().manual_seed(seed)) ** 3
     blocks[0, 1] = 0.0

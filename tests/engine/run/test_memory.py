@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import engine.build
@@ -23,6 +23,7 @@ from model.config import ModelConfig
 from tests.engine.programs import BF16, Run, prepare, zero
 from tests.forks import run_python
 from tests.processes import ROOT
+from tests.properties import examples
 from tests.ranks import run_ranks
 from tests.training.corpus import build
 from training.environment import free_of_cgroups
@@ -56,7 +57,7 @@ def models(draw) -> ModelConfig:
     )
 
 
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(models(), st.integers(1, 5), st.sampled_from(["uniform", "parameters"]))
 def test_the_stages_of_a_pipeline_hold_every_parameter(model, stages, partition):
     stages = min(stages, model.num_hidden_layers)
@@ -67,7 +68,7 @@ def test_the_stages_of_a_pipeline_hold_every_parameter(model, stages, partition)
     assert sum(memory.parameter_sizes(model, [], Mesh(0, 1))) == model.num_parameters()
 
 
-@settings(deadline=None, max_examples=30)
+@examples(30)
 @given(models())
 def test_tensor_parallel_ranks_hold_every_parameter_and_share_the_large_ones(model):
     parts = [memory.parameter_sizes(model, [], Mesh(rank, 2, tensor=2)) for rank in range(2)]
