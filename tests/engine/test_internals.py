@@ -48,7 +48,7 @@ def set_attributes(tree: ast.AST) -> set[str]:
 ON_OBJECTS_OF_OURS = {
     "engine/build.py": {"late.daemon", "model.activation_checkpointing", "optimizer.groups"},
     "engine/checkpoint/transplant.py": {"part.data"},
-    "engine/layout/sequence.py": {"module.attend"},
+    "engine/layout/sequence.py": {"documents.exchange", "module.attend"},
     "engine/layout/tensor.py": {
         "module.multiply",
         "setattr(owner, leaf, _part(parameter, dimension, parts))",
