@@ -141,6 +141,7 @@ def test_another_run_goes_on_from_its_weights_with_longer_rows(setting, finished
     flags = ["--data", str(tmp_path / "longer"), "--training.max_steps", "2", "--schedule.schedule", "constant"]
     flags += ["--training.initial_weights", str(tmp_path / "source"), "--model.rope_scaling", yarn]
     flags += ["--model.max_position_embeddings", "256", "--validation.sets", "{}", "--validation.every_steps", "null"]
+    flags += ["--training.micro_batch_samples", "2"]
     first = run_python(words(setting, tmp_path / "run", *flags, "--training.max_hours", "0.0000001"), timeout=120)
     assert first.returncode == 75, first.stdout + first.stderr
     shutil.rmtree(tmp_path / "source")  # no longer needed
