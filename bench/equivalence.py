@@ -81,7 +81,7 @@ ON_MORE = (
     f"pipeline 2 x tensor 2=ds_configs/pipeline_fp32.json:4:2 {TENSOR}",
     f"pipeline 2 x sequence 2=ds_configs/pipeline_fp32.json:4:2 {SEQUENCE}",
     f"keys 2, ZeRO-3=ds_configs/zero3_fp32.json:2 {SEQUENCE} {KEYS}",
-    f"keys 4=ds_configs/zero1_fp32.json:4 sequence_parallel_size=4 {KEYS}",
+    f"keys 4 on 2 key/value heads=ds_configs/zero1_fp32.json:4 sequence_parallel_size=4 {KEYS}",
     f"pipeline 2 x keys 2=ds_configs/pipeline_fp32.json:4:2 {SEQUENCE} {KEYS}",
     f"keys 8 on 4 heads=ds_configs/zero1_fp32.json:8 sequence_parallel_size=8 {KEYS}",
     f"tensor 2 x sequence 2, ZeRO-1=ds_configs/zero1_fp32.json:4 {TENSOR} {SEQUENCE}",

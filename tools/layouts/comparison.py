@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 DEFAULT_RECIPE = "recipes/tiny.yaml"
 DEFAULT_OVERRIDES = {
     "model.num_attention_heads": "4",
+    "model.num_key_value_heads": "2",
     "training.global_batch_tokens": "2048",
     "optimizer.lr": "5.0e-4",
 }
