@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 from engine.ds_json.keys import key_problems
 from engine.ds_json.legality import illegal_combinations
 from engine.ds_json.read import Resolved, StepDivision, read_ds_config, resolve_ds_config
-from engine.layout.mesh import Mesh
+from engine.layout.mesh import EXCHANGE, Mesh
 from engine.layout.pipeline import pipeline_bounds
 from engine.layout.sequence import sequence_problems
 from engine.run.initial_weights import initial_weights_problems
@@ -114,8 +114,7 @@ def make_plan(
     hosts, more = divmod(topology.world_size, topology.local_size)
     if sentence := across_hosts(plan.mesh.tensor, [topology.local_size] * hosts + [more] * (more > 0)):
         notices.append(f"{ds_config_file}: {sentence}")
-    if "gradient_compression" in plan.ds_config and topology.world_size == 1:
-        notices.append(f"{ds_config_file}: gradient_compression has no effect on one rank")
+    notices += [f"{ds_config_file}: {key} has no effect {where}" for key, where in _without_others(plan).items()]
     return plan._replace(warnings=notices)
 
 
@@ -203,6 +202,18 @@ def _cross_check(
         first = stages[0]
         problems += initial_weights_problems(recipe, first.dataset.manifest.tokenizer, first.data)
     _collect(problems, landmarks, recipe.schedule, stages[-1].end, recipe.training.global_batch_tokens)
+
+
+def _without_others(plan: RunPlan) -> dict[str, str]:
+    """Keys of the JSON about what ranks do together and here do alone, and on what."""
+    mesh, config, found = plan.mesh, plan.ds_config, {}
+    if mesh.world_size == 1 and "gradient_compression" in config:
+        found["gradient_compression"] = "on one rank"
+    if mesh.sequence == 1 and EXCHANGE in config:
+        found[EXCHANGE] = "with sequence_parallel_size 1"
+    if mesh.tensor == 1 and config.get("tensor_parallel", {}).get("split_rows"):
+        found["tensor_parallel.split_rows"] = "with autotp_size 1"
+    return found
 
 
 def _notices(plan: RunPlan, recipe_file: str) -> list[str]:

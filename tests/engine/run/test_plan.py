@@ -128,6 +128,16 @@ def test_settings_without_effect_are_named(setting):
     assert any("but not exported" in w for w in plan(setting, {"model.position_embedding": "learned"}).warnings)
 
 
+def test_what_ranks_would_do_together_has_no_effect_alone(setting, tmp_path):
+    config = {"sequence_parallel_exchange": "keys", "tensor_parallel": {"autotp_size": 1, "split_rows": True}}
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    warnings = plan(setting, ds_config=tmp_path / "ds.json").warnings
+    assert [w.split("ds.json: ")[1] for w in warnings] == [
+        "sequence_parallel_exchange has no effect with sequence_parallel_size 1",
+        "tensor_parallel.split_rows has no effect with autotp_size 1",
+    ]
+
+
 def test_the_choice_of_an_optimizers_implementation_has_no_effect(setting, tmp_path):
     block = {"type": "AdamW", "legacy_fusion": True, "params": {"lr": "auto", "torch_adam": True}}
     (tmp_path / "ds.json").write_text(json.dumps({"optimizer": block}))
