@@ -113,13 +113,14 @@ def _builder(recipe: Recipe, config: dict[str, Any], groups: Groups) -> Builder:
     dtype = next((dtype for key, dtype in halves.items() if config.get(key, {}).get("enabled")), torch.float32)
     partitioned = config.get("zero_optimization", {}).get("stage", 0) == 3
     options: dict[str, Any] = {"config_dict_or_path": config}
-    if mesh.tensor > 1:
+    parts = Parts(groups.tensor, mesh) if mesh.tensor > 1 else None
+    if parts:
         options |= {"data_parallel_group": groups.replicas, "mpu": groups}
 
     def build(entry: Layer, seed: int) -> torch.nn.Module:
         layer = entry.build(seed)
-        if mesh.tensor > 1:
-            layer = divide_layer(layer, recipe.model, Parts(groups.tensor, mesh))
+        if parts:
+            layer = divide_layer(layer, recipe.model, parts)
         if partitioned and any(True for _ in layer.parameters()):
             done = deepspeed.zero.Init(module=layer.to(dtype), **options)
             # one of each for all layers: what swaps parameters to disks, and the ranks of a host that hold them again
