@@ -30,7 +30,8 @@ HANG += "import time; time.sleep(600)"
 def test_it_is_what_python_would_start(tmp_path, kind):
     (tmp_path / "about.py").write_text(ABOUT)
     words = {"-c": ["-c", ABOUT], "file": ["about.py"], "-m": ["-m", "about"]}[kind]
-    options = {"env": {"EXTRA": "1", "WANDB_MODE": None}, "cwd": tmp_path, "stdin": "given"}
+    locale = {"LC_ALL": "C.UTF-8"}  # without any Python sets one when it starts (PEP 538)
+    options = {"env": locale | {"EXTRA": "1", "WANDB_MODE": None}, "cwd": tmp_path, "stdin": "given"}
     fork, process = run_python([*words, "a", "b"], **options), run_cli(["python", *words, "a", "b"], **options)
     assert (fork.returncode, fork.stderr) == (process.returncode, process.stderr) == (7, "said\n")
     assert fork.stdout == process.stdout
