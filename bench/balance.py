@@ -73,7 +73,7 @@ def spread_in_rows(ranks: int = 8, seeds: int = 5) -> None:
     for tokens, about in ((32768, 1024), (131072, 1024), (131072, 4096), (131072, 16384), (131072, 2 * 131072)):
         found: dict[str, list[float]] = {way: [] for way in (*ways, "sent")}
         for seed in range(seeds):
-            lengths = _lengths(tokens, about, seed)
+            lengths = packed(tokens, about, seed)
             places = torch.cat([torch.arange(length) for length in lengths])
             documents = Documents.from_position_ids(places.unsqueeze(0))
             halves = torch.arange(tokens).view(2 * ranks, -1)
@@ -94,7 +94,8 @@ def spread_in_rows(ranks: int = 8, seeds: int = 5) -> None:
         print(f"rows of {tokens:>7,}, {name:22s}", *cells)
 
 
-def _lengths(tokens: int, about: int, seed: int) -> list[int]:
+def packed(tokens: int, about: int, seed: int) -> list[int]:
+    """Lengths of documents from half to one and a half of `about`, the last one cut at the end of the row."""
     rng, lengths = np.random.default_rng(seed), []
     while tokens:
         lengths.append(min(tokens, int(rng.integers(about // 2, 3 * about // 2 + 1))))

@@ -39,7 +39,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents, visibility: Vi
 
     Returns [B, T, H, d].
     """
-    if (visibility.span == 1 or visibility.span is None) and documents.copies == 1 and varlen_takes(q):
+    if varlen_takes(q, documents, visibility):
         return _attend_varlen(q, k, v, documents, visibility)
     if visibility.span != 1 or documents.copies == 2:
         return (_attend_flex if q.is_cuda else attend_blocks)(q, k, v, documents, visibility)
@@ -53,8 +53,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents, visibility: Vi
     return torch.cat(out, dim=1).view_as(q)
 
 
-def varlen_takes(q: Tensor) -> bool:
-    return HAS_VARLEN and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0
+def varlen_takes(q: Tensor, documents: Documents, visibility: Visibility) -> bool:
+    """Whether the kernel has these masks, on this device and for heads of this kind."""
+    masks = (visibility.span == 1 or visibility.span is None) and documents.copies == 1
+    heads = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0
+    return HAS_VARLEN and masks and heads
 
 
 def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents, visibility: Visibility) -> Tensor:

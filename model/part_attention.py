@@ -60,7 +60,7 @@ def attend_part(q: Tensor, k: Tensor, v: Tensor, documents: Documents, visibilit
         if part.query_blocks is None:
             part.query_blocks = among(plan_blocks(documents, visibility, documents.columns), part.seen)
         return attend_planned(flat, k, v, part.query_blocks).view_as(q)
-    if (visibility.span == 1 or visibility.span is None) and documents.copies == 1 and varlen_takes(q):
+    if varlen_takes(q, documents, visibility):
         return _attend_varlen(flat, k, v, visibility, part).view_as(q)
     return attend_flex_part(flat, k, v, documents, visibility, part).view_as(q)
 

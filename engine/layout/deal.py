@@ -8,6 +8,7 @@ the lengths of the documents, which every rank knows.
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,32 +38,45 @@ def pairs_here(documents: Documents, visibility: Visibility, mesh: Mesh) -> floa
     """Over how many (query, key) pairs of a batch of whole rows this rank attends, with all heads or its share of them."""
     if mesh.exchange == "heads":
         return float(visibility.pairs(np.array(documents.lengths)).sum()) / mesh.sequence
-    keys, _ = _keys_of_columns(documents.lengths, len(documents.position_ids), visibility)
-    return float(keys[columns_here(documents, visibility, mesh)].sum())
+    return float(_deal_of(documents, visibility, mesh.sequence).pairs[mesh.sequence_rank])
 
 
 def dealt_columns(documents: Documents, visibility: Visibility, ranks: int) -> list[Tensor]:
     """By rank: its columns of all rows of a batch, int64 [T / ranks] ascending. T must be a multiple of `ranks`."""
+    owner = _deal_of(documents, visibility, ranks).owner
+    tokens = sum(documents.lengths) // len(documents.position_ids)
+    stretches = np.arange(tokens).reshape(len(owner), -1)
+    return [torch.from_numpy(stretches[owner == rank].flatten()) for rank in range(ranks)]
+
+
+class _Deal(NamedTuple):
+    owner: np.ndarray
+    """By stretch of the row: its rank."""
+    pairs: np.ndarray
+    """By rank: the (query, key) pairs of its columns, over all rows."""
+
+
+def _deal_of(documents: Documents, visibility: Visibility, ranks: int) -> _Deal:
     return _dealt(tuple(documents.lengths), len(documents.position_ids), visibility, ranks)
 
 
-@lru_cache(maxsize=4)  # the engine and its layers ask for the same few batches
-def _dealt(lengths: tuple[int, ...], rows: int, visibility: Visibility, ranks: int) -> list[Tensor]:
+@lru_cache(maxsize=256)  # all micro-batches of a step are surveyed before the first is computed, which asks again
+def _dealt(lengths: tuple[int, ...], rows: int, visibility: Visibility, ranks: int) -> _Deal:
     keys, crossing = _keys_of_columns(lengths, rows, visibility)
-    found: list[tuple[float, int, np.ndarray, np.ndarray]] = []
+    found: list[tuple[float, int, _Deal]] = []
     for most in STRETCHES:
         each = next(count for count in range(most, 0, -1) if len(keys) // ranks % count == 0)
         if ranks * each > FEW and any(excess == 0 for excess, *_ in found):
             break
-        stretches = np.arange(len(keys)).reshape(ranks * each, -1)
-        costs, edges = keys[stretches].sum(1), crossing[stretches[:, 0]]
+        costs, edges = (of.reshape(ranks * each, -1) for of in (keys, crossing))
+        costs, edges = costs.sum(1), edges[:, 0]
         evened = np.empty(len(costs), np.int64)
         evened[deal(costs, each, ranks)[0]] = np.arange(ranks)[:, None]
         for owner in (_exchanged(costs, edges, ranks), evened):
-            excess = max(imbalance(np.bincount(owner, costs)) - ENOUGH, 0.0)
-            found.append((excess, int(edges[1:][owner[1:] != owner[:-1]].sum()), owner, stretches))
-    _, _, owner, stretches = min(found, key=lambda each: each[:2])
-    return [torch.from_numpy(stretches[owner == rank].flatten()) for rank in range(ranks)]
+            pairs = np.bincount(owner, costs)
+            excess = max(imbalance(pairs) - ENOUGH, 0.0)
+            found.append((excess, int(edges[1:][owner[1:] != owner[:-1]].sum()), _Deal(owner, pairs)))
+    return min(found, key=lambda each: each[:2])[2]
 
 
 def _keys_of_columns(lengths: Sequence[int], rows: int, visibility: Visibility) -> tuple[np.ndarray, np.ndarray]:

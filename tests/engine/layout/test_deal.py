@@ -6,6 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.balance import packed
+from engine.layout import deal
 from engine.layout.deal import dealt_columns, pairs_here
 from engine.layout.mesh import Mesh
 from engine.layout.sequence import plan_exchange
@@ -14,15 +16,6 @@ from model.visibility import Visibility
 from tests.model.test_attention import what_may_be_visible
 from tests.model.tiny import positions
 from training.balance import imbalance
-
-
-def packed(tokens: int, about: int, seed: int) -> list[int]:
-    """Lengths of documents from half to one and a half of `about`, the last one cut at the end of the row."""
-    rng, lengths = np.random.default_rng(seed), []
-    while tokens:
-        lengths.append(min(tokens, int(rng.integers(about // 2, 3 * about // 2 + 1))))
-        tokens -= lengths[-1]
-    return lengths
 
 
 def documents_of(*rows: list[int]) -> Documents:
@@ -84,3 +77,15 @@ def test_documents_that_divide_evenly_are_not_divided():
     columns = dealt_columns(documents, Visibility(), 8)
     assert [of_rank.tolist() for of_rank in columns] == torch.arange(32768).view(8, -1).tolist()
     assert plan_exchange(documents, Visibility(), columns, 3, torch.device("cpu")).silent
+
+
+def test_the_micro_batches_of_a_step_are_dealt_once():
+    """The survey of a step asks for all of them before the first is computed."""
+    batches = [documents_of(packed(512, 64, seed)) for seed in range(40)]
+    mesh = Mesh(1, 4, sequence=4, exchange="keys")
+    before = deal._dealt.cache_info().misses
+    for batch in batches:
+        pairs_here(batch, Visibility(), mesh)
+    for batch in batches:
+        dealt_columns(batch, Visibility(), 4)
+    assert deal._dealt.cache_info().misses == before + len(batches)
