@@ -31,6 +31,8 @@ class Engine:
         self.deepspeed, self.mesh, self.visibility = deepspeed, mesh, visibility
         self.reduction = reduction
         """Of the gradients, where it is compressed; None where DeepSpeed reduces."""
+        if self.zero_stage in (1, 2):
+            internals.leave_out_module_weights(deepspeed)
 
     @property
     def module(self) -> nn.Module:

@@ -52,7 +52,7 @@ def place_matrices(engine: Engine, muon: Muon, names: set[str], recipe: Recipe, 
         ]
 
     def decayed() -> list[Decayed]:
-        """The head at the end of a pipeline (see `engine.optimizer`)."""
+        """The head at the end of a pipeline (see `training.optimizer.parameter_groups`)."""
         shares = _held(engine, {"lm_head.weight"} & parameters.keys())
         return [Decayed(s.holder, slice(s.offset, s.offset + len(s.elements)), decay) for s in shares]
 

@@ -82,13 +82,12 @@ def build_optimizer(model: torch.nn.Module, config: OptimizerConfig, ds_config: 
     """
     zero = ds_config.get("zero_optimization", {})
     unguarded = zero.get("stage", 0) == 0 and not any(ds_config.get(key, {}).get("enabled") for key in ("bf16", "fp16"))
-    groups, options = parameter_groups(model, config), dict[str, Any](lr=config.lr, betas=tuple(config.betas))
+    groups = parameter_groups(model, config, in_stages=isinstance(model, PipelinedLlama))
+    options = dict[str, Any](lr=config.lr, betas=tuple(config.betas))
     if config.name == "lion":
         return GuardedLion(groups, config.max_grad_norm or 0.0, **options) if unguarded else Lion(groups, **options)
     options["eps"] = config.eps
     if config.is_muon:
-        if isinstance(model, PipelinedLlama):
-            groups = _as_many_in_all_stages(groups)
         options |= {"momentum": config.momentum, "normalize": config.name == "normuon"}
         return GuardedMuon(groups, config.max_grad_norm or 0.0, **options) if unguarded else Muon(groups, **options)
     if zero.get("offload_optimizer") and ds_config["zero_force_ds_cpu_optimizer"]:
@@ -100,14 +99,6 @@ def build_optimizer(model: torch.nn.Module, config: OptimizerConfig, ds_config: 
     if unguarded:
         return GuardedAdamW(groups, config.max_grad_norm or 0.0, fused=True, **options)
     return torch.optim.AdamW(groups, fused=True, **options)
-
-
-def _as_many_in_all_stages(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """DeepSpeed sums a norm for each group over a pipeline, of which one end alone has a head: it joins those that do not
-    decay, and `engine.matrices` tells Muon of it."""
-    matrices, *others = groups
-    rest = {"name": "no_decay", "params": [p for group in others for p in group["params"]], "weight_decay": 0.0}
-    return [matrices, rest]
 
 
 def drop_sums(optimizer: Any) -> None:

@@ -38,10 +38,12 @@ class Lion(torch.optim.Optimizer):
                 state["step"] += 1
 
 
-def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, config: OptimizerConfig, in_stages: bool = False) -> list[dict[str, Any]]:
     """The trainable parameters as optimizer groups "decay" and "no_decay", each in the order of `named_parameters`.
 
-    For Muon the matrices of linear maps stand in a third group, "muon", which decays too.
+    For Muon the matrices of linear maps stand in a third group, "muon", which decays too. `in_stages`: then all others stand
+    in "no_decay", so that each part of a pipeline has as many groups, although one alone has the output head (DeepSpeed sums
+    a norm for each group over the parts); `engine.matrices` tells Muon of the head's decay.
 
     A parameter that several modules share appears once, and does not decay if one of its modules says so: an embedding
     tied to the output head is treated as an embedding. Groups without parameters are left out.
@@ -61,6 +63,8 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
         if parameter.requires_grad:
             kind = no_decay if id(parameter) in without_decay else muon if id(parameter) in matrices else decay
             kind.append(parameter)
+    if in_stages and config.is_muon:
+        decay, no_decay = [], decay + no_decay
     groups = [
         {"name": "muon", "params": muon, "weight_decay": config.weight_decay},
         {"name": "decay", "params": decay, "weight_decay": config.weight_decay},

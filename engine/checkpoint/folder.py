@@ -17,7 +17,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-from engine import internals
 from engine.checkpoint.manifest import (
     MANIFEST,
     CheckpointManifest,
@@ -96,8 +95,6 @@ def _save(engine: Engine, run: Path, state: TrainState, facts: dict[str, Any]) -
         shutil.rmtree(partial, ignore_errors=True)
     dist.barrier()
     client_state = {"longform": state.model_dump()}
-    if engine.zero_stage in (1, 2):
-        internals.leave_out_module_weights(engine.deepspeed)
     engine.deepspeed.save_checkpoint(str(root), tag=partial.name, client_state=client_state, save_latest=False)
     if engine.reduction:
         engine.reduction.save(partial)

@@ -25,9 +25,7 @@ def foreseen_division(config: ModelConfig, optimizer: OptimizerConfig, layout: S
     stages = [_in_pipeline(plan, plan[low:high]) for low, high in itertools.pairwise(bounds)]
     parts = []
     for layers in stages or [_in_one_module(plan)]:
-        groups = _groups(layers, optimizer)
-        if stages and optimizer.is_muon:  # see `engine.optimizer`
-            groups = [groups[0], {name: shape for group in groups[1:] for name, shape in group.items()}]
+        groups = _groups(layers, optimizer, in_stages=bool(stages))
         for tensor_rank in range(layout.tensor):
             cut = [{name: _cut(s, dimensions[name], tensor_rank, layout) for name, s in g.items()} for g in groups]
             step = ALIGNMENT * ranks
@@ -50,16 +48,13 @@ def _in_pipeline(plan: list[Layer], stage: list[Layer]) -> list[Layer]:
     return sorted(layers, key=lambda entry: entry.name not in sources)
 
 
-def _groups(layers: list[Layer], optimizer: OptimizerConfig) -> list[Shapes]:
+def _groups(layers: list[Layer], optimizer: OptimizerConfig, in_stages: bool) -> list[Shapes]:
     """Whole shapes by name, in the optimizer's groups."""
-    found: dict[str, Shapes] = {"muon": {}, "decay": {}, "no_decay": {}}
-    for entry in layers:
-        with torch.device("meta"):
-            module = nn.ModuleDict({entry.name.replace(".", "_"): entry.build(seed=0)})
-        names = {id(p): f"{entry.name}.{name.partition('.')[2]}" for name, p in module.named_parameters()}
-        for group in parameter_groups(module, optimizer):
-            found[group["name"]] |= {names[id(p)]: tuple(p.shape) for p in group["params"]}
-    return [group for group in found.values() if group]
+    with torch.device("meta"):
+        modules = nn.ModuleDict({entry.name.replace(".", "/"): entry.build(seed=0) for entry in layers})
+    names = {p: name.replace("/", ".") for name, p in modules.named_parameters()}
+    groups = parameter_groups(modules, optimizer, in_stages)
+    return [{names[p]: tuple(p.shape) for p in group["params"]} for group in groups]
 
 
 def _cut(shape: tuple[int, ...], dimension: int | None, tensor_rank: int, layout: StateLayout) -> tuple[int, ...]:

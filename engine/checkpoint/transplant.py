@@ -54,25 +54,15 @@ def _read(engine: Engine, files: CheckpointFiles, share: Held, key: str, vector:
 def _into_parameters(engine: Engine, files: CheckpointFiles) -> None:
     """Every parameter is read by one of the ranks that keep it, straight into place, and broadcast from there."""
     shares = {share.name: share for share in held(engine.optimizer, engine.module)}
-    ranks, group = _replicas(engine)
+    groups = engine.optimizer.groups
+    group = groups.replicas if groups else dist.group.WORLD
+    ranks = dist.get_process_group_ranks(group)
     for name, reader in dealt({name: len(share.elements) for name, share in shares.items()}, len(ranks)).items():
         for key, vector in _start(engine, shares[name], files).items():
             if ranks[reader] == dist.get_rank():
                 _read(engine, files, shares[name], key, vector)
             if len(ranks) > 1:
                 dist.broadcast(vector, src=ranks[reader], group=group)
-    if group is not None:
-        dist.destroy_process_group(group)
-
-
-def _replicas(engine: Engine) -> tuple[list[int], dist.ProcessGroup | None]:
-    """The ranks that hold the same part of the model as this one, and their group; None: all ranks, or this one alone."""
-    mine, own = [], None
-    for ranks in engine.mesh.groups_along("data", "sequence"):
-        group = dist.new_group(ranks) if 1 < len(ranks) < engine.mesh.world_size else None
-        if engine.mesh.rank in ranks:
-            mine, own = ranks, group
-    return mine, own
 
 
 def _take_over_at_stage_3(wrapper: DeepSpeedZeroOptimizer_Stage3) -> None:

@@ -118,16 +118,13 @@ def restore(engine: Engine, folder: Path, manifest: CheckpointManifest) -> Train
 
 
 def _load_natively(engine: Engine, folder: Path) -> None:
-    masters_only = engine.zero_stage in (1, 2)  # older checkpoints have the working weights too, which follow from them
-    if masters_only:
-        internals.leave_out_module_weights(engine.deepspeed)
     try:
         path, _ = engine.deepspeed.load_checkpoint(str(folder.parent), tag=folder.name)
     except pickle.UnpicklingError as error:
         raise refusal(folder, error) from None
     if path is None:
         raise ValueError(f"{folder}: DeepSpeed could not load this checkpoint")
-    if masters_only:
+    if engine.zero_stage in (1, 2):  # older checkpoints have working weights too, which follow from the master weights
         engine.optimizer.update_lp_params()
 
 

@@ -164,11 +164,11 @@ def test_nothing_is_written_twice(checkpoint, ranks, source):
 
 def continued_from_older(folder: str, recipe: str, data: str, ds_config: dict) -> tuple[list[dict], list[dict]]:
     """The same steps without a stop, and after one with a checkpoint that holds the working weights too."""
-    run = Run(recipe, data, ds_config, Path(folder), WIDER)
-    run.steps(2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(internals, "leave_out_module_weights", lambda engine: None)
-        run.save()
+        run = Run(recipe, data, ds_config, Path(folder), WIDER)
+    run.steps(2)
+    run.save()
     expected = run.steps(2)
     run.close()
     run = Run(recipe, data, ds_config, Path(folder), WIDER)
