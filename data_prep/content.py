@@ -31,6 +31,9 @@ DECODERS: dict[str, Callable[[], Any]] = {
     "zst": lambda: zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW).decompressobj(),
 }
 DAMAGED = "behind damage in compressed data"
+UNPROVEN = f"{DAMAGED} (what was read since its last checksum may be wrong)"
+PLACE = "damaged compressed file, rest unreadable"
+UNPROVEN_PLACE = f"{PLACE}, some of what was read perhaps wrong"
 TRUNCATED = "cut off in compressed data (what is missing cannot be counted, only what is there and gives nothing)"
 BEHIND = "something else behind compressed data"
 DECODING_ERRORS = (zlib.error, OSError, lzma.LZMAError, zstandard.ZstdError, EOFError, ValueError)
@@ -41,7 +44,7 @@ class Damage(NamedTuple):
     lost: int
     """Bytes of the file, from the last one on that gave data; of text in another encoding, those that were no text."""
     reason: str = DAMAGED
-    place: str = "damaged compressed file, rest unreadable"
+    place: str = PLACE
     """What is reported of the line where it happens."""
     trailing: bool = False
     """Something else stands behind data that are complete: gzip, too, warns of it and goes on."""
@@ -83,7 +86,7 @@ class Content:
     @property
     def damaged_before_a_record(self) -> str | None:
         """Where no whole record stands before damage in the file itself: the reason to leave all of it out."""
-        return self.damage.reason if self.damage and self.damage.reason in (DAMAGED, TRUNCATED) else None
+        return self.damage.reason if self.damage and self.damage.reason in (DAMAGED, UNPROVEN, TRUNCATED) else None
 
     def _members(self) -> Iterator[bytes]:
         begin: int | None = 0
@@ -128,7 +131,8 @@ class Content:
             if data:
                 yield data
                 given = self._raw.tell()
-        self.damage = Damage(words, self._size - given)
+        lost = self._size - given
+        self.damage = Damage(words, lost) if given == begin else Damage(words, lost, UNPROVEN, UNPROVEN_PLACE)
 
     def _next_member(self, end: int) -> int | None:
         """Where the member after `end` begins; None if there is none, and `damage` says what is there instead."""

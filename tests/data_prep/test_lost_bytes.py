@@ -19,6 +19,7 @@ from tests.data_prep.builds import build_here, read
 TEXTS = [f"{number} {random.Random(number).randbytes(30).hex()}" for number in range(60)]
 COMPRESS = {".gz": gzip.compress, ".zst": zstandard.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
 CUT = "cut off in compressed data (what is missing cannot be counted, only what is there and gives nothing)"
+UNPROVEN = "behind damage in compressed data (what was read since its last checksum may be wrong)"
 IN_GROUPS = "in row groups that are not read whole (their bytes of the columns that are read)"
 IN_BATCHES = "in record batches that are damaged, or behind these"
 LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
@@ -56,8 +57,19 @@ def test_what_stands_behind_damage_is_counted_from_the_last_byte_that_gave_data(
     second[place] |= 0x0F
     path.write_bytes(first + second)
     ((reason, size),) = lost(path)
-    assert reason == "behind damage in compressed data"
+    assert reason == (UNPROVEN if suffix == ".xz" else "behind damage in compressed data")
     assert (0 < size <= len(second)) if suffix == ".xz" else (size == len(second))
+
+
+def test_a_wrong_record_before_a_checksum_is_not_kept_in_silence(tmp_path):
+    path, data = tmp_path / "a.jsonl.gz", bytearray(gzip.compress(LINES, compresslevel=0))
+    data[data.index(TEXTS[30].encode())] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"line 61: damaged .*, some of what was read perhaps wrong .*data check"):
+        read(path)
+    documents, problems = read(path, on_error="skip")
+    assert [number for number, text in enumerate(TEXTS) if documents[number].text != text] == [30]
+    assert [(entry.reason, entry.size) for entry in problems.left_out] == [(UNPROVEN, 8)]
 
 
 def test_of_parquet_the_row_groups(tmp_path):
