@@ -249,6 +249,23 @@ def histories(folder: str, recipe: str, data: str, runs: dict[str, tuple[dict, d
     return results
 
 
+def stopped_once(
+    folder: str, recipe: str, data: str, ds_config: dict, overrides: dict
+) -> list[tuple[list[dict], dict]]:
+    """History and weights of a step after a checkpoint: of the engine that wrote it, and of a fresh one that restores it."""
+    ends = []
+    for first in (True, False):
+        run = Run(recipe, data, ds_config, Path(folder), overrides)
+        if first:
+            run.steps(1)
+            run.save()
+        else:
+            run.restore()
+        ends.append((run.steps(1), run.weights()))
+        run.close()
+    return ends
+
+
 def interrupted(folder: str, recipe: str, data: str, configs: dict[str, tuple[dict, dict]]) -> dict[str, dict]:
     """Per (ds_config, overrides): 8 steps in one go; 4 steps, a checkpoint, a fresh engine that restores it, 4 more."""
     results = {}

@@ -158,7 +158,7 @@ def rows(ranks, name, key, steps) -> list:
     return [sorted(row for rank in takers for row in rank[key][i]["rows"]) for i in steps]
 
 
-@pytest.mark.parametrize(("ranks", "name"), [*((2, name) for name in ON_TWO), *((4, name) for name in COMBINED)])
+@pytest.mark.parametrize(("ranks", "name"), [*((2, name) for name in ON_TWO), *((4, name) for name in ON_FOUR)])
 def test_same_layout_is_exact_to_the_bit(begun, ranks, name):
     for result in begun(ranks, name):
         assert [s["step"] for s in result["history"]] == list(range(1, 9))
