@@ -180,8 +180,8 @@ for variant, (_, layouts_of) in VARIANTS.items():
 FAST = {(2, name) for name in ("zero0", "zero2", "zero3", "pipeline2", "sequence2-zero1", "tensor2_zero0_fp32")}
 FLOAT32_RUNS = [pytest.param(*run, marks=[pytest.mark.fast] * (run in FAST)) for run in FLOAT32_RUNS]
 ALL_RUNS = [*FLOAT32_RUNS, *HALF_RUNS]
-STOPPED_HERE = [(2, "rows2-zero1"), (2, "rows2-zero3"), (4, "rows2-sequence2-zero1-accumulate-recompute")]
-STOPPED_HERE += [(4, "rows2-keys2-zero1"), (4, "pipeline2-keys2-accumulate"), *((8, name) for name in ON_EIGHT)]
+STOPPED_HERE = [(n, name) for n in (2, 4) for name in FLOAT32[n] if "rows" in name or "keys" in name]
+STOPPED_HERE += [(8, name) for name in ON_EIGHT]
 
 
 @pytest.fixture(scope="module")
