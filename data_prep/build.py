@@ -8,6 +8,9 @@
 4. pack: per split and source, documents to windows (cut.py), windows to rows (pack.py), rows to shards
 5. manifest: written last; without it the folder is not a data set
 
+Of conversations (--messages-field, or --prompt-field and --response-field) a chat template makes the texts, and only what
+the assistant writes carries loss (data_prep/chat.py).
+
 The output depends on the plan alone, not on workers, their timing or interruptions. After a kill at any moment the
 same command continues: finished units are kept, the rest is done, packing (seconds) starts over. Steps 3 to 5
 (data_prep/finish.py) alone make another data set of the same token store: data_prep/repack.py.
@@ -27,20 +30,18 @@ from pydantic import ValidationError
 
 from console.command import CommandParser, run_command
 from console.progress import Progress, say
+from data_prep.chat import keep_template, read_template
 from data_prep.encode import Work, choose_encoder
 from data_prep.finish import Tokenized, finish
 from data_prep.foresee import say_what_is_foreseen
 from data_prep.ledger import Ledger, read_ledger
+from data_prep.options import BuildOptions, add_packing_arguments, option_problems, packing_from
 from data_prep.plan import (
     TOKENIZER_FOLDER,
     TOKENS_FOLDER,
-    BuildOptions,
     Plan,
-    add_packing_arguments,
     available_cores,
     locked,
-    option_problems,
-    packing_from,
     remove_leftovers,
     unfinished,
 )
@@ -68,17 +69,19 @@ def build(
         remove_leftovers(tokens)
         foreseen = say_what_is_foreseen(tokenizer)
         tokenizer_file = tokenizer.save(output / TOKENIZER_FOLDER)
+        keep_template(plan.options.chat_template, tokenizer_file.parent)
         try:
             ledgers = _tokenize(plan, tokenizer, tokenizer_file, output, workers, on_error, encoder)
         except BadInput:
             plan.note_failure(output)
             raise
+        packages = ("sentencepiece", "tokenizers", *(("transformers", "jinja2") if plan.options.has_chats else ()))
         made = Tokenized(
             ledgers=ledgers,
             unit_sources=plan.unit_sources(),
             inputs=plan.input_hashes([ledger.input_sha256 for ledger in ledgers]),
             left_out=by_reason([*plan.left_out, *(entry for ledger in ledgers for entry in ledger.left_out)]),
-            created_by={name: importlib.metadata.version(name) for name in ("sentencepiece", "tokenizers")},
+            created_by={name: importlib.metadata.version(name) for name in packages},
             foreseen=foreseen,
         )
         return finish(plan, tokenizer, tokenizer_file, output, made)
@@ -94,9 +97,17 @@ def _tokenize(
     todo = unfinished(plan.units, done)
     if todo:
         fields = plan.options.text_field, plan.options.id_field
-        accelerated, reason = choose_encoder(encoder, tokenizer, todo, plan.files, fields)
+        chat = plan.options.chat_format(tokenizer)
+        if chat:
+            chat.check()
+            if encoder == "accelerated":
+                raise ValueError("--encoder accelerated: conversations are encoded by the tokenizer itself")
+            accelerated, reason = None, "the tokenizer itself"
+        else:
+            accelerated, reason = choose_encoder(encoder, tokenizer, todo, plan.files, fields)
         say(f"{len(plan.units):,} units of work, {len(done):,} done before; encoder: {reason}")
-        work = Work(tokens, tokenizer_file, plan.sha256, plan.files, *fields, plan.options.seed, on_error, accelerated)
+        places = tokens, tokenizer_file, plan.sha256, plan.files
+        work = Work(*places, *fields, plan.options.seed, on_error, accelerated, chat)
         with Progress("tokenizing", sum(unit.size for unit in plan.units)) as progress:
             progress.resume_at(sum(plan.units[unit].size for unit in done))
             for ledger in encode_units(work, todo, workers, progress):
@@ -132,9 +143,11 @@ def parse_arguments() -> argparse.Namespace:
 def options_from(arguments: argparse.Namespace) -> BuildOptions:
     """Raises ValueError for what does not go together, by the flags' names."""
     packing = packing_from(arguments)
-    names = set(BuildOptions.model_fields) - {"packing"}
+    given = {name: getattr(arguments, name) for name in set(BuildOptions.model_fields) - {"packing"}}
+    if given["chat_template"] is not None:
+        given["chat_template"] = read_template(Path(given["chat_template"]))
     try:
-        return BuildOptions(packing=packing, **{name: getattr(arguments, name) for name in names})
+        return BuildOptions(packing=packing, **given)
     except ValidationError as error:
         raise ValueError(option_problems(error)) from None
 

@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 
 from data_prep.content import READ_BYTES, Content
-from data_prep.records import Document, Fields, InputFile, Problems, Unit, checked_document, column_problem
+from data_prep.records import Document, Fields, InputFile, Problems, Renderer, Unit, checked_document, column_problem
 from data_prep.tables import read_table
 
 BOM = b"\xef\xbb\xbf"
@@ -28,9 +28,13 @@ def read_unit(
     id_field: str | None,
     problems: Problems,
     digest: "hashlib._Hash | None" = None,
+    chat: Renderer | None = None,
 ) -> Iterator[Document]:
-    """Yield the unit's documents in order; `digest`, a hashlib object, is fed the unit's input bytes."""
-    fields = Fields(text_field, id_field)
+    """Yield the unit's documents in order; `digest`, a hashlib object, is fed the unit's input bytes.
+
+    `chat` makes the text where records hold conversations; `text_field` is not read then.
+    """
+    fields = Fields(text_field, id_field, chat)
     for file in files[unit.first_file : unit.last_file]:
         if digest is not None:
             digest.update(f"{file.format} {file.size}\n".encode())
@@ -51,6 +55,9 @@ def _check_unchanged(file: InputFile) -> None:
 def _read_content(
     file: InputFile, unit: Unit, fields: Fields, problems: Problems, digest: "hashlib._Hash | None"
 ) -> Iterator[Document]:
+    if file.kind == "text" and fields.chat:
+        problems.report(file.path, "a text file holds no conversations")
+        return problems.leave_out(file.path, "text without fields", file.size)
     try:
         content = Content(file.path, file.compression)
     except OSError as error:

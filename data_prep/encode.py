@@ -17,11 +17,14 @@ import numpy as np
 import psutil
 import xxhash
 
+from data_prep.chat import ChatFormat
+from data_prep.chat_tokens import ChatEncoder
 from data_prep.documents import read_unit
 from data_prep.ledger import Ledger, unit_path, write_ledger
-from data_prep.records import Document, InputFile, Problems, Unit
+from data_prep.records import Conversation, Document, InputFile, Problems, Unit
 from data_prep.sources import hash64
 from data_prep.store import DocumentBatch, write_unit
+from data_prep.targets import Spans
 from data_prep.tokenizer import Tokenizer, open_tokenizer
 
 BATCH_CHARACTERS = 1 << 20
@@ -181,6 +184,7 @@ class Work(NamedTuple):
     seed: int
     on_error: str
     accelerated: str | None
+    chat: ChatFormat | None = None
 
 
 class UnitEncoder:
@@ -190,6 +194,7 @@ class UnitEncoder:
         self.work, self.report = work, report
         self.tokenizer = open_tokenizer(work.tokenizer)
         self.encoder = Encoder(self.tokenizer, work.accelerated)
+        self.chat_encoder = ChatEncoder(self.tokenizer) if work.chat else None
 
     def run(self, unit: Unit) -> Ledger:
         """Write the unit's file, then its ledger, by which it counts as done."""
@@ -201,9 +206,11 @@ class UnitEncoder:
     def _run(self, unit: Unit, encoder: Encoder, disagreed: bool) -> Ledger:
         work, problems, digest = self.work, Problems(self.work.on_error), hashlib.sha256()
         counts = dict.fromkeys(("documents", "text_bytes", "tokens", "unknown", "fallback", "empty"), 0)
-        documents = read_unit(unit, work.files, work.text_field, work.id_field, problems, digest)
+        counts |= {"targets": 0} if work.chat else {}
+        documents = read_unit(unit, work.files, work.text_field, work.id_field, problems, digest, work.chat)
         batches = self._encode(_batches(documents, counts), unit, encoder, counts)
-        sha256, size = write_unit(unit_path(work.folder, unit.index), self.tokenizer.dtype, batches)
+        path, has_targets = unit_path(work.folder, unit.index), work.chat is not None
+        sha256, size = write_unit(path, self.tokenizer.dtype, batches, has_targets)
         ledger = Ledger(
             unit=unit.index,
             plan_sha256=work.plan_sha256,
@@ -227,7 +234,14 @@ class UnitEncoder:
         if self.tokenizer.unk_id is not None:
             rare[self.tokenizer.unk_id] = 1
         for batch in batches:
-            ids, lengths = encoder.encode([document.text for document in batch])
+            targets: Spans | None = None
+            target_bytes: list[int] | None = None
+            if self.chat_encoder is None:
+                ids, lengths = encoder.encode([document.text for document in batch])
+            else:
+                chats = [document.chat for document in batch if isinstance(document, Conversation)]
+                ids, lengths, targets, target_bytes = self.chat_encoder.encode(chats)
+                counts["targets"] += targets.tokens
             texts = [document.text.encode() for document in batch]
             kinds = rare[ids]
             counts["documents"] += len(batch)
@@ -244,6 +258,8 @@ class UnitEncoder:
                 nbytes,
                 [hash64(prefix + document.key) for document in batch],
                 [xxhash.xxh3_128_digest(text) for text in texts],
+                targets,
+                target_bytes,
             )
             self.report(sum(nbytes), len(ids))
 

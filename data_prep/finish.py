@@ -23,7 +23,7 @@ from data_prep.ledger import Ledger
 from data_prep.pack import Packing, pack, write_split
 from data_prep.plan import TOKENS_FOLDER, PackingPlan
 from data_prep.store import LEFT_OUT, SPLITS, Columns, TokenStore, read_columns, write_index
-from data_prep.summary import statistics
+from data_prep.summary import statistics, target_statistics
 from data_prep.token_bytes import token_bytes
 from data_prep.tokenizer import Tokenizer
 from storage.manifest import LeftOutFiles, Manifest, SourceRows, token_dtype
@@ -52,6 +52,9 @@ def finish(plan: PackingPlan, tokenizer: Tokenizer, tokenizer_file: Path, output
     packings, cuts = _choose_rows(plan, tokenizer, output)
     _say_if_few(list(packings.get("validation", {}).values()))
     numbers = statistics(made.ledgers, columns, split, duplicates, packings, cuts) | made.foreseen
+    splits = _write_rows(plan, tokenizer, output, packings)
+    if plan.options.has_chats:
+        numbers["targets"] = target_statistics(splits)
     manifest = Manifest(
         created_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         created_by=made.created_by | {"pyarrow": importlib.metadata.version("pyarrow")},
@@ -61,8 +64,9 @@ def finish(plan: PackingPlan, tokenizer: Tokenizer, tokenizer_file: Path, output
         tokenizer_files=_hashes(tokenizer_file, output),
         dtype=token_dtype(tokenizer.vocab_size),
         packing=plan.options.packing,
+        target_spans=plan.options.has_chats,
         seed=plan.options.seed,
-        splits=_write_rows(plan, tokenizer, output, packings),
+        splits=splits,
         statistics=numbers,
         left_out=made.left_out,
     )
@@ -132,6 +136,8 @@ def _choose_rows(
                 continue
             windows = structure_windows(documents, policy, breaks, advance) if policy.cut == "structure" else None
             packing = pack(documents.length, policy.row_tokens, policy, plan.options.seed, windows)
+            if plan.options.has_chats:
+                packing = packing.with_targets(documents.targets()[0])
             if not packing.rows:
                 raise ValueError(
                     f"{source}: its {int(documents.length.sum())} tokens for {split} do not fill one row of "
@@ -166,7 +172,10 @@ def _write_rows(
     with Progress("packing", rows * row_bytes) as progress:
         for split, source, packing in ((s, n, p) for s, sources in packings.items() for n, p in sources.items()):
             documents = store.documents(split, source)
-            writer = ShardWriter(output, split, source, policy.row_tokens, str(store.dtype), {"plan": plan.sha256})
+            chats = plan.options.has_chats
+            writer = ShardWriter(
+                output, split, source, policy.row_tokens, str(store.dtype), {"plan": plan.sha256}, target_spans=chats
+            )
             shards = write_split(
                 documents, packing, writer, tokenizer.pad_id, lambda n: progress.advance(n * row_bytes)
             )
@@ -176,6 +185,7 @@ def _write_rows(
                 tokens=int(documents.length.sum()),
                 rows=packing.rows,
                 targets=packing.targets,
+                target_bytes=int(documents.targets()[1].sum()) if chats else None,
                 weight=weights[source],
                 shards=shards,
             )

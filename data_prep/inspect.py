@@ -5,8 +5,9 @@
     python -m data_prep.inspect DATA --document KEY_OR_N
 
 A row is shown piece by piece, with the document each was cut from; overlap context, which carries no loss, is dimmed (on
-a terminal) or put in ⟦ ⟧. Rows are counted from 0, over all sources in the order of their names or
-within --source. Every cut is shown with its kind (data_prep/cut.py) and the text on both sides, line ends as ⏎.
+a terminal) or put in ⟦ ⟧. Of conversations, what carries loss is green or put in ⟪ ⟫, and control tokens are spelled out.
+Rows are counted from 0, over all sources in the order of their names or within --source. Every cut is shown with its kind
+(data_prep/cut.py) and the text on both sides, line ends as ⏎.
 """
 
 if __name__ == "__main__":
@@ -26,7 +27,7 @@ from rich.text import Text
 from console.command import CommandParser, run_command
 from data_prep.cut import Breaks
 from data_prep.store import TokenStore
-from data_prep.summary import cut_words, left_out_words
+from data_prep.summary import cut_words, left_out_words, target_words
 from data_prep.token_bytes import token_bytes
 from data_prep.tokenizer import Tokenizer, open_tokenizer
 from storage.manifest import Manifest, read_manifest
@@ -63,6 +64,8 @@ def show_overview(directory: Path, manifest: Manifest) -> None:
         console.print(f"padding      {rows['padding'] / rows['row_tokens']:.3%} of {split}")
         if any(rows.get("cuts", {}).values()):
             console.print(f"             {cut_words(rows['cuts'])}")
+    if manifest.target_spans:
+        console.print(f"targets      {target_words(statistics)}")
     for words in left_out_words(manifest.left_out):
         console.print(words.replace(": ", "     ", 1))
     console.print(f"tokenizer    {tokenizer.type}, {tokenizer.vocab_size:,} entries, ids as {manifest.dtype}")
@@ -83,7 +86,7 @@ def show_row(directory: Path, split: str, source: str | None, number: int) -> No
         source, number = dataset.place(number)
     tokenizer, store = open_tokenizer(directory / dataset.manifest.tokenizer.file), _store(directory)
     breaks = Breaks(token_bytes(tokenizer))
-    row = dataset.row(source, number)
+    row, spans = dataset.row(source, number), dataset.spans(source, number)
     console.print(Text(f"row {number} of source {source}, split {split}: {len(row.ids):,} tokens", "bold"))
     begin = 0
     for length, context, doc, offset in zip(*(column.tolist() for column in row[1:]), strict=True):
@@ -93,7 +96,11 @@ def show_row(directory: Path, split: str, source: str | None, number: int) -> No
         console.print(Text(place, "cyan"))
         if store and offset and offset + context < len(store.tokens(doc)):
             console.print(_place_of_cut(store.tokens(doc), offset + context, breaks))
-        console.print(_text(tokenizer, row.ids[begin : begin + length], context))
+        ids = row.ids[begin : begin + length]
+        if spans is None:
+            console.print(_text(tokenizer, ids, context))
+        else:
+            console.print(_chat(tokenizer, breaks, ids, spans - begin, context))
         if store and offset + length < len(store.tokens(doc)):
             console.print(_place_of_cut(store.tokens(doc), offset + length, breaks))
         begin += length
@@ -124,7 +131,11 @@ def show_document(directory: Path, manifest: Manifest, wanted: str) -> None:
             console.print(Text(where, "cyan"))
             if offset + length < len(ids):
                 console.print(_place_of_cut(ids, offset + length, breaks))
-    console.print(Text(tokenizer.decode(ids)))
+    if manifest.target_spans:
+        spans, _ = store.targets(np.array([number]))
+        console.print(_chat(tokenizer, breaks, ids, np.stack([spans.begin, spans.end], axis=1)))
+    else:
+        console.print(Text(tokenizer.decode(ids)))
 
 
 def _pieces(dataset: ShardedDataset, source: str, document: int) -> list[tuple[int, int, int]]:
@@ -159,6 +170,23 @@ def _text(tokenizer: Tokenizer, ids: np.ndarray, context: int) -> Text:
         return Text(whole)
     dimmed = Text(before, "dim") if console.is_terminal else Text(f"⟦{before}⟧")
     return dimmed + Text(whole[len(before) :])
+
+
+def _chat(tokenizer: Tokenizer, breaks: Breaks, ids: np.ndarray, spans: np.ndarray, context: int = 0) -> Text:
+    """The text of a part of a conversation; `spans` [spans, 2] of its tokens carry loss."""
+    looks = [(None, "", ""), ("dim", "⟦", "⟧"), ("bold green", "⟪", "⟫")]
+    kinds = np.zeros(len(ids), np.int64)
+    kinds[:context] = 1
+    for begin, end in spans.tolist():
+        kinds[max(begin, 0) : max(end, 0)] = 2
+    vocabulary = tokenizer.vocabulary()
+    control = {vocabulary[token]: token.encode() for token in tokenizer.control_strings if token in vocabulary}
+    shown = Text()
+    for run in np.split(np.arange(len(ids)), np.flatnonzero(np.diff(kinds)) + 1):
+        style, opening, closing = looks[kinds[run[0]]]
+        text = b"".join(control.get(i) or breaks.pieces[i] for i in ids[run].tolist()).decode(errors="replace")
+        shown += Text(text, style or "") if console.is_terminal else Text(f"{opening}{text}{closing}")
+    return shown
 
 
 def main() -> None:

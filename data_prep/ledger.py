@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from data_prep.records import LeftOut
 from storage.atomic import write_atomically
@@ -24,6 +25,8 @@ class Ledger(BaseModel):
     tokens: int = 0
     unknown: int = 0
     fallback: int = 0
+    targets: Annotated[int | None, Field(exclude_if=lambda count: count is None)] = None
+    """Tokens that carry loss, where not all do."""
     empty: int = 0
     skipped: dict[str, int] = {}
     examples: list[str] = []

@@ -7,13 +7,14 @@ documents behind neighbouring rows stay close together on disk.
 
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, pairwise, repeat
 from typing import Protocol
 
 import numpy as np
 
 from data_prep.cut import Windows, fixed_windows
+from data_prep.targets import Spans
 from storage.manifest import PackingPolicy, Shard
 from storage.shards import RowBlock, ShardWriter
 
@@ -46,6 +47,8 @@ class Packing:
     """Those among them that are not longer than a row."""
     tokens_dropped: int
     """Tokens that are in no row."""
+    piece_targets: Spans | None = None
+    """Tokens of the documents that carry loss in each piece; None: all that may."""
 
     @property
     def rows(self) -> int:
@@ -58,8 +61,15 @@ class Packing:
 
     @property
     def targets(self) -> int:
-        """Positions that carry loss: every token of a piece except its first and its context."""
+        """Positions that carry loss: every token of a piece except its first and its context, or a part of these."""
+        if self.piece_targets is not None:
+            return self.piece_targets.tokens
         return int((self.piece_len - np.maximum(self.piece_ctx, 1)).sum())
+
+    def with_targets(self, spans: Spans) -> "Packing":
+        """The same rows, in which of the documents packed only these tokens carry loss."""
+        first, end = self.piece_off + np.maximum(self.piece_ctx, 1), self.piece_off + self.piece_len
+        return replace(self, piece_targets=spans.select(self.piece_doc).clip(first, end))
 
 
 @dataclass(frozen=True)
@@ -237,8 +247,25 @@ def write_split(
                     seg_ctx=packing.piece_ctx[pieces].astype(np.int32),
                     seg_doc=documents.doc[doc],
                     seg_off=off,
+                    **_row_targets(packing, first, step, place - row * width - off),
                 )
             )
             if advance:
                 advance(len(splits) - 1)
     return writer.shards
+
+
+def _row_targets(packing: Packing, first: int, step: int, shift: np.ndarray) -> dict[str, np.ndarray]:
+    """Columns of the rows first .. first + step - 1; `shift`: from a token's place in its document to that in the row, for
+    each piece of them.
+    """
+    if packing.piece_targets is None:
+        return {}
+    pieces = packing.row_splits[first : first + step + 1]
+    splits, begin, end = packing.piece_targets
+    mine, counts = slice(splits[pieces[0]], splits[pieces[-1]]), np.diff(splits[pieces[0] : pieces[-1] + 1])
+    spans = np.stack([begin[mine], end[mine]], axis=1) + np.repeat(shift, counts)[:, None]
+    return {
+        "target_splits": (splits[pieces] - splits[pieces[0]]).astype(np.int32),
+        "target_spans": spans.astype(np.int32),
+    }

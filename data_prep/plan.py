@@ -3,7 +3,6 @@
 The same command run again finds its own plan and continues; a command that would give another result is refused.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -13,82 +12,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
 from console.progress import say
 from data_prep.find import Source
 from data_prep.ledger import finished_units, has_documents, take_over_units
+from data_prep.options import BuildOptions
 from data_prep.records import InputFile, Unit, printable
 from data_prep.sources import plan_units
 from data_prep.tokenizer import Tokenizer
 from storage.atomic import write_atomically
 from storage.locks import lock
-from storage.manifest import MANIFEST_FILE, PackingPolicy
+from storage.manifest import MANIFEST_FILE
 
 PLAN_FILE, LOCK_FILE, TOKENIZER_FOLDER, TOKENS_FOLDER = "plan.json", ".lock", "tokenizer", "tokens"
 PLAN_VERSION = 1
-
-
-class BuildOptions(BaseModel):
-    """The options that decide the result (how it is computed: see `data_prep.build --help`)."""
-
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True)
-
-    packing: PackingPolicy
-    text_field: str = "text"
-    """field or column that holds the text"""
-    id_field: str | None = None
-    """field or column that names a document (default: its place in the input)"""
-    validation_fraction: float = Field(default=0.01, ge=0, lt=1)
-    """share of the documents for validation, chosen by the hash of their key; 0 for no validation split"""
-    deduplicate: bool = False
-    """leave out documents whose text is exactly that of an earlier one"""
-    seed: int = Field(default=0, ge=0)
-    """decides the split and the order of the rows"""
-    unit_bytes: int | None = Field(default=None, ge=1)
-    """bytes of input a worker does at a time (default: by the size of the input, at most 64 MiB)"""
-
-
-def add_packing_arguments(parser: argparse.ArgumentParser, keep: bool = False) -> None:
-    """One option a field of PackingPolicy; `keep`: one that is not given is None, to be taken from a policy."""
-    for name, field in PackingPolicy.model_fields.items():
-        default = "that of DATA" if keep else field.default
-        required = field.is_required() and not keep
-        parser.add_argument(
-            f"--{'packing' if name == 'policy' else name.replace('_', '-')}",
-            dest=name,
-            type=int if field.annotation is int else float if "float" in str(field.annotation) else str,
-            default=None if keep or required else field.default,
-            required=required,
-            help=" ".join((field.description or "").split())
-            + ("" if default is None or required else f" (default: {default})"),
-        )
-
-
-DEPEND_ON = {"policy": ("overlap", "cut", "cut_tolerance"), "cut": ("cut_tolerance",)}
-
-
-def packing_from(arguments: argparse.Namespace, before: PackingPolicy | None = None) -> PackingPolicy:
-    """The policy that was asked for; what was not given is that of `before`, unless it depends on what has changed."""
-    given = {name: value for name in PackingPolicy.model_fields if (value := getattr(arguments, name)) is not None}
-    kept = before.model_dump() if before else {}
-    for name, dependent in DEPEND_ON.items():
-        if name in kept and given.get(name, kept[name]) != kept[name]:
-            kept = {key: value for key, value in kept.items() if key not in dependent}
-    try:
-        return PackingPolicy(**kept | given)
-    except ValidationError as error:
-        raise ValueError(option_problems(error)) from None
-
-
-def option_problems(error: ValidationError) -> str:
-    """What is wrong with the options, by the names of their flags."""
-    flags = {"policy": "packing"}
-    return "; ".join(
-        "".join(f"--{flags.get(name, name).replace('_', '-')}: " for name in map(str, problem["loc"]))
-        + problem["msg"].removeprefix("Value error, ")
-        for problem in error.errors()
-    )
 
 
 class StoredPlan(NamedTuple):
@@ -191,6 +127,7 @@ class Plan(PackingPlan):
     def __init__(
         self, sources: list[Source], options: BuildOptions, tokenizer: Tokenizer, on_error: str = "fail"
     ) -> None:
+        options = options.with_template(tokenizer)
         self.units, self.files, self.left_out = plan_units(sources, options.unit_bytes, on_error)
         source_files = {source.name: self._files_of(source.name) for source in sources}
         content = {
@@ -240,7 +177,7 @@ AFTER_UNITS = ("packing", "validation_fraction", "deduplicate")
 """What of a plan decides nothing about the units of its token store."""
 
 
-FIELDS = ("text_field", "id_field")
+FIELDS = ("text_field", "id_field", "messages_field", "prompt_field", "response_field", "chat_template")
 """What of a plan the sentences about unreadable input advise to change."""
 
 

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 EXAMPLES_KEPT = 20
 
@@ -39,17 +39,61 @@ class Unit(NamedTuple):
     size: int
 
 
+Stretch = tuple[int, int]
+"""Characters of a text, from and to (exclusive)."""
+
+
+class Rendered(NamedTuple):
+    """A conversation as a text."""
+
+    text: str
+    targets: list[Stretch]
+    """What carries loss."""
+    literal: list[Stretch]
+    """Spellings of control tokens that are text; others are these tokens."""
+
+
 class Document(NamedTuple):
     key: str
     text: str
 
 
+class Conversation(Document):
+    """A document of which a part carries loss."""
+
+    chat: Rendered
+
+    def __new__(cls, key: str, chat: Rendered) -> "Conversation":
+        self = super().__new__(cls, key, chat.text)
+        self.chat = chat
+        return self
+
+
+class Renderer(Protocol):
+    """Makes conversations into texts (data_prep/chat.py)."""
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The fields that are read, and the options that name them."""
+
+    def render(self, record: dict[str, Any]) -> Rendered:
+        """Of a record that has these fields. Raises BadRecord."""
+
+
 class Fields(NamedTuple):
     text: str
     key: str | None
+    chat: Renderer | None = None
 
+    @property
+    def content(self) -> dict[str, str]:
+        """The fields that the text is made of, and the options that name them."""
+        return self.chat.columns if self.chat else {self.text: "--text-field"}
 
-FLAGS = Fields("--text-field", "--id-field")
+    @property
+    def columns(self) -> dict[str, str]:
+        """All fields that are read, and the options that name them."""
+        return self.content | ({} if self.key is None or self.key in self.content else {self.key: "--id-field"})
 
 
 class LeftOut(NamedTuple):
@@ -63,6 +107,14 @@ class LeftOut(NamedTuple):
 
 class BadInput(ValueError):
     """Something of the input cannot be read, and that was not to be left out."""
+
+
+class BadRecord(Exception):
+    """A record that no document can be made of: its place is added by whoever knows it."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
 
 
 class Problems:
@@ -101,25 +153,31 @@ def checked_document(
     record: Any, place_key: str, fields: Fields, place: str | Callable[[], str], problems: Problems
 ) -> Document | None:
     """The document of one record; `place` is a string or a function that returns it."""
-    reason = detail = None
-    text: Any = None
-    key: Any = place_key
+    try:
+        return _document(record, place_key, fields)
+    except BadRecord as error:
+        problems.report(place if isinstance(place, str) else place(), error.reason, error.detail)
+        return None
+
+
+def _document(record: Any, place_key: str, fields: Fields) -> Document:
     if not isinstance(record, dict):
-        reason = "not a JSON object"
-    elif fields.text not in record:
-        reason, detail = f"no field {fields.text!r}", f"it has {', '.join(list(record)[:8])}"
-    elif not isinstance(text := record[fields.text], str):
-        reason = f"field {fields.text!r} is not text"
-    elif not _encodable(text):
-        reason = "invalid UTF-8"
-    elif fields.key is not None:
+        raise BadRecord("not a JSON object")
+    for name in fields.content:
+        if name not in record:
+            raise BadRecord(f"no field {name!r}", f"it has {', '.join(list(record)[:8])}")
+    chat = fields.chat.render(record) if fields.chat else None
+    text = chat.text if chat else record[fields.text]
+    if not isinstance(text, str):
+        raise BadRecord(f"field {fields.text!r} is not text")
+    if not _encodable(text):
+        raise BadRecord("invalid UTF-8")
+    key: Any = place_key
+    if fields.key is not None:
         key = record.get(fields.key)
         if isinstance(key, bool) or not isinstance(key, str | int) or not _encodable(str(key)):
-            reason = f"field {fields.key!r} is missing or not usable as an id"
-    if reason is None:
-        return Document(str(key), text)
-    problems.report(place if isinstance(place, str) else place(), reason, detail or "")
-    return None
+            raise BadRecord(f"field {fields.key!r} is missing or not usable as an id")
+    return Conversation(str(key), chat) if chat else Document(str(key), text)
 
 
 def _encodable(text: str) -> bool:
@@ -135,9 +193,7 @@ def _encodable(text: str) -> bool:
 
 def column_problem(present: list[str], fields: Fields) -> str | None:
     """Why a table with columns of these names cannot be read: one is missing or there twice."""
-    for name, flag in zip(fields, FLAGS, strict=True):
-        if name is None:
-            continue
+    for name, flag in fields.columns.items():
         count = present.count(name)
         if not count:
             return f"no column {name!r}: it has {', '.join(present) or 'none'} (see {flag})"

@@ -26,16 +26,14 @@ from data_prep.find import Source
 from data_prep.finish import Tokenized, finish
 from data_prep.foresee import say_what_is_foreseen
 from data_prep.ledger import Ledger, read_ledger, unit_path, write_ledger
+from data_prep.options import BuildOptions, add_packing_arguments, packing_from
 from data_prep.plan import (
     PLAN_FILE,
     PLAN_VERSION,
     TOKENIZER_FOLDER,
     TOKENS_FOLDER,
-    BuildOptions,
     PackingPlan,
-    add_packing_arguments,
     locked,
-    packing_from,
     plan_hash,
     read_plan,
     remove_leftovers,
@@ -92,7 +90,8 @@ def _plan_of(data: Path, policy: PackingPolicy) -> tuple[PackingPlan, str]:
         )
     content = before | {"packing": policy.model_dump()}
     try:
-        options = BuildOptions(**{name: content[name] for name in BuildOptions.model_fields})
+        fields = BuildOptions.model_fields.items()
+        options = BuildOptions(**{n: content[n] for n, field in fields if n in content or not field.exclude_if})
         sources = [Source(name, source["weight"], ()) for name, source in content["sources"].items()]
     except (ValidationError, KeyError, TypeError):
         raise ValueError(f"{data / PLAN_FILE} was written by another version of this program, or changed") from None

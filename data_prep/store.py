@@ -11,6 +11,11 @@
     key_hash  uint64                     decides the split
     text_hash fixed_size_binary(16)      finds exact duplicates
 
+and where only a part of the tokens carries loss (conversations):
+
+    targets       list<fixed_size_list<int64>[2]>  these tokens, from and to (exclusive), ascending
+    target_bytes  int64                            UTF-8 bytes of their text
+
 A document's number is its position over all units. Duplicates that are left out keep theirs.
 """
 
@@ -28,6 +33,7 @@ import numpy as np
 import pyarrow as pa
 
 from data_prep.ledger import unit_path
+from data_prep.targets import Spans, joined
 from storage.atomic import publish
 from storage.manifest import file_sha256
 
@@ -45,13 +51,18 @@ class DocumentBatch(NamedTuple):
     nbytes: list[int]
     key_hashes: list[int]
     text_hashes: list[bytes]
+    targets: Spans | None = None
+    target_bytes: list[int] | None = None
 
 
-def unit_schema(dtype: np.dtype) -> pa.Schema:
+def unit_schema(dtype: np.dtype, targets: bool = False) -> pa.Schema:
     """Columns of a unit's file: one row a document, ids of this type."""
     tokens = pa.large_list(pa.field("item", pa.from_numpy_dtype(dtype), nullable=False))
     columns = {"tokens": tokens, "key": pa.string(), "nbytes": pa.int64()}
-    return pa.schema(columns | {"key_hash": pa.uint64(), "text_hash": pa.binary(16)})
+    columns |= {"key_hash": pa.uint64(), "text_hash": pa.binary(16)}
+    if targets:
+        columns |= {"targets": pa.list_(pa.list_(pa.int64(), 2)), "target_bytes": pa.int64()}
+    return pa.schema(columns)
 
 
 @contextmanager
@@ -70,9 +81,9 @@ def new_stream(path: Path, schema: pa.Schema) -> Iterator[pa.ipc.RecordBatchStre
         raise
 
 
-def write_unit(path: Path, dtype: np.dtype, batches: Iterator[DocumentBatch]) -> tuple[str, int]:
-    """Write a unit's documents; returns the file's SHA-256 and size."""
-    schema = unit_schema(dtype)
+def write_unit(path: Path, dtype: np.dtype, batches: Iterator[DocumentBatch], targets: bool = False) -> tuple[str, int]:
+    """Write a unit's documents, whose batches all say what their targets are, or none; returns the file's SHA-256 and size."""
+    schema = unit_schema(dtype, targets)
     with new_stream(path, schema) as stream:
         for batch in batches:
             stream.write_batch(_record_batch(batch, schema))
@@ -97,7 +108,18 @@ def _record_batch(batch: DocumentBatch, schema: pa.Schema) -> pa.RecordBatch:
         column("key_hash", np.array(batch.key_hashes, np.uint64)),
         column("text_hash", b"".join(batch.text_hashes)),
     ]
+    if batch.targets is not None:
+        pairs = np.stack([batch.targets.begin, batch.targets.end], axis=1).reshape(-1)
+        spans = pa.FixedSizeListArray.from_buffers(
+            kinds["targets"].value_type, len(pairs) // 2, [None], children=[_int64(pairs)]
+        )
+        columns.append(column("targets", batch.targets.splits.astype(np.int32), children=[spans]))
+        columns.append(column("target_bytes", np.array(batch.target_bytes, np.int64)))
     return pa.record_batch(columns, schema=schema)
+
+
+def _int64(values: np.ndarray) -> pa.Array:
+    return pa.Array.from_buffers(pa.int64(), len(values), [None, pa.py_buffer(values)])
 
 
 def _offsets(lengths: Sequence[int] | np.ndarray, dtype: type[np.integer]) -> np.ndarray:
@@ -181,6 +203,18 @@ class TokenStore:
         unit, row = self._place(doc)
         return self._unit(unit).tokens(row)
 
+    def targets(self, docs: np.ndarray) -> tuple[Spans, np.ndarray]:
+        """Which tokens of the documents `docs` (ascending) carry loss, and int64 [documents] the bytes of their text.
+
+        Raises ValueError where the store does not say it.
+        """
+        found = []
+        for unit, (start, end) in enumerate(pairwise([0, *self._unit_ends])):
+            mine = docs[np.searchsorted(docs, start) : np.searchsorted(docs, end)] - start
+            if len(mine):
+                found.append(self._unit(unit).targets(mine))
+        return joined([spans for spans, _ in found]), np.concatenate([nbytes for _, nbytes in found])
+
     def key(self, doc: int) -> str:
         unit, row = self._place(doc)
         return self._unit(unit).key(row)
@@ -244,12 +278,17 @@ class StoredDocuments:
     def tokens(self, i: int) -> np.ndarray:
         return self.store.tokens(int(self.doc[i]))
 
+    def targets(self) -> tuple[Spans, np.ndarray]:
+        """As `TokenStore.targets`, of all of them."""
+        return self.store.targets(self.doc)
+
     def key(self, i: int) -> str:
         return self.store.key(int(self.doc[i]))
 
 
 class _UnitFile:
     def __init__(self, path: Path) -> None:
+        self.path = path
         try:
             with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as stream:
                 self.dtype = np.dtype(stream.schema.field("tokens").type.value_type.to_pandas_dtype())
@@ -260,6 +299,11 @@ class _UnitFile:
         self._keys = [batch["key"] for batch in batches]
         self._offsets = [batch["tokens"].offsets.to_numpy() for batch in batches]
         self._values = [batch["tokens"].values.to_numpy() for batch in batches]
+        self._targets = [
+            (_spans(batch["targets"]), batch["target_bytes"].to_numpy())
+            for batch in batches
+            if "targets" in batch.schema.names
+        ]
 
     def tokens(self, row: int) -> np.ndarray:
         batch, row = self._batch(row)
@@ -269,6 +313,12 @@ class _UnitFile:
     def key(self, row: int) -> str:
         batch, row = self._batch(row)
         return self._keys[batch][row].as_py()
+
+    def targets(self, rows: np.ndarray) -> tuple[Spans, np.ndarray]:
+        if not self._targets:
+            raise ValueError(f"{self.path} does not say which tokens carry loss: restore it")
+        spans, nbytes = zip(*self._targets, strict=True)
+        return joined(spans).select(rows), np.concatenate(nbytes)[rows]
 
     def find(self, key: str) -> int | None:
         start = 0
@@ -281,3 +331,17 @@ class _UnitFile:
     def _batch(self, row: int) -> tuple[int, int]:
         batch = bisect_right(self._ends, row)
         return batch, row - (self._ends[batch - 1] if batch else 0)
+
+
+def targets_of_unit(path: Path) -> tuple[Spans, np.ndarray]:
+    """Those of all documents of a unit's file, and the tokens of each. Raises ValueError."""
+    file = _UnitFile(path)
+    lengths = np.concatenate([np.zeros(0, np.int64), *(np.diff(offsets) for offsets in file._offsets)])
+    if not len(lengths):
+        return Spans(np.zeros(1, np.int64), lengths, lengths), lengths
+    return file.targets(np.arange(len(lengths)))[0], lengths
+
+
+def _spans(column: pa.ListArray) -> Spans:
+    begin, end = column.values.values.to_numpy().reshape(-1, 2).T
+    return Spans(column.offsets.to_numpy().astype(np.int64), begin, end)

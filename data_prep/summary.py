@@ -14,7 +14,7 @@ from data_prep.ledger import Ledger
 from data_prep.pack import Packing
 from data_prep.records import LeftOut, printable
 from data_prep.store import LEFT_OUT, Columns
-from storage.manifest import LeftOutFiles, Manifest
+from storage.manifest import LeftOutFiles, Manifest, SourceRows
 
 PERCENTILES = (1, 10, 50, 90, 99)
 EXAMPLES = 5
@@ -76,6 +76,18 @@ def _row_statistics(packings: list[Packing]) -> dict[str, int]:
     }
 
 
+def target_statistics(splits: dict[str, dict[str, SourceRows]]) -> dict[str, Any]:
+    """Tokens that carry loss, and their share of the documents' tokens, in all and by source."""
+    sums: dict[str, list[int]] = {}
+    for sources in splits.values():
+        for name, entry in sources.items():
+            for key in ("", name):
+                targets, tokens = sums.get(key, (0, 0))
+                sums[key] = [targets + entry.targets, tokens + entry.tokens]
+    found = {name: {"tokens": targets, "share": round(targets / tokens, 6)} for name, (targets, tokens) in sums.items()}
+    return found.pop("") | {"sources": found}
+
+
 def by_reason(left_out: Iterable[LeftOut]) -> dict[str, LeftOutFiles]:
     """What of the input was not read, the reasons in alphabetical order; a file counts once, however many parts it lacks."""
     reasons: dict[str, dict[str, LeftOut]] = {}
@@ -124,6 +136,8 @@ def print_summary(manifest: Manifest, output: Path, seconds: float) -> None:
         add("", example)
     for words in left_out_words(manifest.left_out):
         add(*words.split(": ", 1))
+    if manifest.target_spans:
+        add("targets", target_words(numbers))
     for name, rows in numbers["rows"].items():
         cut = f"{rows['documents_cut']:,} documents cut ({rows['documents_cut_though_fitting']:,} that would fit)"
         dropped = f", {rows['tokens_dropped']:,} tokens dropped" if rows["tokens_dropped"] else ""
@@ -134,9 +148,10 @@ def print_summary(manifest: Manifest, output: Path, seconds: float) -> None:
     if len(manifest.inputs) > 1:
         for name, source in manifest.splits["train"].items():
             weight = "" if source.weight is None else f", weight {source.weight:g}"
+            carrying = f" ({source.targets:,} targets)" if manifest.target_spans else ""
             add(
                 f"source {name}",
-                f"{source.documents:,} documents, {source.tokens:,} tokens, {source.rows:,} rows{weight}",
+                f"{source.documents:,} documents, {source.tokens:,} tokens{carrying}, {source.rows:,} rows{weight}",
             )
     if manifest.repacked_from:
         add("packed again from", manifest.repacked_from)
@@ -146,6 +161,15 @@ def print_summary(manifest: Manifest, output: Path, seconds: float) -> None:
         console.print(table)
     else:
         print(_plain(table))
+
+
+def target_words(numbers: dict[str, Any]) -> str:
+    """Such as "1,234 (21.7 % of all tokens), what the assistant writes; of a 20.0 %, of b 30.0 %"."""
+    targets = numbers["targets"]
+    shares = ", ".join(f"of {name} {100 * entry['share']:.1f} %" for name, entry in targets["sources"].items())
+    by_source = f"; {shares}" if len(targets["sources"]) > 1 else ""
+    share = f"{100 * targets['share']:.1f} % of all tokens"
+    return f"{targets['tokens']:,} ({share}), what the assistant writes{by_source}"
 
 
 def cut_words(cuts: dict[str, int]) -> str:

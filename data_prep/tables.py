@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.content import READ_BYTES
-from data_prep.records import FLAGS, Document, Fields, InputFile, Problems, Unit, checked_document, column_problem
+from data_prep.records import Document, Fields, InputFile, Problems, Unit, checked_document, column_problem
 
 TABLE_ROWS = 64
 FILE_MAGIC = b"ARROW1"
@@ -70,7 +70,9 @@ class _Parquet:
             return 0
         part = self.file.metadata.row_group(group)
         chunks = (part.column(number) for number in range(part.num_columns))
-        sizes = (chunk.total_compressed_size for chunk in chunks if chunk.path_in_schema in columns)
+        nested = tuple(f"{name}." for name in columns if pa.types.is_nested(self.schema.field(name).type))
+        mine = (chunk for chunk in chunks if chunk.path_in_schema in columns or chunk.path_in_schema.startswith(nested))
+        sizes = (chunk.total_compressed_size for chunk in mine)
         return min(max(0, sum(sizes)), self.map.size())
 
     def batches(self, group: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
@@ -181,7 +183,7 @@ def read_table(
                 problems.report(file.path, problem)
                 problems.leave_out(file.path, "no usable column", file.size)
             return None
-        names = [name for name in fields if name is not None]
+        names = list(fields.columns)
         row = unit.first_row
         for group in range(unit.start, unit.end):
             end = row + table.rows(group)
@@ -209,13 +211,10 @@ def _up_to_error(batches: Iterator[pa.RecordBatch], errors: list[str]) -> Iterat
 def _documents(
     batch: pa.RecordBatch, row: int, file: InputFile, fields: Fields, problems: Problems
 ) -> Iterator[Document]:
-    texts, keys = batch.column(0), batch.column(1) if fields.key is not None else None
     for index in range(batch.num_rows):
         place = f"{file.path} row {row + index}"
         try:
-            record: dict[str | None, Any] = {fields.text: _text(texts[index].as_py())}
-            if keys is not None:
-                record[fields.key] = _text(keys[index].as_py())
+            record = {name: _text(batch.column(name)[index].as_py()) for name in fields.columns}
         except UnicodeDecodeError:
             problems.report(place, "invalid UTF-8")
             continue
@@ -233,11 +232,21 @@ def _schema_problem(schema: pa.Schema, fields: Fields) -> str | None:
     """Why the columns of these names cannot be read as text and as ids."""
     if problem := column_problem(schema.names, fields):
         return problem
-    for name, flag in zip(fields, FLAGS, strict=True):
-        kind = schema.field(name).type if name is not None else pa.string()
-        if not _holds_text(kind) and not (name == fields.key and pa.types.is_integer(kind)):
+    for name, flag in fields.columns.items():
+        kind = schema.field(name).type
+        if flag == "--messages-field":
+            if not _holds_lists(kind):
+                return f"column {name!r} holds {kind}, not lists of messages (see {flag})"
+        elif not _holds_text(kind) and not (name == fields.key and pa.types.is_integer(kind)):
             return f"column {name!r} holds {kind}, not text (see {flag})"
     return None
+
+
+def _holds_lists(kind: pa.DataType) -> bool:
+    types = pa.types
+    return (
+        types.is_list(kind) or types.is_large_list(kind) or types.is_list_view(kind) or types.is_large_list_view(kind)
+    )
 
 
 def _holds_text(kind: pa.DataType) -> bool:

@@ -70,6 +70,13 @@ class Tokenizer(ABC):
         """One int array per text, without BOS and EOS."""
 
     @abstractmethod
+    def encode_with_offsets(self, text: str, control: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Ids, int64 [n], and the characters of the text that each stands for, int64 [n, 2].
+
+        `control` (Hugging Face tokenizers alone): the spelling of a control token is the token.
+        """
+
+    @abstractmethod
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of the ids; control tokens are left out."""
 
@@ -185,6 +192,11 @@ class SentencePieceTokenizer(Tokenizer):
     def _encode_long(self, text: str) -> np.ndarray:
         return self._model.parallel_encode(text, chunk_len=ENCODE_PIECE_CHARACTERS, num_threads=1, return_type="numpy")
 
+    def encode_with_offsets(self, text: str, control: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        assert not control
+        encoded = self._model.encode(text, return_type="offset_mapping")
+        return np.array(encoded["ids"], np.int64), np.array(encoded["offsets"], np.int64).reshape(-1, 2)
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._model.decode([int(i) for i in ids])
 
@@ -233,6 +245,16 @@ class HuggingFaceTokenizer(Tokenizer):
         except Exception as error:  # the library raises bare Exceptions
             raise ValueError(f"{self.path} cannot encode every text: {error}") from None
         return [np.array(one.ids, dtype=np.int32) for one in encoded]
+
+    def encode_with_offsets(self, text: str, control: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        self._model.encode_special_tokens = not control
+        try:
+            encoded = self._model.encode(text, add_special_tokens=False)
+        except Exception as error:  # the library raises bare Exceptions
+            raise ValueError(f"{self.path} cannot encode every text: {error}") from None
+        finally:
+            self._model.encode_special_tokens = True
+        return np.array(encoded.ids, np.int64), np.array(encoded.offsets, np.int64).reshape(-1, 2)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._model.decode([int(i) for i in ids], skip_special_tokens=True)

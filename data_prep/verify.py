@@ -18,11 +18,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from console.command import CommandParser, run_command
 from console.progress import Progress
 from data_prep.ledger import Ledger
 from data_prep.plan import TOKENS_FOLDER
-from data_prep.store import INDEX_FILE, TokenStore
+from data_prep.store import INDEX_FILE, TokenStore, targets_of_unit
+from data_prep.targets import Spans, problem_of
 from storage.manifest import Manifest, file_sha256, read_manifest
 from storage.shards import ShardedDataset
 
@@ -39,8 +42,12 @@ def problems(directory: Path, full: bool = False) -> Iterator[tuple[int, str | N
     for split in manifest.splits:
         dataset = ShardedDataset(directory, split, manifest)
         yield 0, _index_problem(dataset)
+        intact = True
         for shard, problem in dataset.verify(full):
+            intact &= problem is None
             yield shard.bytes, problem
+        if intact and manifest.target_spans:
+            yield from ((0, problem) for problem in _target_problems(dataset))
     if (directory / TOKENS_FOLDER).is_dir():  # training does not need it, so it may be gone
         yield from _token_store_problems(directory / TOKENS_FOLDER, manifest, full)
 
@@ -77,6 +84,26 @@ def _index_problem(dataset: ShardedDataset) -> str | None:
     return None if found == expected else f"{path} lists other files than the manifest"
 
 
+def _target_problems(dataset: ShardedDataset) -> Iterator[str]:
+    """Is every token that carries loss inside a piece of its row, and no context; are there as many as the manifest says?"""
+    for source in dataset.sources:
+        place, counted = f"source {source} in split {dataset.split}", 0
+        for first, block in dataset.blocks(source):
+            assert block.target_splits is not None
+            assert block.target_spans is not None
+            spans = Spans(block.target_splits.astype(np.int64), *block.target_spans.T.astype(np.int64))
+            row = np.repeat(np.arange(len(block.ids)), np.diff(block.splits))
+            before = np.cumsum(block.seg_len, dtype=np.int64) - block.seg_len
+            end = before - before[block.splits[:-1]][row] + block.seg_len
+            possible = np.stack([end - block.seg_len + np.maximum(block.seg_ctx, 1), end], axis=1)
+            if words := problem_of(spans, Spans(block.splits.astype(np.int64), *possible.T)):
+                yield f"rows {first} to {first + len(block.ids) - 1} of {place}: targets {words}"
+            counted += spans.tokens
+        targets = dataset.manifest.splits[dataset.split][source].targets
+        if counted != targets:
+            yield f"{place} has {counted:,} targets, its manifest says {targets:,}"
+
+
 def _token_store_problems(folder: Path, manifest: Manifest, full: bool) -> Iterator[tuple[int, str | None]]:
     try:
         store = TokenStore.open(folder)
@@ -94,10 +121,26 @@ def _token_store_problems(folder: Path, manifest: Manifest, full: bool) -> Itera
             complete = False
             yield 0, f"{path.with_suffix('.json')}, the ledger of {path.name}, is missing or damaged"
             continue
-        yield ledger.file_bytes, unit_problem(path, ledger, full)
+        problem = unit_problem(path, ledger, full)
+        if problem is None and ledger.targets is not None:
+            problem = _unit_target_problem(path, ledger)
+        yield ledger.file_bytes, problem
         documents += ledger.documents
     if complete and documents != len(store):
         yield 0, f"{folder} lacks units: those present hold {documents:,} documents, its index lists {len(store):,}"
+
+
+def _unit_target_problem(path: Path, ledger: Ledger) -> str | None:
+    try:
+        targets, lengths = targets_of_unit(path)
+    except ValueError as error:
+        return str(error)
+    whole = Spans(np.arange(len(lengths) + 1), np.zeros_like(lengths), lengths)
+    if words := problem_of(targets, whole):
+        return f"{path}: targets {words}"
+    if targets.tokens != ledger.targets:
+        return f"{path} has {targets.tokens:,} targets, its ledger says {ledger.targets:,}"
+    return None
 
 
 def unit_problem(path: Path, ledger: Ledger, full: bool) -> str | None:

@@ -25,6 +25,11 @@ Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0)]
 
 
+def _is_absent(value: Any) -> bool:
+    """What no earlier data set has is not written where it says nothing: those stay as they are, byte for byte."""
+    return value is None or value is False
+
+
 class Record(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True)
 
@@ -124,6 +129,8 @@ class SourceRows(Record):
     rows: Count
     targets: Count
     """Positions that carry loss when every row is seen once."""
+    target_bytes: Annotated[Count | None, Field(exclude_if=_is_absent)] = None
+    """UTF-8 bytes of the text that carries loss, where only a part of it does."""
     weight: Annotated[float, Field(ge=0)] | None = None
     """Share of the samples relative to the other sources; none for all sources: in proportion to their rows."""
     shards: list[Shard]
@@ -160,6 +167,8 @@ class Manifest(Record):
     """Hashes of the files beside the tokenizer's own that belong to it, such as its chat template."""
     dtype: Literal["uint16", "uint32"]
     packing: PackingPolicy
+    target_spans: Annotated[bool, Field(exclude_if=_is_absent)] = False
+    """Rows have a column that says which of their tokens carry loss."""
     seed: Count
     splits: dict[str, dict[SourceName, SourceRows]]
     statistics: dict[str, JsonValue] = {}
@@ -214,16 +223,24 @@ def save_manifest(directory: Path, manifest: Manifest) -> Manifest:
     return Manifest.model_validate(content)
 
 
-def write_datasets_index(directory: Path, manifest: Manifest, segment_columns: dict[str, str]) -> None:
-    """The JSON files by which `datasets.load_from_disk` opens a split, or all of them, in place."""
+def write_datasets_index(
+    directory: Path, manifest: Manifest, segment_columns: dict[str, str], span_column: str | None = None
+) -> None:
+    """The JSON files by which `datasets.load_from_disk` opens a split, or all of them, in place.
+
+    `span_column`: a list of pairs of int32, the last column.
+    """
     ids = {
         "feature": {"dtype": manifest.dtype, "_type": "Value"},
         "length": manifest.packing.row_tokens,
         "_type": "List",
     }
-    segments = {
+    segments: dict[str, Any] = {
         name: {"feature": {"dtype": kind, "_type": "Value"}, "_type": "List"} for name, kind in segment_columns.items()
     }
+    if span_column:
+        pair = {"feature": {"dtype": "int32", "_type": "Value"}, "length": 2, "_type": "List"}
+        segments[span_column] = {"feature": pair, "_type": "List"}
     info = {"description": "", "citation": "", "homepage": "", "license": "", "features": {"input_ids": ids} | segments}
     filled = [split for split, sources in manifest.splits.items() if any(entry.rows for entry in sources.values())]
     for split in filled:

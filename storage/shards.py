@@ -4,70 +4,35 @@
     DATA/<split>/shard-<source>-00000.arrow  rows; a record batch is a fixed number of rows
     DATA/<split>/state.json, dataset_info.json   let `datasets.load_from_disk` open the split in place
 
-A row holds W = T + 1 tokens: inputs are row[:-1], targets row[1:]. It consists of consecutive pieces of documents and,
-if they do not fill it, padding. Masks, labels and positions are not stored: they follow from the pieces.
-
-    column     type                             per row
-    input_ids  fixed_size_list<uint16|uint32>   W tokens
-    seg_len    list<int32>                      tokens of each piece
-    seg_ctx    list<int32>                      leading tokens of each piece that are overlap context: no targets
-    seg_doc    list<int64>                      document the piece was cut from
-    seg_off    list<int64>                      where in that document it begins
-
-Only the stream form of Arrow can be opened in place by `datasets`, but a stream cut between two messages reads as
-fewer rows without an error, hence the sizes, row counts and hashes of the manifest.
+What a row holds: storage/rows.py. Only the stream form of Arrow can be opened in place by `datasets`, but a stream cut
+between two messages reads as fewer rows without an error, hence the sizes, row counts and hashes of the manifest.
 """
 
 import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple
+from typing import BinaryIO, Literal
 
 import numpy as np
 import pyarrow as pa
 
 from storage.atomic import publish
 from storage.manifest import Manifest, Shard, file_sha256, read_manifest, save_manifest, write_datasets_index
+from storage.rows import (
+    SEGMENT_COLUMNS,
+    TARGET_COLUMN,
+    Row,
+    RowBlock,
+    record_batch,
+    row_block,
+    rows_per_batch,
+    shard_schema,
+)
 
-SEGMENT_COLUMNS = {"seg_len": "int32", "seg_ctx": "int32", "seg_doc": "int64", "seg_off": "int64"}
-BATCH_BYTES = 1 << 23
-BATCH_ROWS = 1 << 10
 SHARD_BYTES = 1 << 28
 
 Verify = Literal["none", "quick", "full"]
-
-
-class RowBlock(NamedTuple):
-    """n rows of one record batch; row j has the pieces splits[j]:splits[j + 1]."""
-
-    ids: np.ndarray  # uint16 | uint32 [n, W]
-    splits: np.ndarray  # int32 [n + 1]
-    seg_len: np.ndarray  # int32 [pieces]
-    seg_ctx: np.ndarray  # int32 [pieces]
-    seg_doc: np.ndarray  # int64 [pieces]
-    seg_off: np.ndarray  # int64 [pieces]
-
-
-class Row(NamedTuple):
-    ids: np.ndarray  # uint16 | uint32 [W]
-    seg_len: np.ndarray  # int32 [pieces]
-    seg_ctx: np.ndarray
-    seg_doc: np.ndarray
-    seg_off: np.ndarray
-
-
-def rows_per_batch(row_tokens: int, dtype: str) -> int:
-    """Rows of every record batch but a shard's last: a power of two, at most 1024 rows and about 8 MiB."""
-    rows = BATCH_BYTES // max(1, (row_tokens - 1) * np.dtype(dtype).itemsize)
-    return min(BATCH_ROWS, 1 << max(0, rows.bit_length() - 1))
-
-
-def shard_schema(row_tokens: int, dtype: str, metadata: dict[str, str] | None = None) -> pa.Schema:
-    """Columns of a shard: rows of `row_tokens` ids, and lists of the segments in them."""
-    ids = pa.list_(pa.from_numpy_dtype(np.dtype(dtype)), row_tokens)
-    segments = {name: pa.list_(pa.type_for_alias(kind)) for name, kind in SEGMENT_COLUMNS.items()}
-    return pa.schema({"input_ids": ids} | segments, metadata)
 
 
 def shard_identity(split: str, source: str, number: int) -> dict[str, str]:
@@ -90,9 +55,10 @@ class ShardWriter:
         dtype: str,
         metadata: dict[str, str] | None = None,
         rows_per_shard: int | None = None,
+        target_spans: bool = False,
     ) -> None:
         self.root, self.split, self.source = Path(directory), split, source
-        self.row_tokens, self.dtype = row_tokens, dtype
+        self.row_tokens, self.dtype, self.target_spans = row_tokens, dtype, target_spans
         self.batch_rows = rows_per_batch(row_tokens, dtype)
         batch_bytes = self.batch_rows * row_tokens * np.dtype(dtype).itemsize
         self.shard_rows = rows_per_shard or max(1, round(SHARD_BYTES / batch_bytes)) * self.batch_rows
@@ -107,13 +73,17 @@ class ShardWriter:
         """Append a block; all but the last must hold exactly `batch_rows` rows."""
         assert block.ids.shape[1] == self.row_tokens
         assert block.ids.dtype == self.dtype
+        assert (block.target_spans is not None) == self.target_spans
         if self._open is None:
             number = len(self.shards)
             self._open = _ShardFile(
                 self.root,
                 f"{self.split}/shard-{self.source}-{number:05d}.arrow",
                 shard_schema(
-                    self.row_tokens, self.dtype, self.metadata | shard_identity(self.split, self.source, number)
+                    self.row_tokens,
+                    self.dtype,
+                    self.metadata | shard_identity(self.split, self.source, number),
+                    self.target_spans,
                 ),
             )
         assert self._open.rows % self.batch_rows == 0, "only the last block may be shorter"
@@ -154,11 +124,7 @@ class _ShardFile:
         self.stream = pa.ipc.new_stream(_Tee(self.output, self.digest), schema)
 
     def write(self, block: RowBlock) -> None:
-        offsets = pa.array(block.splits, pa.int32())
-        columns = [pa.FixedSizeListArray.from_arrays(pa.array(block.ids.reshape(-1)), block.ids.shape[1])]
-        for values, kind in zip(block[2:], SEGMENT_COLUMNS.values(), strict=True):
-            columns.append(pa.ListArray.from_arrays(offsets, pa.array(values, kind)))
-        self.stream.write_batch(pa.record_batch(columns, schema=self.schema))
+        self.stream.write_batch(record_batch(block, self.schema))
         self.rows += len(block.ids)
         self.min_id = min(self.min_id, int(block.ids.min()))
         self.max_id = max(self.max_id, int(block.ids.max()))
@@ -202,7 +168,7 @@ class _Tee:
 
 def write_manifest(directory: Path, manifest: Manifest) -> Manifest:
     """Finish a data set: the index files of `datasets`, then the manifest; return it with its fingerprint."""
-    write_datasets_index(directory, manifest, SEGMENT_COLUMNS)
+    write_datasets_index(directory, manifest, SEGMENT_COLUMNS, TARGET_COLUMN if manifest.target_spans else None)
     return save_manifest(directory, manifest)
 
 
@@ -258,7 +224,12 @@ class ShardedDataset:
             raise IndexError(f"source {source!r} has no row {row} in split {self.split}")
         block, j = self.find(self.sources.index(source), row)
         pieces = slice(block.splits[j], block.splits[j + 1])
-        return Row(block.ids[j], *(column[pieces] for column in block[2:]))
+        return Row(block.ids[j], *(column[pieces] for column in block.pieces))
+
+    def spans(self, source: str, row: int) -> np.ndarray | None:
+        """Which tokens of a row carry loss (see `RowBlock.spans`)."""
+        block, j = self.find(self.sources.index(source), row)
+        return block.spans(j)
 
     def verify(self, full: bool = False) -> Iterator[tuple[Shard, str | None]]:
         """Check every shard against the manifest; yield it with a sentence on what is wrong, or None."""
@@ -274,7 +245,7 @@ class ShardedDataset:
             schema, batches = _map_shard(path)
         except (OSError, pa.ArrowException) as error:
             raise ValueError(f"{path} cannot be read ({error}): run `python -m data_prep.verify`") from None
-        expected = shard_schema(self.manifest.packing.row_tokens, self.manifest.dtype)
+        expected = _schema(self.manifest)
         if not schema.equals(expected) or sum(batch.num_rows for batch in batches) != entry.rows:
             raise ValueError(f"{path} does not hold the {entry.rows} rows of the manifest: restore it")
         self._mapped[source][shard] = blocks = [row_block(batch) for batch in batches]
@@ -306,15 +277,8 @@ def _map_shard(path: Path) -> tuple[pa.Schema, list[pa.RecordBatch]]:
         return stream.schema, list(stream)
 
 
-def row_block(batch: pa.RecordBatch) -> RowBlock:
-    """Views of a record batch's columns, without a copy."""
-    ids, first, *rest = batch.columns
-    return RowBlock(
-        ids.values.to_numpy().reshape(len(ids), -1),
-        first.offsets.to_numpy(),
-        first.values.to_numpy(),
-        *(column.values.to_numpy() for column in rest),
-    )
+def _schema(manifest: Manifest) -> pa.Schema:
+    return shard_schema(manifest.packing.row_tokens, manifest.dtype, target_spans=manifest.target_spans)
 
 
 def _shard_problem(path: Path, shard: Shard, manifest: Manifest, identity: dict[str, str], full: bool) -> str | None:
@@ -331,7 +295,7 @@ def _shard_problem(path: Path, shard: Shard, manifest: Manifest, identity: dict[
     if found != identity:
         place = "shard {shard} of source {source} in split {split}"
         return f"{path} holds {place.format_map(found)}, not {place.format_map(identity)}: files were exchanged"
-    if not schema.equals(shard_schema(manifest.packing.row_tokens, manifest.dtype)):
+    if not schema.equals(_schema(manifest)):
         return f"{path} has another schema than the manifest's {manifest.packing.row_tokens} x {manifest.dtype} a row"
     rows = [batch.num_rows for batch in batches]
     if sum(rows) != shard.rows:

@@ -184,7 +184,8 @@ def _obey_only_the_parent(_worker: int) -> None:
 def make_batch(dataset: ShardedDataset, sources: np.ndarray, rows: np.ndarray, size: int | None = None) -> Batch:
     """Read rows (as `dataset.find` names them) into a batch of `size` rows, the missing ones being padding.
 
-    A token is a target of the one before it if both lie in the same piece and it is not overlap context.
+    A token is a target of the one before it if both lie in the same piece and it is not overlap context; where the rows
+    say which tokens carry loss, those alone.
     """
     size, T = size or len(rows), dataset.manifest.seq_length
     inputs, targets = np.empty((size, T), np.int64), np.empty((size, T), np.int64)
@@ -196,16 +197,18 @@ def make_batch(dataset: ShardedDataset, sources: np.ndarray, rows: np.ndarray, s
         ids_out[:] = ids[:-1]
         targets_out[:] = ids[1:]
         begin, end = block.splits[j : j + 2].tolist()
-        at = 0
+        at = possible = 0
         for length, context in zip(block.seg_len[begin:end].tolist(), block.seg_ctx[begin:end].tolist(), strict=True):
             first = at + (context or 1)  # token that is the first target
             targets_out[at - 1 if at else 0 : first - 1] = NO_TARGET
             spans.append(min(length, T - at))
             at += length
-            num_targets += at - first
+            possible += at - first
         if at <= T:
             targets_out[at - 1 :] = NO_TARGET
             spans.append(T - at)
+        carrying = block.spans(j)
+        num_targets += possible if carrying is None else _keep(targets_out, carrying)
     if len(rows) < size:
         inputs[len(rows) :] = dataset.manifest.tokenizer.pad_id
         targets[len(rows) :] = NO_TARGET
@@ -218,6 +221,16 @@ def make_batch(dataset: ShardedDataset, sources: np.ndarray, rows: np.ndarray, s
         "targets": torch.from_numpy(targets),
         "num_targets": num_targets,
     }
+
+
+def _keep(targets: np.ndarray, spans: np.ndarray) -> int:
+    """Take the targets [T] of a row away but for those at the tokens of `spans` [spans, 2]; returns their number."""
+    at = 0
+    for begin, end in (spans - 1).tolist():  # a token is the target of the one before it
+        targets[at:begin] = NO_TARGET
+        at = end
+    targets[at:] = NO_TARGET
+    return int((spans[:, 1] - spans[:, 0]).sum())
 
 
 @lru_cache(maxsize=4)

@@ -32,12 +32,12 @@ def build_here(
 
 
 def read(
-    *places, on_error="fail", unit_bytes=None, text_field="text", id_field=None
+    *places, on_error="fail", unit_bytes=None, text_field="text", id_field=None, chat=None
 ) -> tuple[list[Document], Problems]:
     """The documents of files and folders, in order."""
     units, files, *_ = plan_units(parse_sources([str(place) for place in places], []), unit_bytes, on_error)
     problems = Problems(on_error)
-    found = [d for unit in units for d in read_unit(unit, files, text_field, id_field, problems)]
+    found = [d for unit in units for d in read_unit(unit, files, text_field, id_field, problems, chat=chat)]
     return found, problems
 
 

@@ -180,5 +180,6 @@ def test_written_rows_hold_the_documents_tokens(tmp_path_factory, lengths, polic
 def block_rows(block) -> list[Row]:
     bounds = block.splits.tolist()
     return [
-        Row(block.ids[j], *(column[bounds[j] : bounds[j + 1]] for column in block[2:])) for j in range(len(block.ids))
+        Row(block.ids[j], *(column[bounds[j] : bounds[j + 1]] for column in block.pieces))
+        for j in range(len(block.ids))
     ]

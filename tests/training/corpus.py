@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.pack import Packing, pack, write_split
+from data_prep.targets import spans_of
 from storage.manifest import Manifest, PackingPolicy, SourceRows, TokenizerInfo, token_dtype
 from storage.shards import ShardWriter, write_manifest
 
@@ -40,9 +41,10 @@ def build(
     seed: int = 0,
     splits: Sequence[str] = ("train",),
     rows_per_shard: int | None = None,
+    masks: Mapping[str, Sequence[np.ndarray]] | None = None,
     **policy,
 ) -> Manifest:
-    """A data set of the documents `lengths[source]`, the same in every split."""
+    """A data set of the documents `lengths[source]`, the same in every split; `masks`: which of their tokens carry loss."""
     packing_policy = PackingPolicy(seq_length=seq_length, **policy)
     entries = {}
     for split in splits:
@@ -51,6 +53,8 @@ def build(
             documents = MadeDocuments(of_source, vocab_size, first)
             first += len(of_source)
             packing = pack(documents.length, packing_policy.row_tokens, packing_policy, seed)
+            if masks is not None:
+                packing = packing.with_targets(spans_of(masks[source]))
             writer = ShardWriter(
                 directory,
                 split,
@@ -58,6 +62,7 @@ def build(
                 packing.row_tokens,
                 token_dtype(vocab_size),
                 rows_per_shard=rows_per_shard,
+                target_spans=masks is not None,
             )
             shards = write_split(documents, packing, writer, PAD)
             entries[split][source] = source_rows(documents, packing, shards, (weights or {}).get(source))
@@ -78,6 +83,7 @@ def build(
         tokenizer=tokenizer,
         dtype=token_dtype(vocab_size),
         packing=packing_policy,
+        target_spans=masks is not None,
         seed=seed,
         splits=entries,
     )
