@@ -6,7 +6,6 @@ adds to the conversation before it (with the generation prompt). The spelling of
 in every document; the template's own are the tokens. A template sees no clock: its text does not depend on the day.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from itertools import accumulate
@@ -27,7 +26,7 @@ from storage.atomic import write_atomically
 TEMPLATE_FILE, PROCESSOR_FILE = "chat_template.jinja", "chat_template.json"
 ROLES = ("system", "developer", "user", "assistant", "tool")
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-MARKS = [(chr(code), chr(code + 1)) for code in range(0x10FF00, 0x10FFF0, 2)]
+MARKS = [chr(code) + chr(code + 1) for code in range(0x10FF00, 0x10FFF0, 2)]
 """Private characters: the first pair that a conversation lacks stands around control tokens that its messages spell."""
 NO_CLOCK = "{% set strftime_now = there_is_no_clock %}"
 FAILS, NO_PREFIX = "the chat template fails", "the chat template changes what stands before an answer"
@@ -89,12 +88,15 @@ class ChatFormat(NamedTuple):
             pair.append({"role": role, "content": record[name]})
         return checked_messages(pair, "")
 
-    def _marked(self, messages: list[dict[str, Any]]) -> tuple[tuple[str, str], list[dict[str, Any]]]:
-        everything = json.dumps(messages, ensure_ascii=False, default=str)
+    def _marked(self, messages: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
+        """The messages with marks, which are returned too, around control tokens that they spell; no marks: they spell none."""
+        everything = "\n".join(_strings(messages))
+        spelled = [token for token in self.control if token and token in everything]
+        if not spelled:
+            return "", messages
         marks = next(pair for pair in MARKS if not any(mark in everything for mark in pair))
-        longest_first = sorted(filter(None, self.control), key=len, reverse=True)
-        spelled = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        return marks, _with_marks(messages, spelled, f"{marks[0]}\\g<0>{marks[1]}")
+        longest_first = "|".join(map(re.escape, sorted(spelled, key=len, reverse=True)))
+        return marks, _with_marks(messages, re.compile(longest_first), f"{marks[0]}\\g<0>{marks[1]}")
 
     def _apply(
         self, messages: list[dict[str, Any]], mark: bool = False, prompt: bool = False
@@ -154,6 +156,14 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
 
 
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for content in value.values() if isinstance(value, dict) else value:
+            yield from _strings(content)
+
+
 def _with_marks(value: Any, spelled: re.Pattern[str], marked: str) -> Any:
     if isinstance(value, str):
         return spelled.sub(marked, value)
@@ -164,11 +174,11 @@ def _with_marks(value: Any, spelled: re.Pattern[str], marked: str) -> Any:
     return [_with_marks(content, spelled, marked) for content in value] if isinstance(value, list) else value
 
 
-def _without_marks(text: str, targets: list[Stretch], marks: tuple[str, str]) -> Rendered:
+def _without_marks(text: str, targets: list[Stretch], marks: str) -> Rendered:
     """The text as it is meant, and where in it control tokens are spelled that are text."""
-    opening, closing = marks
-    if opening not in text and closing not in text:
+    if not marks:
         return Rendered(text, targets, [])
+    opening, closing = marks[0], marks[1]
     place = [0, *accumulate(character not in marks for character in text)]
     between = re.finditer(f"{opening}([^{opening}{closing}]*){closing}", text)
     literal = [(place[match.start()], place[match.end()]) for match in between]

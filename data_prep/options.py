@@ -47,6 +47,8 @@ class BuildOptions(BaseModel):
     def _conversations_or_texts(self) -> "BuildOptions":
         if (self.prompt_field is None) != (self.response_field is None):
             raise ValueError("--prompt-field and --response-field go together: give both")
+        if self.prompt_field is not None and self.prompt_field == self.response_field:
+            raise ValueError(f"--prompt-field and --response-field both name {self.prompt_field!r}: name two fields")
         if self.messages_field is not None and self.prompt_field is not None:
             raise ValueError(
                 "a conversation is in --messages-field or in --prompt-field and --response-field: not both"

@@ -59,3 +59,7 @@ def prose_chats(count: int) -> list[dict]:
         if records[-1]["messages"][-1]["role"] == "user":
             records[-1]["messages"].append({"role": "assistant", "content": PROSE[i % len(PROSE)][:200]})
     return records
+
+
+CHATS = prose_chats(60)
+CHAT_OPTIONS = {"messages_field": "messages", "id_field": "id", "unit_bytes": 1 << 13, "validation_fraction": 0.1}

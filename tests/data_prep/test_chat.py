@@ -112,6 +112,12 @@ def test_a_prompt_and_a_response_are_a_conversation(opened):
     both = one.chat_format(unmarked(CHATML)).render({"messages": turns(["Why?", "So."])})
     assert chat.render({"question": "Why?", "answer": "So.", "more": 1}) == both
     assert chat.columns == {"question": "--prompt-field", "answer": "--response-field"}
+    for record, words in (
+        ({"question": 1}, "field 'question' is not text"),
+        ({"answer": " "}, "the assistant says nothing"),
+    ):
+        with pytest.raises(BadRecord, match=words):
+            chat.render({"question": "Why?", "answer": "So."} | record)
 
 
 def test_an_end_that_the_template_lacks_is_put_behind_the_answer(opened):

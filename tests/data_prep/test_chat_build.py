@@ -11,44 +11,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data_prep.build import build
 from data_prep.chat import ChatFormat, special_names
 from data_prep.chat_tokens import ChatEncoder
+from data_prep.options import BuildOptions
+from data_prep.plan import Plan
 from data_prep.repack import repack
+from data_prep.sources import parse_sources
 from data_prep.store import TokenStore
+from data_prep.summary import print_summary
 from data_prep.tokenizer import open_tokenizer
 from data_prep.verify import problems
 from storage.manifest import PackingPolicy, read_manifest
 from storage.shards import open_split
-from tests.data_prep.builds import build_here, contents, failure, read, run
-from tests.data_prep.chats import CHATML, INST, marked, prose_chats, turns, unmarked
+from tests.data_prep.builds import build_here, contents, failure, run
+from tests.data_prep.chats import CHAT_OPTIONS, CHATML, CHATS, INST, marked, turns, unmarked
 from tests.data_prep.texts import PROSE, write_lines
 from training.data import NO_TARGET, make_batch
 from training.scores import scores
-
-CHATS, UNIT_BYTES = prose_chats(60), 1 << 13
-OPTIONS = {"messages_field": "messages", "id_field": "id", "unit_bytes": UNIT_BYTES, "validation_fraction": 0.1}
-
-
-@pytest.fixture(scope="module")
-def chat_folder(tokenizer_folder, tmp_path_factory):
-    """A tokenizer with a chat template."""
-    folder = tmp_path_factory.mktemp("chat") / "tokenizer"
-    shutil.copytree(tokenizer_folder, folder)
-    (folder / "chat_template.jinja").write_text(unmarked(CHATML))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def chats(tmp_path_factory):
-    return write_lines(tmp_path_factory.mktemp("input") / "chats.jsonl", CHATS)
-
-
-@pytest.fixture(scope="module")
-def chat_data(chats, chat_folder, tmp_path_factory):
-    """Rows of 128 tokens, shorter than most of the conversations."""
-    output = tmp_path_factory.mktemp("built") / "data"
-    build_here([chats], chat_folder, output, overlap=5, cut="structure", **OPTIONS)
-    return output
 
 
 def masks_of(data) -> list[np.ndarray]:
@@ -105,6 +85,25 @@ def test_rows_carry_the_same_targets_each_once(chat_data, tmp_path, policy):
     assert [problem for _, problem in problems(data, full=True) if problem] == []
 
 
+def test_the_share_of_targets_is_said_by_source(chat_folder, tmp_path, capsys):
+    sources = []
+    for name, said in (("short", 40), ("long", 400)):
+        write_lines(tmp_path / f"{name}.jsonl", [{"messages": turns([t[:100], t[:said]])} for t in PROSE[:12]])
+        sources += [f"{name}={tmp_path / name}.jsonl"]
+    tokenizer, policy = open_tokenizer(chat_folder), PackingPolicy(seq_length=64)
+    options = BuildOptions(packing=policy, messages_field="messages", validation_fraction=0)
+    manifest = build(Plan(parse_sources([], sources), options, tokenizer), tokenizer, tmp_path / "data")
+    masks, store, found = masks_of(tmp_path / "data"), TokenStore.open(tmp_path / "data" / "tokens"), {}
+    for name in ("short", "long"):
+        mine = np.concatenate([masks[doc] for doc in store.documents("train", name).doc])
+        found[name] = {"tokens": int(mine.sum()), "share": round(float(mine.mean()), 6)}
+        assert manifest.splits["train"][name].targets == mine.sum()
+    assert manifest.statistics["targets"]["sources"] == found
+    print_summary(manifest, tmp_path, 1.0)
+    shares = ", ".join(f"of {name} {100 * found[name]['share']:.1f} %" for name in ("short", "long"))
+    assert f"what the assistant writes; {shares}\n" in capsys.readouterr().out
+
+
 def test_bits_per_byte_are_of_the_text_that_carries_loss(chat_data):
     entry = read_manifest(chat_data).splits["train"]["documents"]
     dataset = open_split(chat_data, "train")
@@ -130,7 +129,16 @@ def test_workers_hash_seed_and_the_place_of_the_template_do_not_show(
     chats, tokenizer_folder, chat_folder, chat_data, tmp_path
 ):
     words = ["--input", chats, "--tokenizer", tokenizer_folder, "--output", tmp_path / "data", "--seq-length", 128]
-    words += ["--messages-field", "messages", "--id-field", "id", "--unit-bytes", UNIT_BYTES, "--overlap", 5]
+    words += [
+        "--messages-field",
+        "messages",
+        "--id-field",
+        "id",
+        "--unit-bytes",
+        CHAT_OPTIONS["unit_bytes"],
+        "--overlap",
+        5,
+    ]
     words += ["--cut", "structure", "--validation-fraction", 0.1, "--workers", 2]
     refused = run("build", *words)
     assert "has no chat template (chat_template.jinja, or `chat_template` in tokenizer_config.json)" in failure(refused)
@@ -147,20 +155,22 @@ def test_an_interrupted_build_continues(chats, chat_folder, chat_data, tmp_path)
     shutil.copytree(chat_data, output)
     for name in ("manifest.json", "tokens/unit-00001.json", "tokens/unit-00003.arrow"):
         (output / name).unlink()
-    build_here([chats], chat_folder, output, overlap=5, cut="structure", **OPTIONS)
+    build_here([chats], chat_folder, output, overlap=5, cut="structure", **CHAT_OPTIONS)
     assert contents(output) == contents(chat_data)
 
 
 def test_packed_again_it_is_what_a_build_would_be(chats, chat_folder, chat_data, tmp_path):
     repack(chat_data, PackingPolicy(seq_length=300), tmp_path / "again")
-    build_here([chats], chat_folder, tmp_path / "built", seq_length=300, **OPTIONS)
+    build_here([chats], chat_folder, tmp_path / "built", seq_length=300, **CHAT_OPTIONS)
     assert contents(tmp_path / "again") == contents(tmp_path / "built")
 
 
 def test_another_template_is_another_data_set(chats, chat_folder, chat_data, tmp_path):
     words = re.escape("was begun with another plan (chat_template is ")
     with pytest.raises(ValueError, match=words):
-        build_here([chats], chat_folder, chat_data, overlap=5, cut="structure", chat_template=marked(INST), **OPTIONS)
+        build_here(
+            [chats], chat_folder, chat_data, overlap=5, cut="structure", chat_template=marked(INST), **CHAT_OPTIONS
+        )
 
 
 def test_data_sets_of_texts_say_nothing_of_targets(reference):
@@ -187,7 +197,7 @@ def test_tables_lists_and_lines_hold_the_same_conversations(chats, chat_folder, 
     (tmp_path / "chats.json").write_text(json.dumps(CHATS))
     files = [chats, *(tmp_path / f"chats.{suffix}" for suffix in ("parquet", "arrow", "json"))]
     stores = [
-        build_here([file], chat_folder, tmp_path / f"data{number}", **OPTIONS | {"unit_bytes": None})
+        build_here([file], chat_folder, tmp_path / f"data{number}", **CHAT_OPTIONS | {"unit_bytes": None})
         for number, file in enumerate(files)
     ]
     assert len({manifest.splits["train"]["documents"].shards[0].rows for manifest in stores}) == 1
@@ -214,127 +224,3 @@ def test_prompts_and_responses_are_conversations_of_one_turn(chat_folder, tmp_pa
         build_here([folder / "in.jsonl"], chat_folder, folder / "data", validation_fraction=0, **fields)
         built.append([row.ids.tolist() for row in rows_of(folder / "data")])
     assert built[0] == built[1]
-
-
-# --- what is refused --------------------------------------------------------------------------------------------------
-
-
-def test_what_is_no_conversation_is_named_with_its_place(chat_folder, tmp_path):
-    bad = {
-        3: ({"messages": [{"role": "human", "content": "a"}]}, "unknown role (message 1: 'human', known are "),
-        5: ({"messages": turns(["a"])}, "no message of the assistant"),
-        6: ({"messages": "a"}, "field 'messages' is not a list of messages (text)"),
-        8: ({"text": "a"}, "no field 'messages' (it has text)"),
-        9: ({"messages": turns(["\ud800", "b"])}, "invalid UTF-8"),
-        11: ({"messages": turns(["raise", "b"])}, "the chat template fails (cannot)"),
-    }
-    template = "{%- if messages[0].content == 'raise' %}{{- raise_exception('cannot') }}{%- endif %}" + unmarked(CHATML)
-    records = [{"messages": record["messages"]} for record in CHATS]
-    for line in sorted(bad):
-        records.insert(line - 1, bad[line][0])
-    file = tmp_path / "in.jsonl"
-    file.write_text("".join(json.dumps(record) + "\n" for record in records))
-    (tmp_path / "template.jinja").write_text(template)
-    words = ["--input", file, "--tokenizer", chat_folder, "--output", tmp_path / "data", "--seq-length", 512]
-    words += ["--messages-field", "messages", "--workers", 1, "--chat-template", tmp_path / "template.jinja"]
-    assert f"in.jsonl line 3: {bad[3][1]}" in failure(run("build", *words))
-    done = run("build", *words, "--on-error", "skip")
-    assert done.returncode == 0, done.stderr
-    left_out = read_manifest(tmp_path / "data").statistics["input"]
-    assert sum(left_out["skipped"].values()) == len(bad)
-    for line, example in zip(sorted(bad), left_out["skipped_examples"], strict=False):
-        assert f"in.jsonl line {line}: {bad[line][1]}" in example
-        assert example in done.stdout
-    assert (tmp_path / "data" / "tokenizer" / "chat_template.jinja").read_text() == template
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"prompt_field": "q"}, "--prompt-field and --response-field go together"),
-        ({"messages_field": "m", "prompt_field": "q", "response_field": "a"}, "not both"),
-        ({"messages_field": "m", "text_field": "body"}, "--text-field body is not read"),
-        ({"chat_template": "x"}, "--chat-template needs --messages-field"),
-        (
-            {"messages_field": "messages", "chat_template": "{% if %}"},
-            "the chat template fails: Expected an expression",
-        ),
-        (
-            {"messages_field": "messages", "chat_template": "{{ messages | length }}{{ messages[0].content }}"},
-            "the chat template changes what stands before an answer: message 2: put {% generation %} and ",
-        ),
-        (
-            {"messages_field": "messages", "encoder": "accelerated"},
-            "--encoder accelerated: conversations are encoded by",
-        ),
-    ],
-)
-def test_options_that_cannot_be_followed(chats, chat_folder, tmp_path, options, words):
-    with pytest.raises(ValueError, match=re.escape(words)):
-        build_here([chats], chat_folder, tmp_path / "data", **options)
-
-
-def test_files_that_hold_no_conversations(tmp_path):
-    chat = ChatFormat(CHATML, {}, (), "messages")
-    (tmp_path / "a.txt").write_text("text")
-    pq.write_table(pa.table({"messages": ["a"]}), tmp_path / "b.parquet")
-    (tmp_path / "c.csv").write_text("id,text\n1,a\n")
-    for name, words in (
-        ("a.txt", "a.txt: a text file holds no conversations"),
-        ("b.parquet", "column 'messages' holds string, not lists of messages (see --messages-field)"),
-        ("c.csv", "no column 'messages': it has id, text (see --messages-field)"),
-    ):
-        _, found = read(tmp_path / name, on_error="skip", chat=chat)
-        assert words in found.examples[0]
-
-
-def test_a_damaged_table_of_conversations_gives_what_stands_before_and_counts_the_rest(tmp_path):
-    table, path = pa.table({"messages": [record["messages"] for record in CHATS]}), tmp_path / "chats.parquet"
-    pq.write_table(table, path, row_group_size=20, use_dictionary=False, write_page_checksum=True)
-    group = pq.ParquetFile(path).metadata.row_group(1)
-    data = bytearray(path.read_bytes())
-    data[group.column(1).data_page_offset + group.column(1).total_compressed_size - 9] ^= 1
-    path.write_bytes(data)
-    found, left = read(path, on_error="skip", chat=ChatFormat(unmarked(CHATML), {}, (), "messages"))
-    assert len(found) == 40
-    assert [entry.size for entry in left.left_out] == [sum(group.column(i).total_compressed_size for i in (0, 1))]
-
-
-# --- looking and checking ---------------------------------------------------------------------------------------------
-
-
-def test_inspect_shows_what_carries_loss(chat_data):
-    done = run("inspect", chat_data)
-    assert "targets      " in done.stdout
-    document = run("inspect", chat_data, "--document", "chat-2")
-    for message in CHATS[2]["messages"]:
-        opening = "⟪" if message["role"] == "assistant" else ""
-        assert f"<|im_start|>{message['role']}\n{opening}{message['content']}<|im_end|>\n" in document.stdout
-    assert document.stdout.endswith("</s>⟫\n")
-    dataset = open_split(chat_data, "train")
-    number = next(n for n in range(len(dataset)) if len(dataset.spans("documents", n)) > 1)
-    row = run("inspect", chat_data, "--row", number)
-    assert row.stdout.count("⟪") == row.stdout.count("⟫") == len(dataset.spans("documents", number))
-
-
-@pytest.mark.parametrize("change", ["shifted", "emptied"])
-def test_verify_checks_the_targets(chat_data, tmp_path, change):
-    data = tmp_path / "data"
-    shutil.copytree(chat_data, data)
-    file = data / "train" / "shard-documents-00000.arrow"
-    with pa.memory_map(str(file)) as mapped, pa.ipc.open_stream(mapped) as stream:
-        schema, batches = stream.schema, list(stream)
-    with pa.OSFile(str(tmp_path / "new"), "wb") as out, pa.ipc.new_stream(out, schema) as stream:
-        for batch in batches:
-            column = batch["target_spans"]
-            values = column.values.values.to_numpy().copy()
-            values[:2] = (values[:2] - values[0]) if change == "shifted" else values[0]
-            pairs = pa.FixedSizeListArray.from_arrays(pa.array(values), 2)
-            stream.write_batch(
-                pa.record_batch(
-                    [*batch.columns[:-1], pa.ListArray.from_arrays(pa.array(column.offsets), pairs)], schema=schema
-                )
-            )
-    shutil.copy(tmp_path / "new", file)
-    found = [problem for _, problem in problems(data) if problem]
-    assert f"targets are {'outside of what can carry loss' if change == 'shifted' else 'empty'}" in found[0]
