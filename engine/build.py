@@ -4,7 +4,7 @@ import contextlib
 import io
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import deepspeed
@@ -21,11 +21,14 @@ from engine.layout.tensor import Parts, divide_layer
 from engine.matrices import names_of_matrices, place_matrices
 from engine.optimizer import Guarded, build_optimizer
 from engine.reduction.compression import compressed_reduction
+from engine.separate import place_groups
+from model.adapter_config import adapter_of
 from model.llama import Block, Layer, Llama
 from model.positions import resize_positions
 from training.config import Recipe
 from training.muon import Muon
 from training.optimizer import Lion
+from training.separate_adamw import SeparateAdamW
 
 ANNOUNCED_SECONDS = 2.0
 
@@ -35,7 +38,7 @@ def build_engine(
     ds_config: dict[str, Any],
     mesh: Mesh,
     pipeline_bounds: list[int],
-    weights: Iterator[tuple[str, torch.Tensor]] | None = None,
+    weights: Iterable[tuple[str, torch.Tensor]] | None = None,
 ) -> Engine:
     """The model in the layout of the JSON, with the same initial weights in every layout. Collective over all ranks.
 
@@ -57,9 +60,9 @@ def _build_engine(
     config: dict[str, Any],
     mesh: Mesh,
     bounds: list[int],
-    weights: Iterator[tuple[str, torch.Tensor]] | None,
+    weights: Iterable[tuple[str, torch.Tensor]] | None,
 ) -> Engine:
-    compression, loss = config.pop("gradient_compression", None), QueuedLoss()
+    compression, loss = config.pop("gradient_compression", None), QueuedLoss(len(recipe.adapters.names))
     config.pop("tensor_parallel", None)  # DeepSpeed would start its own
     config.pop(EXCHANGE, None)
     if config.pop("sequence_parallel_size", 1) > 1:
@@ -83,24 +86,27 @@ def _build_engine(
         compile_blocks(model)
     optimizer = build_optimizer(model, recipe.optimizer, config)
     matrices = names_of_matrices(model, optimizer)
-    if isinstance(optimizer, Lion | Muon):
+    if isinstance(optimizer, Lion | Muon | SeparateAdamW):
         config["zero_allow_untested_optimizer"] = True  # DeepSpeed has not tested these; tests/engine has
     if isinstance(optimizer, Guarded):
         optimizer.groups = groups if mesh.tensor > 1 else None
-        config["gradient_clipping"] = 0.0  # this optimizer clips by itself, after measuring
+    if isinstance(optimizer, Guarded | SeparateAdamW):
+        config["gradient_clipping"] = 0.0  # these optimizers clip by themselves, after measuring
     with contextlib.redirect_stdout(io.StringIO()):  # the bf16 optimizer prints its memory, whatever the log level
         mpu = groups if mesh.tensor > 1 and not bounds else None  # a pipeline brings its own
         wrapped, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=config, mpu=mpu, dist_init_required=False
         )
-    reduction, visibility = compressed_reduction(wrapped, compression), recipe.model.visibility
+    reduction = compressed_reduction(wrapped, compression)
     engine = (
-        PipelineEngine(wrapped, mesh, visibility, reduction, loss, bounds)
+        PipelineEngine(wrapped, mesh, recipe.model, reduction, loss, bounds)
         if bounds
-        else Engine(wrapped, mesh, visibility, reduction)
+        else Engine(wrapped, mesh, recipe.model, reduction)
     )
     if isinstance(optimizer, Muon):
         place_matrices(engine, optimizer, matrices, recipe, groups)
+    if isinstance(optimizer, SeparateAdamW):
+        place_groups(engine, optimizer, recipe)
     return engine
 
 
@@ -132,7 +138,7 @@ def _builder(recipe: Recipe, config: dict[str, Any], groups: Groups) -> Builder:
 
 
 def load_weights(
-    model: torch.nn.Module, weights: Iterator[tuple[str, torch.Tensor]], recipe: Recipe, mesh: Mesh
+    model: torch.nn.Module, weights: Iterable[tuple[str, torch.Tensor]], recipe: Recipe, mesh: Mesh
 ) -> None:
     """Copy weights into the model, one tensor at a time, partitioned or not. Collective over all ranks.
 
@@ -149,7 +155,8 @@ def load_weights(
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
             if parameter.numel() and (not hasattr(parameter, "ds_id") or first_of_replicas):
                 parameter.copy_(part)
-    assert not parameters, f"there are no weights for {sorted(parameters)}"
+    missing = sorted(name for name in parameters if adapter_of(name) is None)
+    assert not missing, f"there are no weights for {missing}"
 
 
 def compile_blocks(model: torch.nn.Module, backend: str = "inductor") -> None:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from engine import internals
 from engine.layout.deal import columns_here
 from engine.layout.mesh import Mesh
-from engine.layout.pipeline import QueuedLoss
+from engine.layout.pipeline import KnownDocuments, QueuedLoss
 from engine.reduction.compression import CompressedReduction
+from model.config import ModelConfig
 from model.documents import Documents
 from model.visibility import Visibility
 from training.batch import Batch
@@ -26,13 +27,19 @@ class Engine:
     """Where the layer plan is divided into pipeline ranks."""
 
     def __init__(
-        self, deepspeed: DeepSpeedEngine, mesh: Mesh, visibility: Visibility, reduction: CompressedReduction | None
+        self, deepspeed: DeepSpeedEngine, mesh: Mesh, config: ModelConfig, reduction: CompressedReduction | None
     ) -> None:
-        self.deepspeed, self.mesh, self.visibility = deepspeed, mesh, visibility
+        self.deepspeed, self.mesh, self.config = deepspeed, mesh, config
         self.reduction = reduction
         """Of the gradients, where it is compressed; None where DeepSpeed reduces."""
+        self.base: str | None = None
+        """Digest of the given weights that are not trained; None where all are, or they follow from the recipe's seed."""
         if self.zero_stage in (1, 2):
             internals.leave_out_module_weights(deepspeed)
+
+    @property
+    def visibility(self) -> Visibility:
+        return self.config.visibility
 
     @property
     def module(self) -> nn.Module:
@@ -55,7 +62,7 @@ class Engine:
     def zero_stage(self) -> int:
         return int(self.deepspeed.zero_optimization_stage())
 
-    def fit(self, shape: tuple[int, int], micro_batches: int) -> None:
+    def fit(self, shape: tuple[int, ...], micro_batches: int) -> None:
         """Prepare for a step of so many micro-batches of [B, T], where a new stage divides it otherwise."""
         rows, engine = shape[0], self.deepspeed
         if (rows, micro_batches) != (engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()):
@@ -64,14 +71,15 @@ class Engine:
             internals.restart_accumulation(engine)
 
     def update(self, micro_batches: list[Batch], z_loss_weight: float, weight: float) -> Tensor:
-        """Forward, backward and update of a step. Returns this rank's sums [objective, cross-entropy], in float64.
+        """Forward, backward and update of a step. Returns this rank's sums [objective, cross-entropy, that of each adapter's
+        rows], in float64.
 
         `weight`: of the objective's sum in the loss that DeepSpeed averages.
         """
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        sums = torch.zeros(2 + len(self.config.adapters.names), dtype=torch.float64, device=self.device)
         for batch in micro_batches:
-            objective_sum, loss_sum = self.forward(batch, z_loss_weight)
-            sums += torch.stack([objective_sum.detach(), loss_sum.detach()]).double()
+            objective_sum, loss_sums = self.forward(batch, z_loss_weight)
+            sums += torch.cat([objective_sum.detach()[None], loss_sums])
             self.deepspeed.backward(objective_sum * weight)
             self.deepspeed.step()
         return sums
@@ -80,17 +88,17 @@ class Engine:
         """This rank's sum of the cross-entropy over batches of one shape, without gradients."""
         self.deepspeed.eval()
         with torch.no_grad():
-            loss_sum = sum(float(self.forward(batch, 0.0)[1]) for batch in batches)
+            loss_sum = sum(float(self.forward(batch, 0.0)[1][0]) for batch in batches)
         self.deepspeed.train()
         return loss_sum
 
     def forward(self, batch: Batch, z_loss_weight: float) -> tuple[Tensor, Tensor]:
-        """The sums (objective, cross-entropy) over this rank's tokens of one micro-batch."""
+        """Objective and `reported_sums` over this rank's tokens of one micro-batch."""
         columns = self.columns(batch)
         here = _part(batch, columns)
-        ids, targets, weights = (
+        ids, targets, weights, adapters = (
             None if x is None else x.to(self.device, non_blocking=True)
-            for x in (here["input_ids"], here["targets"], here.get("target_weights"))
+            for x in (here["input_ids"], here["targets"], here.get("target_weights"), here.get("adapters"))
         )
         return self.deepspeed(
             input_ids=ids,
@@ -100,6 +108,7 @@ class Engine:
             columns=columns,
             target_weights=weights,
             copies=here.get("copies", 1),
+            adapters=adapters,
         )
 
     def columns(self, batch: Batch) -> slice | Tensor:
@@ -137,16 +146,17 @@ class PipelineEngine(Engine):
         self,
         deepspeed: DeepSpeedEngine,
         mesh: Mesh,
-        visibility: Visibility,
+        config: ModelConfig,
         reduction: CompressedReduction | None,
         loss: QueuedLoss,
         bounds: list[int],
     ) -> None:
-        super().__init__(deepspeed, mesh, visibility, reduction)
+        super().__init__(deepspeed, mesh, config, reduction)
         self.loss, self.pipeline_bounds = loss, tuple(bounds)
-        self._shape: tuple[int, int] | None = None
+        self.known: KnownDocuments = deepspeed.module.known
+        self._shape: tuple[int, ...] | None = None
 
-    def fit(self, shape: tuple[int, int], micro_batches: int) -> None:
+    def fit(self, shape: tuple[int, ...], micro_batches: int) -> None:
         super().fit(shape, micro_batches)
         if self._shape not in (None, shape):  # the ranks exchange the shapes of activations anew
             self.deepspeed.reset_activation_shape()
@@ -157,12 +167,14 @@ class PipelineEngine(Engine):
         """As in `Engine`; zeros on all ranks but the last of the pipeline."""
         here = [_part(batch, self.columns(batch)) for batch in micro_batches]
         self.loss.start(here, z_loss_weight, weight)
+        self.known.start(here)
         self.deepspeed.train_batch(_items(here))
         return self.loss.sums
 
     def evaluate(self, batches: list[Batch]) -> float:
         batches = [_part(batch, self.columns(batch)) for batch in batches]
         self.loss.start(batches)
+        self.known.start(batches)
         self.deepspeed.reset_activation_shape()  # rows may have another length here than in training
         self.deepspeed.eval_batch(_items(batches), reduce_output=None, bcast_loss=False, num_micro_batches=len(batches))
         self.deepspeed.reset_activation_shape()

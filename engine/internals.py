@@ -32,7 +32,9 @@ class Internal(NamedTuple):
 READ_IN = {"deepspeed": "0.19.8", "torch": "2.13.0"}
 """The releases in which the list was read."""
 
-RESUME, LAYOUTS, NONFINITE = (f"tests/engine/test_{name}.py" for name in ("resume", "layouts", "nonfinite"))
+RESUME, LAYOUTS, NONFINITE, ADAPTERS = (
+    f"tests/engine/test_{name}.py" for name in ("resume", "layouts", "nonfinite", "adapters")
+)
 TRANSPLANT, FILES = "engine/checkpoint/transplant.py", "engine/checkpoint/deepspeed_files.py"
 HELD = "engine/layout/held.py"
 KEYS, WIRE, FLASH = "engine/ds_json/keys.py", "engine/reduction/wire.py", "model/block_attention.py"
@@ -69,10 +71,12 @@ INTERNALS = [
         ("_partition_layers", "deepspeed.runtime.pipe.module", "engine/layout/pipeline.py", "own bounds", LAYOUTS),
         ("_set_bounds", "deepspeed.runtime.pipe.module", "engine/layout/pipeline.py", "own bounds", LAYOUTS),
         ("stage_id", "deepspeed.runtime.pipe.module", "engine/layout/pipeline.py", "own bounds", LAYOUTS),
+        ("tied_comms", "deepspeed.runtime.pipe.module", "engine/layout/pipeline.py", "nothing to sum", ADAPTERS),
         ("_global_grad_norm", ENGINE, "engine/optimizer.py", "the norm that the engine reports", LAYOUTS),
         ("overflow", ENGINE, "engine/optimizer.py", "whether the step was skipped", NONFINITE),
         ("averaged_gradients", STAGES_1_AND_2, "engine/optimizer.py", "sums of a skipped step", NONFINITE),
         ("_foreach_mul_", "torch", "engine/optimizer.py", "clipping", LAYOUTS),
+        ("_foreach_mul_", "torch", "training/separate_adamw.py", "clipping", ADAPTERS),
         ("ds_id", "deepspeed.runtime.zero.partition_parameters", "engine/layout/tensor.py", "is partitioned", LAYOUTS),
         ("ds_id", "deepspeed.runtime.zero.partition_parameters", "engine/build.py", "is partitioned", LAYOUTS),
         # Read: states in a live engine

@@ -11,6 +11,7 @@ from engine.layout.pipeline import PipelinedLlama
 from training.muon import Muon
 from training.optimizer import Lion, parameter_groups
 from training.sections import OptimizerConfig
+from training.separate_adamw import SeparateAdamW
 
 
 class Guarded(torch.optim.Optimizer):
@@ -55,6 +56,10 @@ class GuardedMuon(Guarded, Muon):
     pass
 
 
+class GuardedSeparateAdamW(Guarded, SeparateAdamW):
+    pass
+
+
 def _gradients(parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
     return [p.grad for p in parameters if p.grad is not None]
 
@@ -77,8 +82,9 @@ def _total_norm(parameters: list[torch.nn.Parameter], groups: Groups | None) -> 
 def build_optimizer(model: torch.nn.Module, config: OptimizerConfig, ds_config: dict) -> torch.optim.Optimizer:
     """The recipe's optimizer over its decay and no-decay groups.
 
-    DeepSpeedCPUAdam where the states of AdamW are offloaded and the JSON wants it, a guarded optimizer where DeepSpeed does
-    not guard (ZeRO-0 without bf16/fp16), else torch's fused AdamW or Lion, which need no compiler at start-up.
+    DeepSpeedCPUAdam where the states of AdamW are offloaded and the JSON wants it, `SeparateAdamW` where there are adapters, a
+    guarded optimizer where DeepSpeed does not guard (ZeRO-0 without bf16/fp16), else torch's fused AdamW or Lion, which need
+    no compiler at start-up.
     """
     zero = ds_config.get("zero_optimization", {})
     unguarded = zero.get("stage", 0) == 0 and not any(ds_config.get(key, {}).get("enabled") for key in ("bf16", "fp16"))
@@ -87,6 +93,9 @@ def build_optimizer(model: torch.nn.Module, config: OptimizerConfig, ds_config: 
     if config.name == "lion":
         return GuardedLion(groups, config.max_grad_norm or 0.0, **options) if unguarded else Lion(groups, **options)
     options["eps"] = config.eps
+    if any("adapter" in group for group in groups):
+        options |= {"max_norm": config.max_grad_norm or 0.0}
+        return GuardedSeparateAdamW(groups, 0.0, **options) if unguarded else SeparateAdamW(groups, **options)
     if config.is_muon:
         options |= {"momentum": config.momentum, "normalize": config.name == "normuon"}
         return GuardedMuon(groups, config.max_grad_norm or 0.0, **options) if unguarded else Muon(groups, **options)

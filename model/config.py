@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
+from .adapter_config import AdaptersConfig
 from .hf.config import CHUNKED_PREFIX, fields_from_hf, read_hf_config
 from .visibility import Visibility
 
@@ -77,6 +78,8 @@ class ModelConfig(BaseModel):
     """Tokens of a chunk of `chunked` attention."""
     is_causal: bool = True
     """Whether a token sees no later one. A recipe's objective decides: false for `masked` and `block_diffusion`."""
+    adapters: AdaptersConfig = AdaptersConfig()
+    """Low-rank updates beside the matrices of the blocks. A recipe's section `adapters` decides."""
 
     @field_validator("rope_scaling")
     @classmethod
@@ -112,6 +115,18 @@ class ModelConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _adapters_fit(self) -> ModelConfig:
+        for name in self.adapters.names:
+            for target, shape in self._adapted_shapes().items():
+                if (rank := self.adapters.rank(name)) > min(shape):
+                    raise ValueError(f"adapters.r {rank} is above the rank {min(shape)} of {target}: use at most that")
+        if (self.adapters.last_layers or 0) > self.num_hidden_layers:
+            raise ValueError(
+                f"adapters.last_layers {self.adapters.last_layers} but there are {self.num_hidden_layers} layers"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _attention_is_whole(self) -> ModelConfig:
         if (self.attention == "chunked") != (self.chunk_size is not None):
             raise ValueError("attention: chunked and chunk_size belong together: give both or neither")
@@ -135,11 +150,20 @@ class ModelConfig(BaseModel):
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
     def num_parameters(self) -> int:
-        """Trainable parameters; a tied embedding counts once."""
+        """Of base and adapters; a tied embedding counts once."""
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         if self.position_embedding == "learned":
             embeddings += self.max_position_embeddings * self.hidden_size
-        return embeddings + self.num_hidden_layers * self._block_parameters() + self.hidden_size
+        base = embeddings + self.num_hidden_layers * self._block_parameters() + self.hidden_size
+        return base + self.num_adapter_parameters()
+
+    def num_adapter_parameters(self) -> int:
+        """Of all adapters together."""
+        return sum(self.num_parameters_of_adapter(name) for name in self.adapters.names)
+
+    def num_trained_parameters(self) -> int:
+        """Those that an optimizer has."""
+        return self.num_adapter_parameters() if self.adapters.freeze_base else self.num_parameters()
 
     def flops_per_token(self, context: float, copies: int = 1) -> float:
         """Floating-point operations of one training step (forward and backward) per token.
@@ -147,14 +171,25 @@ class ModelConfig(BaseModel):
         `context` is the length, in tokens, of the documents that attention runs over: under the causal mask a token
         sees half of it on average. `copies` of each token pass through the blocks, one through the head. Recomputation
         by activation checkpointing is not counted, as is usual for MFU (Chowdhery et al. 2022, PaLM, appendix B; there
-        the causal mask is not discounted).
+        the causal mask is not discounted). A frozen base has no gradients of weights, and below the first adapter no backward
+        pass at all; a token has one adapter.
         """
         seen = context / 2 if self.is_causal else self.visibility.pairs(context) / max(context, 1)
         if self.sliding_window is not None and self.sliding_window < context:
             seen = self.sliding_window - self.sliding_window**2 / (2 * context)
         attention = 2 * seen * self.num_attention_heads * self.head_width
-        blocks = self.num_hidden_layers * (self._block_parameters() + attention)
-        return 6.0 * (copies * blocks + self.vocab_size * self.hidden_size)
+        head, weights = self.vocab_size * self.hidden_size, self._block_parameters()
+        if self.adapters.freeze_base:
+            above = len(self.adapters.adapted_layers(self.num_hidden_layers))
+            below = self.num_hidden_layers - above
+            blocks = below * 2.0 * (weights + attention) + above * (4.0 * weights + 6.0 * attention)
+            head *= 4
+        else:
+            blocks = 6.0 * self.num_hidden_layers * (weights + attention)
+            head *= 6
+        if names := self.adapters.names:
+            blocks += 6.0 * max(self.num_parameters_of_adapter(name) for name in names)
+        return copies * blocks + head
 
     def _block_parameters(self) -> int:
         d, q, kv, f = (
@@ -166,6 +201,19 @@ class ModelConfig(BaseModel):
         weights = d * q + 2 * d * kv + q * d + 3 * d * f + 2 * d
         biases = self.attention_bias * (q + 2 * kv + d) + self.mlp_bias * (2 * f + d)
         return weights + biases + self.qk_norm * 2 * self.head_width
+
+    def _adapted_shapes(self) -> dict[str, tuple[int, int]]:
+        """Inputs and outputs of the linear maps that have adapters."""
+        d, f, width = self.hidden_size, self.intermediate_size, self.head_width
+        heads, kv = self.num_attention_heads * width, self.kv_heads * width
+        shapes = {"q_proj": (d, heads), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (heads, d)}
+        shapes |= {"gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d)}
+        return {name: shapes[name] for name in self.adapters.target_modules}
+
+    def num_parameters_of_adapter(self, name: str) -> int:
+        """Of the adapter with this name."""
+        of_block = self.adapters.rank(name) * sum(map(sum, self._adapted_shapes().values()))
+        return of_block * len(self.adapters.adapted_layers(self.num_hidden_layers))
 
     @classmethod
     def from_hf(cls, source: str | Path | dict[str, Any]) -> ModelConfig:
@@ -210,7 +258,7 @@ class ModelConfig(BaseModel):
         rope = {"rope_theta": self.rope_theta, "rope_type": "default", **(self.rope_scaling or {})}
         if rope["rope_type"] in ROPE_EXTENDS_ORIGINAL:
             rope.setdefault("original_max_position_embeddings", self.max_position_embeddings)
-        ours = {"qk_norm", "sliding_window", "rope_scaling", "position_embedding"}
+        ours = {"qk_norm", "sliding_window", "rope_scaling", "position_embedding", "adapters"}
         of_masked = {"attention", "chunk_size", "is_causal"}
         fields = self.model_dump(exclude=ours | of_masked)
         if not self.is_causal:

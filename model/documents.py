@@ -52,6 +52,8 @@ class Documents:
     """The same of block_attention.py."""
     exchange: Any = field(default=None, repr=False)
     """The same of whoever fetches keys from other devices."""
+    routing: Tensor | None = None
+    """int64 [B]: the adapter of each row; None: the base computes alone."""
 
     @classmethod
     def from_position_ids(cls, position_ids: Tensor, device: torch.device | None = None, copies: int = 1) -> Documents:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,10 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .adapter_config import AdaptersConfig
+from .adapters import adapted
 from .attention import KeyValueCache, attend, attend_cached
 from .config import ModelConfig
 from .documents import Documents
-from .loss import linear_cross_entropy
+from .loss import linear_cross_entropy, reported_sums
 from .norm import rms_norm
 from .positions import POSITION_LAYERS
 from .rope import rotary_tables, rotate
@@ -68,11 +70,11 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = RMSNorm(d, config.rms_norm_eps), RMSNorm(d, config.rms_norm_eps)
 
     def forward(self, x: Tensor, documents: Documents, cache: KeyValueCache | None = None) -> Tensor:
-        projected = self.multiply(x, self.q_proj, self.k_proj, self.v_proj)
+        projected = self.multiply(x, documents, self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (each.unflatten(-1, (-1, self.config.head_width)) for each in projected)  # the heads that are here
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        return self.o_proj(self._mix(q, k, v, documents, cache).flatten(2))
+        return self.o_proj(self._mix(q, k, v, documents, cache).flatten(2), documents)
 
     @torch.compiler.disable  # the number of documents and their lengths change with every batch
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, cache: KeyValueCache | None) -> Tensor:
@@ -99,9 +101,9 @@ class FeedForward(nn.Module):
             inner, width, bias, std / math.sqrt(2 * config.num_hidden_layers), seed, "mlp.down_proj"
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.multiply(x, self.gate_proj, self.up_proj)
-        return self.down_proj(F.silu(gate) * up)
+    def forward(self, x: Tensor, documents: Documents) -> Tensor:
+        gate, up = self.multiply(x, documents, self.gate_proj, self.up_proj)
+        return self.down_proj(F.silu(gate) * up, documents)
 
 
 class Block(nn.Module):
@@ -116,11 +118,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, documents: Documents, cache: KeyValueCache | None = None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), documents, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        return x + self.mlp(self.post_attention_layernorm(x), documents)
 
 
 class Head(nn.Module):
-    """Output projection: [B, T, D] -> logits [B, T, V], or with targets the two sums of `linear_cross_entropy`.
+    """Output projection: [B, T, D] -> logits [B, T, V], or with targets objective and `reported_sums` of the loss.
 
     The loss is inside this module's forward so that ZeRO-3, which gathers a module's parameters around its forward,
     has the weight in place. A tied head owns no weight: it is given the embedding's.
@@ -130,6 +132,7 @@ class Head(nn.Module):
 
     def __init__(self, config: ModelConfig, seed: Seed) -> None:
         super().__init__()
+        self.adapters = len(config.adapters.names)
         if config.tie_word_embeddings:
             self.register_parameter("weight", None)
         else:
@@ -146,7 +149,8 @@ class Head(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         if targets is None:
             return F.linear(x, self.weight)
-        return linear_cross_entropy(x, self.weight, targets, z_loss_weight, target_weights=target_weights)
+        objective, losses = linear_cross_entropy(x, self.weight, targets, z_loss_weight, target_weights=target_weights)
+        return objective, reported_sums(losses, target_weights, documents.routing if documents else None, self.adapters)
 
 
 @dataclass(frozen=True)
@@ -160,11 +164,15 @@ class Layer:
     seeded: bool = True
     tied_to: str | None = None
     """Name of the layer whose `weight` this one uses."""
+    frozen: bool = False
+    """Whether nothing of it is trained but its adapters."""
+    adapters: AdaptersConfig | None = None
 
     def build(self, seed: int) -> nn.Module:
-        """The layer with its initial weights, which depend on nothing but (seed, index)."""
+        """The layer with its initial weights, which depend on nothing but (seed, index), and on an adapter's name."""
         extra = {"seed": Seed(seed, self.index)} if self.seeded else {}
-        return self.cls(**self.kwargs, **extra)
+        layer = self.cls(**self.kwargs, **extra).requires_grad_(not self.frozen)
+        return adapted(layer, self.adapters, Seed(seed, self.index))
 
 
 def layer_plan(config: ModelConfig) -> list[Layer]:
@@ -183,7 +191,8 @@ def layer_plan(config: ModelConfig) -> list[Layer]:
     plan.append(Layer(len(plan), "norm", RMSNorm, norm, seeded=False))
     tied_to = "embed_tokens" if config.tie_word_embeddings else None
     plan.append(Layer(len(plan), "lm_head", Head, of_config, tied_to=tied_to))
-    return plan
+    of_blocks = {f"layers.{i}": config.adapters for i in config.adapters.adapted_layers(config.num_hidden_layers)}
+    return [replace(each, frozen=config.adapters.freeze_base, adapters=of_blocks.get(each.name)) for each in plan]
 
 
 class Llama(nn.Module):
@@ -220,20 +229,21 @@ class Llama(nn.Module):
         columns: slice | Tensor = slice(None),
         target_weights: Tensor | None = None,
         copies: int = 1,
+        adapters: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits [B, T, V]; with `targets` [B, T] the two sums of `linear_cross_entropy`: objective, cross-entropy.
+        """Logits [B, T, V]; with `targets` [B, T] the objective of `linear_cross_entropy`, and `reported_sums` [1 + N].
 
         `input_ids` int64 [B, T]. `position_ids` int64 [B, T] restart at 0 where a document starts (default: every row
         is one document); they may stay on the CPU, which saves a synchronisation. `columns`: the part of every row that
         `input_ids` and `targets` are, where devices share rows; `position_ids` are those of whole rows. `target_weights`
-        [B, T]: what each target counts. `copies` 2: the first half of every row is a noised copy of the second.
-        """
+        [B, T]: what each target counts. `copies` 2: the first half of every row is a noised copy of the second. `adapters`
+        int64 [B]: places of the rows' adapters in the model's names; without, the base computes alone."""
         if position_ids is None:
             documents = Documents.whole_rows(len(input_ids), input_ids.shape[1], input_ids.device)
         else:
             documents = Documents.from_position_ids(position_ids, input_ids.device, copies).part(columns)
-        x = self.hidden_states(input_ids, documents)
-        return self.lm_head(x, documents, targets, z_loss_weight, target_weights)
+        documents.routing = adapters
+        return self.lm_head(self.hidden_states(input_ids, documents), documents, targets, z_loss_weight, target_weights)
 
     def embed(self, input_ids: Tensor, documents: Documents) -> Tensor:
         """What the first block sees, [B, T, D], for the tokens `input_ids` [B, T] of `documents`."""

@@ -40,34 +40,37 @@ def linear_cross_entropy(
     Args: `x` [..., D]; `weight` [V, D]; `targets` int64 [...], `IGNORED` where a token does not count; `target_weights`
     [...], by which a token's terms are multiplied (default 1). With weights, which come with objectives that leave many
     tokens out, only the counted tokens are multiplied with `weight`.
-    Returns two scalars (float32, or float64 for float64 inputs), sums over the counted tokens: the objective,
-    which is cross-entropy + z_loss_weight * logsumexp(logits)^2 (Chowdhery et al. 2022, section 5) and carries the
-    gradient, and the cross-entropy alone, in nats, which carries none. With `part` every process gets the sums over the
-    whole vocabulary, the gradient of its rows of `weight`, and its share of the gradient of `x`, to be summed over all.
+    Returns, in float32 (or float64 for float64 inputs), the objective, which is the weighted sum over the counted tokens of
+    cross-entropy + z_loss_weight * logsumexp(logits)^2 (Chowdhery et al. 2022, section 5) and carries the gradient, and the
+    cross-entropy of each token in nats, shape of `targets`, 0 where it does not count, which carries none. With `part` every
+    process gets those of the whole vocabulary, the gradient of its rows of `weight`, and its share of the gradient of `x`, to
+    be summed over all.
 
     The gradients are made in the forward pass while a chunk's logits exist (they are linear in the incoming gradient),
     so backward recomputes nothing; the gradient of `weight` is summed in float32. Under `no_grad` none is made.
     """
     make_gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     flat, flat_targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
+    counted = None
     if target_weights is not None:
         counted = (flat_targets != IGNORED).nonzero().squeeze(1)
         flat, flat_targets, target_weights = flat[counted], flat_targets[counted], target_weights.reshape(-1)[counted]
     problem = flat, weight, flat_targets, target_weights
-    return _LinearCrossEntropy.apply(*problem, z_loss_weight, chunk_tokens, part, make_gradients)
+    objective, losses = _LinearCrossEntropy.apply(*problem, z_loss_weight, chunk_tokens, part, make_gradients)
+    if counted is not None:
+        losses = losses.new_zeros(targets.numel()).index_copy(0, counted, losses)
+    return objective, losses.view(targets.shape)
 
 
-@torch.no_grad()
-def token_losses(x: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int = CHUNK_TOKENS) -> Tensor:
-    """Cross-entropy of each token in nats, shape of `targets`, 0 where it is `IGNORED`; as `linear_cross_entropy`."""
-    flat, flat_targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    losses = torch.empty(flat_targets.shape, dtype=wide, device=x.device)
-    for start in range(0, len(flat), chunk_tokens):
-        rows = slice(start, start + chunk_tokens)
-        logits = (flat[rows] @ weight.T).to(wide)
-        losses[rows] = F.cross_entropy(logits, flat_targets[rows], ignore_index=IGNORED, reduction="none")
-    return losses.view(targets.shape)
+def reported_sums(losses: Tensor, target_weights: Tensor | None, routing: Tensor | None, adapters: int) -> Tensor:
+    """What is known of the losses [B, T] of tokens: their sum, weighted if the objective weighs, then those of the rows of each
+    adapter (`routing` int64 [B]: which), unweighted. Float64 [1 + adapters].
+    """
+    if routing is None:
+        whole = losses if target_weights is None else losses * target_weights
+        return F.pad(whole.sum(dtype=torch.float64)[None], (0, adapters))
+    of_rows = losses.flatten(1).sum(1, dtype=torch.float64)
+    return torch.cat([of_rows.sum()[None], of_rows.new_zeros(adapters).index_add(0, routing, of_rows)])
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -84,7 +87,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         make_gradients: bool,
     ) -> tuple[Tensor, Tensor]:
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        objective, cross_entropy = torch.zeros(2, dtype=wide, device=x.device).unbind()
+        objective, losses = x.new_zeros((), dtype=wide), x.new_empty(len(x), dtype=wide)
         want_x, want_weight = (make_gradients and need for need in ctx.needs_input_grad[:2])
         grad_x = torch.empty_like(x) if want_x else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if want_weight and not len(x) else None
@@ -95,8 +98,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for piece in _softmax_pieces(len(logits), x.is_cuda or part is not None):
                 problem = logits[piece], targets[rows][piece], None if scale is None else scale[piece]
                 nll, z = _softmax(*problem, wide, z_loss_weight, part, make_gradients)
-                cross_entropy += nll
-                objective += nll + z_loss_weight * z
+                losses[rows][piece] = nll
+                terms = nll + z_loss_weight * z
+                objective += (terms if problem[2] is None else terms * problem[2]).sum()
             if grad_x is not None:
                 grad_x[rows] = logits @ weight
             if want_weight:
@@ -104,8 +108,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_weight = of_chunk.to(wide) if grad_weight is None else grad_weight.add_(of_chunk)
         ctx.weight_dtype = weight.dtype
         ctx.save_for_backward(grad_x, grad_weight)
-        ctx.mark_non_differentiable(cross_entropy)
-        return objective, cross_entropy
+        ctx.mark_non_differentiable(losses)
+        return objective, losses
 
     @staticmethod
     def backward(ctx: Any, grad_objective: Tensor, _: Any) -> tuple[Tensor | None, ...]:
@@ -136,7 +140,7 @@ def _softmax(
     part: VocabularyPart | None,
     make_gradients: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Weighted sums of cross-entropy and of logsumexp^2 over the counted rows of `logits` [C, V].
+    """Cross-entropy and logsumexp^2 of the rows of `logits` [C, V], 0 where they are not counted.
 
     With `make_gradients` d objective / d logits takes the place of the logits.
     """
@@ -153,12 +157,10 @@ def _softmax(
         whole_log_z = parts[:, 0].logsumexp(0).unsqueeze(1)
         log_p += log_z - whole_log_z
         log_p_target, log_z = parts[:, 1].sum(0).unsqueeze(1) - whole_log_z, whole_log_z
-    scale = counted.to(wide) if target_weights is None else target_weights.where(counted, 0)
-    nll = -(log_p_target.squeeze(1).where(counted, 0) * scale).sum()
-    z = (log_z.squeeze(1).square() * scale).sum()
+    nll, z = -log_p_target.squeeze(1).where(counted, 0), log_z.squeeze(1).square().where(counted, 0)
     if not make_gradients:
         return nll, z
-    scale = scale.unsqueeze(1)
+    scale = (counted.to(wide) if target_weights is None else target_weights.where(counted, 0)).unsqueeze(1)
     row_scale = scale * (1 + 2 * z_loss_weight * log_z)
     grad_at_target = log_p_target.exp() * row_scale - scale
     grad = torch.mul(log_p.exp_(), row_scale, out=logits)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .documents import Documents
 
 
 @dataclass(frozen=True)
@@ -19,18 +23,25 @@ class Seed:
     @torch.no_grad()
     def normal_(self, parameter: Tensor, name: str, std: float) -> None:
         """Fill with N(0, std^2), drawn in float32 on the CPU whatever the parameter's dtype, device or the defaults."""
-        if parameter.is_meta:
-            return
+        if not parameter.is_meta:
+            # torch.normal is not among the constructors that zero.Init replaces
+            parameter.copy_(torch.normal(0.0, std, tuple(parameter.shape), **self._drawn(name)))
+
+    @torch.no_grad()
+    def uniform_(self, parameter: Tensor, name: str, bound: float) -> None:
+        """Fill with numbers between -bound and bound, drawn likewise."""
+        if not parameter.is_meta:
+            parameter.copy_((torch.rand(tuple(parameter.shape), **self._drawn(name)) * 2 - 1) * bound)
+
+    def _drawn(self, name: str) -> dict[str, Any]:
         digest = hashlib.blake2b(f"{self.run}/{self.layer}/{name}".encode(), digest_size=8).digest()
         generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
-        # torch.normal is not among the constructors that zero.Init replaces
-        shape = tuple(parameter.shape)
-        parameter.copy_(torch.normal(0.0, std, shape, generator=generator, dtype=torch.float32, device="cpu"))
+        return {"generator": generator, "dtype": torch.float32, "device": "cpu"}
 
 
-def multiply(x: Tensor, *maps: nn.Module) -> tuple[Tensor, ...]:
+def multiply(x: Tensor, documents: Documents | None, *maps: nn.Module) -> tuple[Tensor, ...]:
     """What linear maps make of the same activations [B, T, D]; tensor parallelism puts an exchange between ranks before it."""
-    return tuple(each(x) for each in maps)
+    return tuple(each(x, documents) for each in maps)
 
 
 class Linear(nn.Linear):
@@ -44,3 +55,6 @@ class Linear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Left to the constructor, which knows the seed."""
+
+    def forward(self, x: Tensor, documents: Documents | None = None) -> Tensor:
+        return F.linear(x, self.weight, self.bias)

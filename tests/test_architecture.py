@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "launch": ("console",),
     "model": (),
     "data_prep": ("console", "storage"),
-    "training": ("model.config", "model.hf.config", "model.visibility", "storage"),
+    "training": ("model.adapter_config", "model.config", "model.hf.config", "model.visibility", "storage"),
     "engine": ("launch", "model", "training", "storage", "data_prep.foresee"),
 }
 ENGINE_MAY_IMPORT = {

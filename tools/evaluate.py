@@ -31,7 +31,8 @@ def main() -> None:
     from tools.evaluation.analyses import evaluated, masks
     from tools.trained import open_trained
 
-    trained = open_trained(arguments.source, arguments.step, arguments.device, arguments.dtype)
+    how = arguments.device, arguments.dtype, arguments.adapter
+    trained = open_trained(arguments.source, arguments.step, *how)
     dataset = open_split(Path(arguments.data), arguments.split)
     theirs = open_tokenizer(Path(arguments.data) / dataset.manifest.tokenizer.file)
     if trained.tokenizer.identity != theirs.identity:

@@ -1,15 +1,17 @@
 """A run as a folder that any `transformers` user can load: weights, config, tokenizer, model card.
 
-    python -m tools.export RUN [--step N] --output HF_DIR
+    python -m tools.export RUN [--step N] [--adapters separate|merged:NAME] --output HF_DIR
 
 Weights are read from the checkpoint of whatever ZeRO stage one parameter at a time and written as sharded safetensors,
-so memory is bounded by one shard. The folder appears when it is complete.
+so memory is bounded by one shard. The folder appears when it is complete. Of a run with adapters, `--adapters separate` makes
+a folder of PEFT's for each; `merged:NAME`, or `merged:NAME=SHARE,NAME=SHARE`, an ordinary model in which they are added to the
+matrices.
 """
 
+import contextlib
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from string import Template
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,13 +19,13 @@ import numpy as np
 from console.command import CommandParser, run_command
 from console.progress import Progress, say
 from data_prep.tokenizer import open_tokenizer
+from model.adapter_config import AdaptersConfig
 from model.config import ModelConfig
 from storage.atomic import publish, write_atomically
 from storage.manifest import TokenizerInfo
 from storage.shards import open_split
-from tools.model_flags import DTYPES
-from training.metrics import METRICS_FILE
-from training.records import read_records
+from tools import model_card
+from tools.model_flags import DTYPES, adapter_shares
 
 if TYPE_CHECKING:
     import torch
@@ -31,65 +33,6 @@ if TYPE_CHECKING:
     from engine.checkpoint.manifest import CheckpointManifest
     from tools.hf_tokenizer import Written
 
-CARD = Template("""---
-library_name: transformers
-pipeline_tag: $task
-tags: [llama, deepspeed, longform]
----
-
-# $name
-
-A $architecture with $parameters parameters, trained with DeepSpeed for $steps optimizer steps on $tokens tokens.
-
-$usage
-$beginning Rows held $seq_length tokens; attention did not cross document boundaries.
-
-## Data
-
-Fingerprint `$fingerprint`
-
-| source | documents | bytes of text | tokens | tokens a row |
-|---|---|---|---|---|
-$sources
-
-## Validation
-
-$validation
-
-## Run
-
-| | |
-|---|---|
-| seed | $seed |
-| optimizer | $optimizer, peak learning rate $lr, weight decay $weight_decay |
-| checkpoint | `$checkpoint`, written $created |
-| git commit | $commit |
-| versions | $versions |
-""")
-NEXT_TOKEN = Template("""```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("$folder"$trust)
-model = AutoModelForCausalLM.from_pretrained("$folder")
-```
-""")
-MASKED = Template("""```python
-from transformers import AutoModelForMaskedLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("$folder", trust_remote_code=True)
-model = AutoModelForMaskedLM.from_pretrained("$folder", trust_remote_code=True)
-text = f"To be, or {tokenizer.mask_token} to be"
-inputs = tokenizer(text, return_tensors="pt")
-logits = model(**inputs).logits  # at each token those of the token itself, not of the next one
-```
-
-It was trained to predict $share, replaced by the mask token (id $mask_id), from $context.
-`modeling_longform.py` in this folder is the code that `trust_remote_code` runs; $without_it. To let the model
-write a text: `python -m tools.generate $folder --prompt "..."`, a command of the repository that trained it.
-""")
-BEGINNING = "Every document of the training began with the BOS token, which the tokenizer adds by itself."
-NOT_ADDED = "Every document of the training began with the BOS token, which the tokenizer leaves to you (`tokenizer.bos_token`)."
-TRUST = ", trust_remote_code=True"
 SAMPLE_ROWS = 8
 """Of the training data, by which the tokenizer is checked."""
 
@@ -101,6 +44,9 @@ def main() -> None:
     parser.add_argument("--step", type=int, help="checkpoint to take (default: the newest good one)")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="bfloat16", help="precision of the weights (default: bfloat16)"
+    )
+    parser.add_argument(
+        "--adapters", metavar="HOW", help="of a run with adapters: separate, merged:NAME or merged:NAME=SHARE,..."
     )
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="size of a weights file at most (default: 5.0)")
     arguments = parser.parse_args()
@@ -114,8 +60,30 @@ def main() -> None:
     from engine.checkpoint.folder import find
 
     checkpoint, manifest = find(run, arguments.step)
-    export(run, checkpoint, manifest, output, getattr(torch, arguments.dtype), int(arguments.max_shard_gb * 1e9))
+    shares = shares_to_merge(arguments.adapters, manifest)
+    dtype, max_shard_bytes = getattr(torch, arguments.dtype), int(arguments.max_shard_gb * 1e9)
+    if arguments.adapters == "separate":
+        export_adapters(run, checkpoint, manifest, output, dtype, max_shard_bytes)
+    else:
+        export(run, checkpoint, manifest, output, dtype, max_shard_bytes, shares)
     print(f"{checkpoint} exported to {output}")
+
+
+def shares_to_merge(how: str | None, manifest: "CheckpointManifest") -> dict[str, float]:
+    """Of `--adapters merged:...`: the share of each adapter that is named. Raises ValueError where `how` does not fit the run."""
+    names = ModelConfig.model_validate(manifest.recipe["model"]).adapters.names
+    if not names:
+        if how is not None:
+            raise ValueError(f"--adapters {how}: this run has no adapters: leave it out")
+        return {}
+    ways = f"separate, merged:{names[0]}" + f" or merged:{names[0]}=0.5,{names[1]}=0.5" * (len(names) > 1)
+    if how == "separate":
+        return {}
+    if how is None or not how.startswith("merged:"):
+        raise ValueError(
+            f"this run has the adapters {', '.join(names)}: say with --adapters what to make of them: {ways}"
+        )
+    return adapter_shares("--adapters", how.removeprefix("merged:"), names)
 
 
 def export(
@@ -125,46 +93,111 @@ def export(
     output: Path,
     dtype: "torch.dtype",
     max_shard_bytes: int,
+    shares: Mapping[str, float] | None = None,
 ) -> None:
-    """Write the Hugging Face folder beside `output` and rename it when it is complete."""
-    from engine.checkpoint.deepspeed_files import read_weights
-    from model.hf.weights import save_hf
-    from tools.hf_tokenizer import write_hf_tokenizer
-    from tools.trained import objective_of
-    from training.objective import mask_token_id
+    """Write the Hugging Face folder beside `output` and rename it when it is complete. `shares`: of adapters to merge."""
+    with _finished(output) as partial:
+        written = _write_model(run, checkpoint, manifest, partial, dtype, max_shard_bytes, shares or {})
+        config, _ = exported_config(manifest)
+        write_atomically(
+            partial / "README.md", model_card.card(run, checkpoint, manifest, config, output, written, shares).encode()
+        )
 
-    config, context = exported_config(manifest)
-    info = TokenizerInfo.model_validate(manifest.data["tokenizer"])
+
+def export_adapters(
+    run: Path,
+    checkpoint: Path,
+    manifest: "CheckpointManifest",
+    output: Path,
+    dtype: "torch.dtype",
+    max_shard_bytes: int,
+) -> None:
+    """Write a folder of PEFT's for each adapter, and one of the base where that is no Hugging Face folder already."""
+    from engine.run.whole_weights import read_adapters
+    from model.hf.peft import save_peft
+
+    config = ModelConfig.model_validate(manifest.recipe["model"])
+    base = manifest.recipe["training"].get("initial_weights")
+    with _finished(output) as partial:
+        if config.adapters.train_base or base is None or not (Path(base) / "config.json").is_file():
+            _write_model(run, checkpoint, manifest, partial / "base", dtype, max_shard_bytes, {})
+            base = output / "base"
+        place = str(Path(base).resolve())
+        state = read_adapters(checkpoint, manifest)
+        for name in config.adapters.names:
+            save_peft(config, name, state, partial / name, place, manifest.base, dtype)
+        names = "\n".join(f"- `{name}`" for name in config.adapters.names)
+        text = model_card.ADAPTERS.substitute(
+            name=output.name,
+            folder=output.name,
+            base=place,
+            first=config.adapters.names[0],
+            names=names,
+            steps=f"{manifest.state.step:,}",
+            validation=model_card.validation_table(run, manifest.state.step),
+        )
+        write_atomically(partial / "README.md", text.encode())
+
+
+@contextlib.contextmanager
+def _finished(output: Path) -> Iterator[Path]:
+    """A folder to fill, which gets the name `output` when the context ends, or vanishes with an error."""
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
-        ids = {f"{kind}_token_id": getattr(info, f"{kind}_id") for kind in ("bos", "eos", "pad")}
-        objective, mask_id = None, None
-        if not config.is_causal:
-            objective, mask_id = objective_of(manifest).resolved(), mask_token_id(info, config)
-            ids["mask_token_id"] = mask_id
-        with Progress("writing weights", config.num_parameters() * dtype.itemsize) as progress:
-            weights = counted(read_weights(checkpoint, manifest), dtype.itemsize, progress)
-            save_hf(config, weights, partial, dtype, max_shard_bytes, ids, objective)
-        texts = training_texts(manifest, run / info.file)
-        written = write_hf_tokenizer(info, run / info.file, partial, context, texts, mask_id, config.vocab_size)
-        if written.notice:
-            say(written.notice)
-        write_atomically(partial / "README.md", card(run, checkpoint, manifest, config, output, written).encode())
+        yield partial
         publish(partial, output)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
+def _write_model(
+    run: Path,
+    checkpoint: Path,
+    manifest: "CheckpointManifest",
+    partial: Path,
+    dtype: "torch.dtype",
+    max_shard_bytes: int,
+    shares: Mapping[str, float],
+) -> "Written":
+    from engine.run.whole_weights import read_adapters, read_base
+    from model.hf.weights import save_hf
+    from model.merging import merged
+    from tools.hf_tokenizer import write_hf_tokenizer
+    from tools.trained import objective_of
+    from training.objective import mask_token_id
+
+    config, context = exported_config(manifest)
+    info = TokenizerInfo.model_validate(manifest.data["tokenizer"])
+    ids = {f"{kind}_token_id": getattr(info, f"{kind}_id") for kind in ("bos", "eos", "pad")}
+    objective, mask_id = None, None
+    if not config.is_causal:
+        objective, mask_id = objective_of(manifest).resolved(), mask_token_id(info, config)
+        ids["mask_token_id"] = mask_id
+    weights = read_base(checkpoint, manifest)
+    if shares:
+        adapters = ModelConfig.model_validate(manifest.recipe["model"]).adapters
+        weights = merged(weights, adapters, read_adapters(checkpoint, manifest), shares)
+    with Progress("writing weights", config.num_parameters() * dtype.itemsize) as progress:
+        save_hf(config, counted(weights, dtype.itemsize, progress), partial, dtype, max_shard_bytes, ids, objective)
+    texts = training_texts(manifest, run / info.file)
+    written = write_hf_tokenizer(info, run / info.file, partial, context, texts, mask_id, config.vocab_size)
+    if written.notice:
+        say(written.notice)
+    return written
+
+
 def exported_config(manifest: "CheckpointManifest") -> tuple[ModelConfig, int]:
-    """The model's config, which promises no longer texts than were trained on, and the tokens of the longest of these.
+    """The model's config without adapters, and the tokens of the longest texts that were trained on, beyond which it promises
+    nothing.
 
     Where the positions were made for more than this run's rows, by a scaling or by the weights that it began with, the
     recipe's length stays, and the difference is said.
     """
-    config = ModelConfig.model_validate(manifest.recipe["model"])
+    whole = ModelConfig.model_validate(manifest.recipe["model"])
+    config = whole.model_copy(update={"adapters": AdaptersConfig()})
     stages = manifest.data.get("stages", [manifest.data])
     reached = [stage for stage in stages if stage.get("first_step", 1) <= manifest.state.step] or stages[:1]
     rows, promised = max(stage["seq_length"] for stage in reached), config.max_position_embeddings
@@ -197,84 +230,6 @@ def counted(
     for name, tensor in weights:
         yield name, tensor
         progress.advance(tensor.numel() * item_bytes)
-
-
-def card(
-    run: Path, checkpoint: Path, manifest: "CheckpointManifest", config: ModelConfig, output: Path, tokenizer: "Written"
-) -> str:
-    """The model card: what the model is, what it saw, how well it predicts, and what made it."""
-    data, recipe, state = manifest.data, manifest.recipe, manifest.state
-    trained = [stage for stage in data.get("stages", [data]) if stage.get("first_step", 1) <= state.step]
-    sets = list({stage["fingerprint"]: stage for stage in trained}.values())
-    rows = [
-        f"| {name} | {source['documents']:,} | {source['bytes']:,} | {source['tokens']:,} | {part['seq_length']:,} |"
-        for part in sets
-        for name, source in part["sources"].items()
-    ]
-    return CARD.substitute(
-        name=output.name,
-        task="text-generation" if config.is_causal else "fill-mask",
-        usage=_usage(manifest, config, output.name, tokenizer),
-        architecture=config.to_hf()["architectures"][0],
-        parameters=f"{config.num_parameters():,}",
-        steps=f"{state.step:,}",
-        tokens=f"{state.consumed_tokens:,}",
-        beginning=(BEGINNING if tokenizer.adds_bos else NOT_ADDED)
-        if data["tokenizer"]["bos_id"] is not None
-        else "Documents have no BOS token.",
-        seq_length=", then ".join(f"{part['seq_length']:,}" for part in sets),
-        fingerprint="`, then `".join(part["fingerprint"] for part in sets),
-        sources="\n".join(rows),
-        validation=_validation(run, state.step),
-        seed=state.seed,
-        optimizer={"adamw": "AdamW", "lion": "Lion", "muon": "Muon", "normuon": "NorMuon"}[recipe["optimizer"]["name"]],
-        lr=recipe["optimizer"]["lr"],
-        weight_decay=recipe["optimizer"]["weight_decay"],
-        checkpoint=checkpoint.name,
-        created=manifest.created,
-        commit=(manifest.environment.get("git") or {}).get("commit", "unknown"),
-        versions=", ".join(
-            f"{name} {version}" for name, version in manifest.environment["packages"].items() if version
-        ),
-    )
-
-
-def _usage(manifest: "CheckpointManifest", config: ModelConfig, folder: str, tokenizer: "Written") -> str:
-    from tools.trained import objective_of
-    from training.objective import mask_token_id
-
-    if config.is_causal:
-        return NEXT_TOKEN.substitute(folder=folder, trust=TRUST if tokenizer.own_code else "")
-    objective = objective_of(manifest)
-    low, high = objective.ratios
-    share = f"a share of the tokens drawn from [{low:g}, {high:g}]" if objective.drawn else f"{high:.0%} of the tokens"
-    context = "all other tokens of their document"
-    without_it = "`AutoModelForCausalLM` of transformers 5.2 or newer gives the same logits without it"
-    if config.chunk_size is not None:
-        context = f"their own chunk of {config.chunk_size} tokens and all earlier ones of their document"
-        without_it = "nothing in transformers computes the same"
-    return MASKED.substitute(
-        folder=folder,
-        share=share,
-        mask_id=mask_token_id(TokenizerInfo.model_validate(manifest.data["tokenizer"]), config),
-        context=context,
-        without_it=without_it,
-    )
-
-
-def _validation(run: Path, step: int) -> str:
-    metrics = run / METRICS_FILE
-    records = [
-        r for r in (read_records(metrics) if metrics.exists() else []) if "validation" in r and r["step"] <= step
-    ]
-    if not records:
-        return "None was made during the run."
-    rows = [
-        f"| {name} | {records[-1]['step']} | {s['loss']:.4f} | "
-        + (f"{s['bits_per_byte']:.4f} |" if "bits_per_byte" in s else "|")
-        for name, s in records[-1]["validation"].items()
-    ]
-    return "\n".join(["| set | step | loss (nats per token) | bits per byte |", "|---|---|---|---|", *rows])
 
 
 if __name__ == "__main__":

@@ -44,7 +44,8 @@ def main() -> None:
 
     from tools.trained import open_trained
 
-    trained = open_trained(arguments.source, arguments.step, arguments.device, arguments.dtype)
+    how = arguments.device, arguments.dtype, arguments.adapter
+    trained = open_trained(arguments.source, arguments.step, *how)
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     begin = [] if trained.tokenizer.bos_id is None else [trained.tokenizer.bos_id]
     ids = [*begin, *trained.tokenizer.encode_batch([prompt])[0].tolist()]

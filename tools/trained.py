@@ -1,6 +1,7 @@
 """Open what training made: a run's checkpoint in any ZeRO stage, or an exported Hugging Face folder."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,12 +9,15 @@ import torch
 from pydantic import ValidationError
 
 from data_prep.tokenizer import Tokenizer, open_tokenizer
-from engine.checkpoint.deepspeed_files import read_weights
 from engine.checkpoint.folder import find
 from engine.checkpoint.manifest import CheckpointManifest
+from engine.run.whole_weights import read_adapters, read_base
+from model.adapter_config import AdaptersConfig
 from model.config import ModelConfig
 from model.hf.weights import load_model
 from model.llama import Llama
+from model.merging import merged
+from tools.model_flags import adapter_shares
 from training.objective import mask_token_id
 from training.sections import ObjectiveConfig
 
@@ -37,11 +41,12 @@ class Trained(NamedTuple):
         return mask_token_id(self.tokenizer.info(""), self.model.config)
 
 
-def open_trained(source: str, step: int | None, device: str | None, dtype: str) -> Trained:
+def open_trained(source: str, step: int | None, device: str | None, dtype: str, adapter: str | None = None) -> Trained:
     """A model in evaluation mode and the tokenizer it was trained with.
 
     `source`: a run's folder (`step`: which checkpoint, the newest good one by default) or a Hugging Face folder. `device`
-    None: the GPU where there is one. `dtype`: torch's name.
+    None: the GPU where there is one. `dtype`: torch's name. `adapter`: of a run with adapters, which are to be part of the
+    model's matrices (see `tools.model_flags`), or "base" for none.
     Raises ValueError when it is neither, or damaged, or when this machine has no such device.
     """
     folder, device = Path(source), device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -52,14 +57,15 @@ def open_trained(source: str, step: int | None, device: str | None, dtype: str) 
     if (folder / "config.json").is_file():
         if step is not None:
             raise ValueError(f"--step {step} has no meaning for the exported model {folder}")
+        if adapter is not None:
+            raise ValueError(f"--adapter {adapter} has no meaning for the exported model {folder}")
         model, tokenizer, name = load_model(folder, getattr(torch, dtype), device), open_tokenizer(folder), folder.name
         checkpoint_name, objective = None, remembered_objective(folder / "config.json", model.config)
     else:
         checkpoint, manifest = find(folder, step)
-        model, name = (
-            load_checkpoint(checkpoint, manifest, getattr(torch, dtype), device),
-            f"{folder.name}/{checkpoint.name}",
-        )
+        shares = shares_of(adapter, manifest)
+        model = load_checkpoint(checkpoint, manifest, getattr(torch, dtype), device, shares)
+        name = f"{folder.name}/{checkpoint.name}" + f" {adapter}" * (adapter is not None)
         checkpoint_name, objective = checkpoint.name, objective_of(manifest)
         tokenizer = open_tokenizer(folder / manifest.data["tokenizer"]["file"])
     return Trained(model.eval(), tokenizer, name, checkpoint_name, objective)
@@ -81,17 +87,32 @@ def remembered_objective(file: Path, config: ModelConfig) -> ObjectiveConfig | N
         raise ValueError(f"{file}: objective: {error.errors()[0]['msg']}") from None
 
 
-def load_checkpoint(folder: Path, manifest: CheckpointManifest, dtype: torch.dtype, device: str) -> Llama:
-    """The weights of a checkpoint in one plain model, a parameter at a time."""
-    config = ModelConfig.model_validate(manifest.recipe["model"])
+def shares_of(adapter: str | None, manifest: CheckpointManifest) -> dict[str, float]:
+    """How much of each of a run's adapters `--adapter` asks for. Raises ValueError where the run has other adapters, or none."""
+    names = ModelConfig.model_validate(manifest.recipe["model"]).adapters.names
+    if adapter is None and names:
+        raise ValueError(f"this run has the adapters {', '.join(names)}: choose with --adapter NAME, or --adapter base")
+    if adapter is not None and not names:
+        raise ValueError(f"--adapter {adapter}: this run has no adapters: leave it out")
+    return {} if adapter in (None, "base") else adapter_shares("--adapter", str(adapter), names)
+
+
+def load_checkpoint(
+    folder: Path, manifest: CheckpointManifest, dtype: torch.dtype, device: str, shares: Mapping[str, float]
+) -> Llama:
+    """The weights of a checkpoint in one plain model, a parameter at a time. `shares`: of adapters to merge."""
+    whole = ModelConfig.model_validate(manifest.recipe["model"])
+    config = whole.model_copy(update={"adapters": AdaptersConfig()})
     with torch.device("meta"):
         model = Llama(config).to(dtype)
     model = model.to_empty(device=device)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
-    parameters = dict(model.named_parameters())
+    parameters, weights = dict(model.named_parameters()), read_base(folder, manifest)
+    if shares:
+        weights = merged(weights, whole.adapters, read_adapters(folder, manifest), shares)
     with torch.no_grad():
-        for name, tensor in read_weights(folder, manifest):
+        for name, tensor in weights:
             if name in parameters:
                 parameters.pop(name).copy_(tensor)
     assert not parameters, f"{folder} lacks {sorted(parameters)}"

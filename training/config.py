@@ -7,19 +7,19 @@ collected, and one ValueError lists them all with the file or the flag they come
 import argparse
 import difflib
 import textwrap
-from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from model.adapter_config import AdaptersConfig
 from model.config import ModelConfig
 from model.hf.config import left_out, read_hf_config
 from training.foreign_names import TRANSFORMERS_NAMES
 from training.schedule import ScheduleConfig
 from training.sections import DataConfig, MetricsConfig, ObjectiveConfig, OptimizerConfig, StageConfig
+from training.yaml_files import read_yaml, yaml_value
 
 
 class Section(BaseModel):
@@ -82,6 +82,7 @@ class Recipe(Section):
     model: ModelConfig
     training: TrainingConfig
     objective: ObjectiveConfig = ObjectiveConfig()
+    adapters: AdaptersConfig = AdaptersConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     data: DataConfig = DataConfig()
@@ -100,6 +101,30 @@ class Recipe(Section):
         objective = tree.get("objective") or {}
         name = objective.get("name", "causal") if isinstance(objective, dict) else getattr(objective, "name", "causal")
         return tree if name == "causal" else tree | {"model": {"is_causal": False} | tree["model"]}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _adapters_are_the_models(cls, tree: Any) -> Any:
+        """The model keeps the section, since it decides which parameters there are."""
+        if not isinstance(tree, dict) or not isinstance(tree.get("model"), dict) or "adapters" not in tree:
+            return tree
+        try:
+            adapters = AdaptersConfig.model_validate(tree["adapters"])
+        except ValidationError:
+            return tree  # said of the section itself
+        return tree | {"model": {"adapters": adapters} | tree["model"]}
+
+    @model_validator(mode="after")
+    def _adapters_can_be_trained(self) -> Self:
+        if self.model.adapters != self.adapters:
+            raise ValueError("adapters: give them in their own section, not in model")
+        if self.adapters.names and self.objective.name != "causal":
+            raise ValueError(f"adapters are trained on the objective causal, not {self.objective.name}")
+        if self.adapters.initial_weights and self.training.initial_weights is None:
+            raise ValueError("adapters.initial_weights belong to a base: name it in training.initial_weights")
+        if self.adapters.names and self.optimizer.name != "adamw":
+            raise ValueError(f"adapters are trained by the optimizer adamw, not {self.optimizer.name}")
+        return self
 
     @model_validator(mode="after")
     def _model_can_do_the_objective(self) -> Self:
@@ -219,16 +244,16 @@ def config_json_notices(path: str | Path, overrides: dict[str, str], fresh: bool
 
 
 def _read_tree(path: Path, overrides: dict[str, str]) -> dict[str, Any]:
-    tree = _read_yaml(path)
+    tree = read_yaml(path)
     for dotted, text in overrides.items():
         section, _, key = dotted.partition(".")
         if section == "stages":
-            tree[section] = _yaml_value(text, "--stages")
+            tree[section] = yaml_value(text, "--stages")
             continue
         tree.setdefault(section, {})
         if not isinstance(tree[section], dict):
             raise ValueError(f"{path}: {section} must be a mapping of keys to values")
-        tree[section][key] = _yaml_value(text, f"--{dotted}")
+        tree[section][key] = yaml_value(text, f"--{dotted}")
     return tree
 
 
@@ -240,41 +265,6 @@ def _config_json(recipe: Path, tree: dict[str, Any]) -> Path | None:
     if not file.is_file():
         raise ValueError(f"{recipe}: model.config_json: {file} does not exist")
     return file
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML as everybody means it: a repeated key is an error and `3e-4` is a number."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise ValueError(f"{node.start_mark.name}:{key_node.start_mark.line + 1}: key {key!r} is given twice")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        with path.open(encoding="utf-8") as file:
-            tree = yaml.load(file, _UniqueKeyLoader)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such recipe file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from None
-    except (yaml.YAMLError, RecursionError, TypeError) as error:
-        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path}: a recipe is a mapping of sections (model, training, ...), not {type(tree).__name__}")
-    return tree
-
-
-def _yaml_value(text: str, flag: str) -> Any:
-    try:
-        return yaml.load(text, _UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{flag}: {text!r} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def _sentence(path: Path, overrides: dict[str, str], problem: ErrorDetails) -> str:

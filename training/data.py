@@ -54,7 +54,8 @@ def training_order(
 class TrainingData(Dataset):
     """Batches by the samples' places and numbers: `data[sources, rows, samples]`, int64 arrays of equal length.
 
-    `visibility`: what the model's tokens see; with it the rows of a step are dealt out by their attention cost.
+    `visibility`: what the model's tokens see; with it the rows of a step are dealt out by their attention cost. `adapters`: of
+    the sources (see `training.routing`).
     """
 
     def __init__(
@@ -63,13 +64,15 @@ class TrainingData(Dataset):
         order: SampleOrder,
         masking: Masking | None = None,
         visibility: Visibility | None = None,
+        adapters: np.ndarray | None = None,
     ) -> None:
         self.dataset, self.order, self.masking, self.visibility = dataset, order, masking, visibility
+        self.adapters = adapters
         self._source = np.array([dataset.sources.index(name) for name in order.sources])
 
     def __getitem__(self, place: tuple[np.ndarray, np.ndarray, np.ndarray]) -> Batch:
         sources, rows, samples = place
-        batch = make_batch(self.dataset, sources, rows)
+        batch = make_batch(self.dataset, sources, rows, adapters=self.adapters)
         return self.masking(batch, samples) if self.masking else batch
 
     def places(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -103,6 +106,7 @@ def validation_batches(
     rank: int,
     max_samples: int | None = None,
     masking: Masking | None = None,
+    adapters: np.ndarray | None = None,
 ) -> Iterator[Batch]:
     """Every row once over all ranks, in the order of the files; with `max_samples`, that many rows evenly spread.
 
@@ -116,7 +120,7 @@ def validation_batches(
         number = k * len(dataset) // total
         source = np.searchsorted(ends, number, side="right")
         rows = number - np.concatenate([[0], ends])[source]
-        batch = make_batch(dataset, source, rows, size=micro_batch_samples)
+        batch = make_batch(dataset, source, rows, micro_batch_samples, adapters)
         if masking:
             batch = masking(batch, np.pad(number, (0, micro_batch_samples - len(k))))
         yield batch
@@ -181,11 +185,17 @@ def _obey_only_the_parent(_worker: int) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def make_batch(dataset: ShardedDataset, sources: np.ndarray, rows: np.ndarray, size: int | None = None) -> Batch:
+def make_batch(
+    dataset: ShardedDataset,
+    sources: np.ndarray,
+    rows: np.ndarray,
+    size: int | None = None,
+    adapters: np.ndarray | None = None,
+) -> Batch:
     """Read rows (as `dataset.find` names them) into a batch of `size` rows, the missing ones being padding.
 
     A token is a target of the one before it if both lie in the same piece and it is not overlap context; where the rows
-    say which tokens carry loss, those alone.
+    say which tokens carry loss, those alone. `adapters`: of the sources (see `training.routing`).
     """
     size, T = size or len(rows), dataset.manifest.seq_length
     inputs, targets = np.empty((size, T), np.int64), np.empty((size, T), np.int64)
@@ -215,12 +225,15 @@ def make_batch(dataset: ShardedDataset, sources: np.ndarray, rows: np.ndarray, s
         spans += [T] * (size - len(rows))
     ramp = _ramp(T)
     positions = np.concatenate([ramp[:n] for n in spans]).reshape(size, T)
-    return {
+    batch: Batch = {
         "input_ids": torch.from_numpy(inputs),
         "position_ids": torch.from_numpy(positions),
         "targets": torch.from_numpy(targets),
         "num_targets": num_targets,
     }
+    if adapters is not None:
+        batch["adapters"] = torch.from_numpy(np.pad(adapters[sources], (0, size - len(rows))))
+    return batch
 
 
 def _keep(targets: np.ndarray, spans: np.ndarray) -> int:

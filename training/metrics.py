@@ -8,7 +8,7 @@ import contextlib
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -85,6 +85,7 @@ class MetricsLogger:
         attention_imbalance: float = 0.0,
         memory_bytes: int | None = None,
         wire_bytes: int | None = None,
+        adapter_losses: Mapping[str, float] | None = None,
     ) -> None:
         """Reports one optimizer step.
 
@@ -96,6 +97,7 @@ class MetricsLogger:
             skipped_steps: steps not applied since the beginning of the run.
             attention_imbalance: how much more attention the busiest rank had in this step than the average one, as a share.
             wire_bytes: what the first rank handed to the calls of a compressed reduction; left out where there is none.
+            adapter_losses: the loss of each adapter's rows by its name, of those that the step had; likewise left out.
         """
         record = {
             "samples": samples,
@@ -112,6 +114,8 @@ class MetricsLogger:
         }
         if wire_bytes is not None:
             record["wire_bytes"] = wire_bytes
+        if adapter_losses:
+            record["adapter_losses"] = dict(adapter_losses)
         self._last = {"step": step, **record}
         self._speeds.append(rates.tokens_per_second)
         self._write(step, record)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from model.adapter_config import adapter_of
 from training.sections import OptimizerConfig
 
 
@@ -43,7 +44,8 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig, in_stages: bool 
 
     For Muon the matrices of linear maps stand in a third group, "muon", which decays too. `in_stages`: then all others stand
     in "no_decay", so that each part of a pipeline has as many groups, although one alone has the output head (DeepSpeed sums
-    a norm for each group over the parts); `engine.matrices` tells Muon of the head's decay.
+    a norm for each group over the parts); `engine.matrices` tells Muon of the head's decay. Every adapter has a group of its own
+    name, with it under the key "adapter", and decays.
 
     A parameter that several modules share appears once, and does not decay if one of its modules says so: an embedding
     tied to the output head is treated as an embedding. Groups without parameters are left out.
@@ -56,21 +58,25 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig, in_stages: bool 
                 without_decay.add(id(parameter))
             elif config.is_muon and isinstance(module, nn.Linear):
                 matrices.add(id(parameter))
-    muon: list[nn.Parameter] = []
-    decay: list[nn.Parameter] = []
-    no_decay: list[nn.Parameter] = []
-    for parameter in model.parameters():  # each shared parameter once
-        if parameter.requires_grad:
-            kind = no_decay if id(parameter) in without_decay else muon if id(parameter) in matrices else decay
-            kind.append(parameter)
+    groups: dict[str, dict[str, Any]] = {
+        "muon": {"name": "muon", "params": [], "weight_decay": config.weight_decay},
+        "decay": {"name": "decay", "params": [], "weight_decay": config.weight_decay},
+        "no_decay": {"name": "no_decay", "params": [], "weight_decay": 0.0},
+    }
+    for name, parameter in model.named_parameters():  # each shared parameter once
+        if not parameter.requires_grad:
+            continue
+        kind = "no_decay" if id(parameter) in without_decay else "muon" if id(parameter) in matrices else "decay"
+        if adapter := adapter_of(name):
+            kind = f"adapter {adapter}"
+            groups.setdefault(
+                kind, {"name": kind, "adapter": adapter, "params": [], "weight_decay": config.weight_decay}
+            )
+        groups[kind]["params"].append(parameter)
     if in_stages and config.is_muon:
-        decay, no_decay = [], decay + no_decay
-    groups = [
-        {"name": "muon", "params": muon, "weight_decay": config.weight_decay},
-        {"name": "decay", "params": decay, "weight_decay": config.weight_decay},
-        {"name": "no_decay", "params": no_decay, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+        groups["no_decay"]["params"] = groups["decay"]["params"] + groups["no_decay"]["params"]
+        groups["decay"]["params"] = []
+    return [group for group in groups.values() if group["params"]]
 
 
 def _decays(module_name: str, module: nn.Module, parameter_name: str) -> bool:

@@ -21,7 +21,6 @@ from training.wandb_files import mend_files
 
 if TYPE_CHECKING:
     import wandb
-
     from training.sections import MetricsConfig
 
 # Record key -> W&B key; the part before the slash is the section of the dashboard.
@@ -55,6 +54,7 @@ def wandb_values(record: dict[str, Any]) -> dict[str, float]:
         values = {f"validation/{name}/{key}": scores.get(key) for name, scores in sets for key in VALIDATION_KEYS}
     else:
         values = {key: record[name] for name, key in WANDB_KEYS.items()}
+        values |= {f"adapters/{name}/loss": loss for name, loss in record.get("adapter_losses", {}).items()}
     return {key: value for key, value in finite(values).items() if value is not None}
 
 

@@ -95,13 +95,15 @@ def _save(engine: Engine, run: Path, state: TrainState, facts: dict[str, Any]) -
         shutil.rmtree(partial, ignore_errors=True)
     dist.barrier()
     client_state = {"longform": state.model_dump()}
-    engine.deepspeed.save_checkpoint(str(root), tag=partial.name, client_state=client_state, save_latest=False)
+    options: dict[str, Any] = {"save_latest": False, "exclude_frozen_parameters": True}
+    engine.deepspeed.save_checkpoint(str(root), tag=partial.name, client_state=client_state, **options)
     if engine.reduction:
         engine.reduction.save(partial)
     files = _sync_and_hash(partial)
     if first:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        place: dict[str, Any] = {"layout": layout_of(engine), "parameters": _parameter_order(engine)}
+        parameters = _parameter_order(engine)
+        place: dict[str, Any] = {"layout": layout_of(engine), "parameters": parameters, "base": engine.base}
         manifest = CheckpointManifest(**place, state=state, files=files, created=now, **facts)
         write_atomically(partial / MANIFEST, seal(manifest))
         shutil.rmtree(final, ignore_errors=True)

@@ -61,6 +61,8 @@ class CheckpointManifest(BaseModel):
     layout: StateLayout
     parameters: list[str] = []
     """Names in the order of the optimizer's state, where DeepSpeed's files do not say it (stage 0)."""
+    base: str | None = None
+    """Digest of weights that are not in these files because only adapters were trained."""
     state: TrainState
     recipe: dict[str, Any]
     ds_config: dict[str, Any]

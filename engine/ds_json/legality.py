@@ -9,6 +9,8 @@ from engine.layout.mesh import Mesh
 from engine.layout.tensor import tensor_problems
 from training.config import Recipe
 
+SUB_GROUP_SIZE = 10**9
+"""DeepSpeed's default."""
 Checks = list[tuple[bool, str]]
 """Whether a combination is there, and the sentence about it."""
 
@@ -20,6 +22,8 @@ def illegal_combinations(
     checks = _precision(config, accumulation, device) + _zero(config, mesh, device) + _layout(config, mesh, recipe)
     if "gradient_compression" in config:
         checks += _compression(config, mesh)
+    if recipe.adapters.names:
+        checks += _adapters(config, recipe)
     return [sentence for broken, sentence in checks if broken] + tensor_problems(recipe.model, mesh)
 
 
@@ -168,6 +172,26 @@ def _compression(config: dict[str, Any], mesh: Mesh) -> Checks:
             (fp16 or (autocast and config["torch_autocast"].get("dtype") == "float16")),
             "gradient_compression keeps residuals from step to step, which a changing loss scale would falsify: use "
             "float32, or torch_autocast with bfloat16",
+        ),
+    ]
+
+
+def _adapters(config: dict[str, Any], recipe: Recipe) -> Checks:
+    sub_group = config.get("zero_optimization", {}).get("sub_group_size", SUB_GROUP_SIZE)
+    largest = max(map(recipe.model.num_parameters_of_adapter, recipe.adapters.names))
+    return [
+        (
+            "gradient_compression" in config,
+            "gradient_compression is for whole models, and the gradients of adapters are small: remove it",
+        ),
+        (
+            "nvme" in _offload_devices(config).values(),
+            "adapters need their states in memory: offload to cpu",
+        ),
+        (
+            _stage(config) == 3 and sub_group < largest,
+            f"zero_optimization.sub_group_size {sub_group} would divide an adapter of {largest} parameters, which is clipped as "
+            "one: raise it above that",
         ),
     ]
 

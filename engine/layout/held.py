@@ -25,7 +25,7 @@ class Held(NamedTuple):
 
 
 def held(wrapper: Any, module: nn.Module) -> Iterator[Held]:
-    """Of every parameter of the layer plan that is on this rank, in the same order on all that have the same ones.
+    """Of every trained parameter of the layer plan that is on this rank, in the same order on all that have the same ones.
 
     `wrapper`: what DeepSpeed has put around the base optimizer.
     """
@@ -33,7 +33,7 @@ def held(wrapper: Any, module: nn.Module) -> Iterator[Held]:
         return _at_stage_3(wrapper, module)
     if isinstance(wrapper, DeepSpeedZeroOptimizer | BF16_Optimizer):
         return _at_stages_1_and_2(wrapper, module)
-    return (Held(name, range(p.numel()), p, 0) for name, p in named_parameters(module))
+    return (Held(name, range(p.numel()), p, 0) for name, p in named_parameters(module) if p.requires_grad)
 
 
 def _at_stages_1_and_2(wrapper: Any, module: nn.Module) -> Iterator[Held]:
@@ -44,6 +44,8 @@ def _at_stages_1_and_2(wrapper: Any, module: nn.Module) -> Iterator[Held]:
     vector_of = {id(p): vector for group, vector in zip(groups, vectors, strict=True) for p in group}
     parameters: Iterator[tuple[str, Any]] = named_parameters(module)
     for name, parameter in parameters:
+        if not parameter.requires_grad:
+            continue
         vector, mapping = vector_of[id(parameter)], parameter._hp_mapping
         if mapping is None:
             yield Held(name, range(0), vector, 0)

@@ -10,6 +10,8 @@ import re
 import weakref
 from collections import deque
 from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
 
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
@@ -20,10 +22,11 @@ from torch.utils.checkpoint import checkpoint
 
 from engine.layout.deal import columns_here
 from engine.layout.mesh import Mesh
-from engine.layout.tensor import loss_of
+from engine.layout.tensor import losses_of
 from model.config import ModelConfig
 from model.documents import Documents
 from model.llama import Block, Embedding, Head, Layer, layer_plan
+from model.loss import reported_sums
 from training.batch import Batch
 from training.config import Recipe
 
@@ -32,17 +35,27 @@ Builder = Callable[[Layer, int], nn.Module]
 
 
 class KnownDocuments:
-    """The documents of the rows that pass through this rank: one tensor of positions goes through all its layers."""
+    """The documents of the rows that pass through this rank: one tensor of positions goes through all its layers.
+
+    The micro-batches come in one order, so the adapters of their rows wait here in a queue.
+    """
 
     def __init__(self, recipe: Recipe, mesh: Mesh) -> None:
         self._copies, self._visibility, self._mesh = recipe.objective.copies, recipe.model.visibility, mesh
         self._last: tuple[weakref.ref[Tensor], Documents] | None = None
+        self.start([])
+
+    def start(self, micro_batches: list[Batch]) -> None:
+        """Before the forward passes over these."""
+        self._adapters = deque(batch.get("adapters") for batch in micro_batches)
 
     def of(self, position_ids: Tensor) -> Documents:
         """Derived from positions [B, T] of whole rows, once for each tensor."""
         if self._last is None or self._last[0]() is not position_ids:
             whole = Documents.from_position_ids(position_ids, copies=self._copies)
             documents = whole.part(columns_here(whole, self._visibility, self._mesh))
+            if (adapters := self._adapters.popleft()) is not None:
+                documents.routing = adapters.to(position_ids.device)
             self._last = weakref.ref(position_ids), documents
         return self._last[1]
 
@@ -71,21 +84,24 @@ class QueuedLoss:
     micro-batches in one order, so the targets wait here in a queue.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, adapters: int) -> None:
+        self.adapters = adapters
         self.start([])
 
     def start(self, micro_batches: list[Batch], z_loss_weight: float = 0.0, weight: float = 1.0) -> None:
         """Before the forward passes over these: forget what was, sum anew."""
         self.targets = deque((batch["targets"], batch.get("target_weights")) for batch in micro_batches)
         self.z_loss_weight, self.weight = z_loss_weight, weight
-        self.sums = torch.zeros(2, dtype=torch.float64)
-        """[objective, cross-entropy] over the micro-batches so far."""
+        self.sums = torch.zeros(2 + self.adapters, dtype=torch.float64)
+        """[objective, cross-entropy, that of each adapter's rows] over the micro-batches so far."""
 
     def __call__(self, layer: PipelineLayer, inputs: tuple[Tensor, Tensor]) -> Tensor:
         x, (targets, weights) = inputs[0], self.targets.popleft()
         weights = None if weights is None else weights.to(x.device)
-        objective, loss = loss_of(layer.layer, x, targets.to(x.device), self.z_loss_weight, weights)
-        self.sums = self.sums.to(x.device) + torch.stack([objective.detach(), loss.detach()]).double()
+        objective, losses = losses_of(layer.layer, x, targets.to(x.device), self.z_loss_weight, weights)
+        routing = layer.known.of(inputs[1]).routing
+        sums = reported_sums(losses, weights, routing, self.adapters)
+        self.sums = self.sums.to(x.device) + torch.cat([objective.detach()[None], sums])
         return objective * self.weight
 
 
@@ -109,10 +125,12 @@ class PipelinedLlama(PipelineModule):
             topology = PipeModelDataParallelTopology(mesh.pipeline, mesh.tensor, replicas)
         else:
             topology = PipeDataParallelTopology(mesh.pipeline, replicas)
-        known = KnownDocuments(recipe, mesh)
+        self.known = known = KnownDocuments(recipe, mesh)
         # DeepSpeed prints the seeds that it is not asked to set, and broadcasts tied weights
         with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
             super().__init__(_specs(recipe, build, known, loss), topology=topology)
+        if recipe.adapters.freeze_base:
+            self.tied_comms: dict[str, Any] = {}  # no gradients to sum
 
     def _partition_layers(self, method: str) -> None:
         self.parts = self.bounds
@@ -135,6 +153,18 @@ def _specs(recipe: Recipe, build: Builder, known: KnownDocuments, loss: QueuedLo
             spec = LayerSpec(PipelineLayer, entry, *common)
         specs.append(spec)
     return specs
+
+
+def untrained_stages(config: ModelConfig, bounds: list[int]) -> list[int]:
+    """Numbers of the pipeline's ranks that would hold nothing to train, where only adapters are trained."""
+    plan = layer_plan(config)
+    if not config.adapters.freeze_base:
+        return []
+    return [
+        number
+        for number, (first, last) in enumerate(pairwise(bounds))
+        if not any(entry.adapters for entry in plan[first:last])
+    ]
 
 
 def pipeline_bounds(config: ModelConfig, stages: int, partition: str, seq_length: int, copies: int = 1) -> list[int]:

@@ -5,25 +5,29 @@ rank computes its heads and its part of that width from start to end (Shoeybi et
 head are cut by vocabulary. Norms, and biases added after the sum over ranks, are whole on every rank.
 """
 
-import torch
-from torch import Tensor
+from collections.abc import Iterator
 
+import torch
+from torch import Tensor, nn
+
+from model.adapter_config import FACTORS
 from model.config import ModelConfig
 from model.llama import Attention, Embedding, FeedForward, Head, layer_plan
 
+BY_OUTPUTS = "weight", "bias", "lora_B"
 CUTS = {
     Embedding: {"weight": 0},
     Attention: {
-        **{f"{name}_proj.{kind}": 0 for name in "qkv" for kind in ("weight", "bias")},
-        "o_proj.weight": 1,
+        **{f"{name}_proj.{kind}": 0 for name in "qkv" for kind in BY_OUTPUTS},
+        **dict.fromkeys(("o_proj.weight", "o_proj.lora_A"), 1),
     },
     FeedForward: {
-        **{f"{name}_proj.{kind}": 0 for name in ("gate", "up") for kind in ("weight", "bias")},
-        "down_proj.weight": 1,
+        **{f"{name}_proj.{kind}": 0 for name in ("gate", "up") for kind in BY_OUTPUTS},
+        **dict.fromkeys(("down_proj.weight", "down_proj.lora_A"), 1),
     },
     Head: {"weight": 0},
 }
-"""Of each kind of module: the parameters that are cut, and along which dimension."""
+"""Of each kind of module: the parameters that are cut, and along which dimension; of adapters' factors the beginnings."""
 
 
 def cut_dimensions(config: ModelConfig) -> dict[str, int | None]:
@@ -32,14 +36,29 @@ def cut_dimensions(config: ModelConfig) -> dict[str, int | None]:
     with torch.device("meta"):
         for entry in layer_plan(config):
             layer = entry.build(seed=0)
-            inside = {
-                f"{path}.{name}".lstrip("."): dimension
-                for path, module in layer.named_modules()
-                for name, dimension in CUTS.get(type(module), {}).items()
-            }
-            names = ["weight"] if entry.tied_to else [name for name, _ in layer.named_parameters()]
-            dimensions |= {f"{entry.name}.{name}": inside.get(name) for name in names}
+            inside = cuts_of_layer(layer)
+            found = {name: inside.get(name) for name, _ in layer.named_parameters()}
+            dimensions |= {f"{entry.name}.{name}": cut for name, cut in (found or CUTS[entry.cls]).items()}
     return dimensions
+
+
+def cuts_of_layer(layer: nn.Module) -> dict[str, int]:
+    """Names of the parameters that are cut in a layer of the plan, each with the dimension."""
+    return {
+        f"{path}.{name}".lstrip("."): dimension
+        for path, module in layer.named_modules()
+        for name, dimension in cuts_of(module)
+    }
+
+
+def cuts_of(module: nn.Module) -> Iterator[tuple[str, int]]:
+    """Names of the parameters inside a module that are cut as it says, each with the dimension."""
+    cuts = CUTS.get(type(module), {})
+    for name, _ in module.named_parameters():
+        factor = next((begin for begin in FACTORS if begin in name), None)
+        key = name if factor is None else name[: name.index(factor)] + factor.removesuffix("_")
+        if key in cuts:
+            yield name, cuts[key]
 
 
 def slice_of(whole: Tensor, dimension: int | None, rank: int, ranks: int) -> Tensor:

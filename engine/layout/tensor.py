@@ -19,13 +19,16 @@ from torch import Tensor, nn
 from engine import internals
 from engine.layout.exchange import Gather, Scatter, Sum, SumGradient, gather, scatter, sum_up
 from engine.layout.mesh import Mesh
-from engine.layout.slices import CUTS, slice_of
+from engine.layout.slices import cuts_of, slice_of
+from model.adapter_config import FACTORS
+from model.adapters import AdaptedLinear
 from model.config import ModelConfig
 from model.documents import Documents
 from model.llama import Attention, Embedding, FeedForward, Head, RMSNorm
-from model.loss import CHUNK_TOKENS, VocabularyPart, linear_cross_entropy
+from model.loss import CHUNK_TOKENS, VocabularyPart, linear_cross_entropy, reported_sums
 from model.norm import rms_norm
 from model.positions import POSITION_LAYERS, LearnedPositionEmbedding
+from model.seeded import multiply
 
 
 class Parts:
@@ -66,19 +69,23 @@ def divide_layer(layer: nn.Module, config: ModelConfig, parts: Parts) -> nn.Modu
     if isinstance(layer, Embedding | Head):
         first = int(slice_of(torch.arange(config.vocab_size), 0, parts.rank, parts.ranks)[0])
         weight = None if layer.weight is None else _part(layer.weight, 0, parts)
-        return (VocabularyEmbedding if isinstance(layer, Embedding) else VocabularyHead)(weight, first, parts)
+        if isinstance(layer, Embedding):
+            return VocabularyEmbedding(weight, first, parts)
+        return VocabularyHead(weight, first, parts, layer.adapters)
     if isinstance(layer, RMSNorm):
         return SharedNorm(layer, parts) if parts.split_rows else layer
     if isinstance(layer, tuple(POSITION_LAYERS.values())):
         return PositionEmbeddingOfRows(layer, parts) if parts.split_rows else layer
     for module in list(layer.modules()):
-        for name, dimension in CUTS.get(type(module), {}).items():
+        for name, dimension in list(cuts_of(module)):
             owner, leaf = module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-            if (parameter := getattr(owner, leaf)) is not None:
-                setattr(owner, leaf, _part(parameter, dimension, parts))
+            setattr(owner, leaf, _part(getattr(owner, leaf), dimension, parts))
         if isinstance(module, Attention | FeedForward):
             module.multiply = ColumnMaps(parts)
             last = "o_proj" if isinstance(module, Attention) else "down_proj"
+            for name, linear in module.named_children():
+                if isinstance(linear, AdaptedLinear):
+                    linear.of_all[FACTORS[name == last]] = parts.shared
             setattr(module, last, RowMap(getattr(module, last), parts))
         for name, norm in module.named_children():
             if isinstance(norm, RMSNorm) and (parts.split_rows or isinstance(module, Attention)):
@@ -87,7 +94,8 @@ def divide_layer(layer: nn.Module, config: ModelConfig, parts: Parts) -> nn.Modu
 
 
 def _part(parameter: nn.Parameter, dimension: int, parts: Parts) -> nn.Parameter:
-    part = nn.Parameter(slice_of(parameter.data, dimension, parts.rank, parts.ranks).clone())
+    own = slice_of(parameter.data, dimension, parts.rank, parts.ranks).clone()
+    part = nn.Parameter(own, requires_grad=parameter.requires_grad)
     internals.mark_as_part(part)
     return part
 
@@ -96,17 +104,17 @@ class ColumnMaps:
     """Takes the place of `model.seeded.multiply`: maps into this rank's heads or part of the feed-forward width.
 
     In backward the gradient of what they read is summed over the group while those of the weights are computed. Not so at
-    ZeRO-3, which has a weight in place only around the call of its own module.
+    ZeRO-3, which has a weight in place only around the call of its own module, and where there are adapters.
     """
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
 
     @torch.compiler.disable
-    def __call__(self, x: Tensor, *maps: nn.Linear) -> tuple[Tensor, ...]:
-        if any(hasattr(each.weight, "ds_id") for each in maps):
-            x = self.parts.enter(x)
-            return tuple(each(x) for each in maps)
+    def __call__(self, x: Tensor, documents: Documents | None, *maps: nn.Linear) -> tuple[Tensor, ...]:
+        adapted = any(isinstance(each, AdaptedLinear) or not each.weight.requires_grad for each in maps)
+        if adapted or any(hasattr(each.weight, "ds_id") for each in maps):
+            return multiply(self.parts.enter(x), documents, *maps)
         tensors = [x, *(each.weight for each in maps), *(each.bias for each in maps)]
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
@@ -119,10 +127,15 @@ class RowMap(nn.Linear):
 
     def __init__(self, whole: nn.Linear, parts: Parts) -> None:
         super().__init__(whole.in_features, whole.out_features, bias=False, device="meta")
-        self.weight, self.bias, self.parts = whole.weight, whole.bias, parts
+        self.whole, self.parts = [whole], parts  # in a list: its parameters keep their names
+        for name, parameter in whole.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.parts.leave(F.linear(x, self.weight))
+    def forward(self, x: Tensor, documents: Documents | None = None) -> Tensor:
+        out, whole = F.linear(x, self.weight), self.whole[0]
+        if isinstance(whole, AdaptedLinear):
+            out = whole.beside(x, out, documents)
+        out = self.parts.leave(out)
         if self.bias is None:
             return out
         return out + (self.parts.shared(self.bias) if self.parts.split_rows else self.bias)
@@ -172,9 +185,9 @@ class VocabularyEmbedding(nn.Module):
 class VocabularyHead(nn.Module):
     """`model.llama.Head` with the logits of some tokens. A chunk costs the group one exchange of two numbers a token."""
 
-    def __init__(self, weight: nn.Parameter | None, first: int, parts: Parts) -> None:
+    def __init__(self, weight: nn.Parameter | None, first: int, parts: Parts, adapters: int) -> None:
         super().__init__()
-        self.weight, self.first, self.parts = weight, first, parts
+        self.weight, self.first, self.parts, self.adapters = weight, first, parts, adapters
 
     def forward(
         self,
@@ -184,10 +197,11 @@ class VocabularyHead(nn.Module):
         z_loss_weight: float = 0.0,
         target_weights: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        return loss_of(self, x, targets, z_loss_weight, target_weights)
+        objective, losses = losses_of(self, x, targets, z_loss_weight, target_weights)
+        return objective, reported_sums(losses, target_weights, documents.routing, self.adapters)
 
 
-def loss_of(
+def losses_of(
     layer: nn.Module, x: Tensor, targets: Tensor, z_loss_weight: float, target_weights: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """`linear_cross_entropy` by the weight of a head, or of the embedding it is tied to, whole or divided."""

@@ -1,6 +1,7 @@
 """From the plan of a run to its loop: at the first step, or where the newest good checkpoint stopped."""
 
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from engine.build import build_engine
 from engine.checkpoint.folder import agree_on_checkpoint
 from engine.checkpoint.manifest import CheckpointManifest
 from engine.engine import Engine
-from engine.run.initial_weights import read_initial_weights
+from engine.run.initial_weights import Fingerprinted, adapters_at_start, read_initial_weights
 from engine.run.loop import TrainingLoop, new_state
 from engine.run.plan import RunPlan
 from engine.run.resume import restore
@@ -26,7 +27,7 @@ class Beginning(NamedTuple):
 
 def begin(plan: RunPlan) -> TrainingLoop:
     """At the first step, with the recipe's initial weights. Collective over all ranks."""
-    return TrainingLoop(_engine_of(plan, read_initial_weights(plan.recipe)), plan, new_state(plan))
+    return TrainingLoop(_engine_of(plan, read_initial_weights(plan.recipe), fresh=True), plan, new_state(plan))
 
 
 def begin_or_continue(plan: RunPlan, run: Path, resume_step: int | None = None) -> Beginning:
@@ -34,12 +35,21 @@ def begin_or_continue(plan: RunPlan, run: Path, resume_step: int | None = None) 
     found, damaged = agree_on_checkpoint(run, resume_step)
     if found is None:
         return Beginning(begin(plan), None, damaged)
-    engine = _engine_of(plan, None)
+    frozen = plan.recipe.adapters.freeze_base
+    engine = _engine_of(plan, read_initial_weights(plan.recipe) if frozen else None)
     state = restore(engine, *found)
     if resume_step is not None:
         state = state.model_copy(update={"wandb_id": new_state(plan).wandb_id})  # W&B takes no step back
     return Beginning(TrainingLoop(engine, plan, state), found, damaged)
 
 
-def _engine_of(plan: RunPlan, weights: Iterator[tuple[str, Tensor]] | None) -> Engine:
-    return build_engine(plan.recipe, plan.ds_config, plan.mesh, plan.pipeline_bounds, weights)
+def _engine_of(plan: RunPlan, weights: Iterator[tuple[str, Tensor]] | None, fresh: bool = False) -> Engine:
+    """`weights`: of all layers, or of the base of adapters, which have weights of their own to start `fresh` from."""
+    recipe = plan.recipe
+    if weights is None or not recipe.adapters.names:
+        return build_engine(recipe, plan.ds_config, plan.mesh, plan.pipeline_bounds, weights)
+    base = Fingerprinted(weights)
+    everything = chain(base, adapters_at_start(recipe, base) if fresh else ())
+    engine = build_engine(recipe, plan.ds_config, plan.mesh, plan.pipeline_bounds, everything)
+    engine.base = base.digest if recipe.adapters.freeze_base else None
+    return engine

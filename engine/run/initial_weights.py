@@ -4,17 +4,21 @@ A Hugging Face folder, a run's folder (its newest good checkpoint) or one checkp
 recipe may ask for other positions than the source has, so that training goes on with longer rows.
 """
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import xxhash
 
 from engine.checkpoint.deepspeed_files import read_weights
 from engine.checkpoint.folder import find, newest_good
 from engine.checkpoint.manifest import CheckpointManifest, FindChange, find_change, read_manifest
 from engine.checkpoint.verification import on_first_rank
+from model.adapter_config import AdaptersConfig
 from model.config import ROPE_EXTENDS_ORIGINAL, ModelConfig
+from model.hf.peft import PeftAdapter
 from model.hf.weights import load_hf
 from storage.manifest import TokenizerInfo
 from training.config import Recipe
@@ -29,6 +33,7 @@ MAY_DIFFER = {
     "attention",
     "chunk_size",
     "is_causal",
+    "adapters",
 }
 
 
@@ -63,8 +68,30 @@ def open_source(path: str, full: bool, find_change: FindChange = find_change) ->
         raise ValueError(f"{folder} has no checkpoint yet")
     checkpoint, manifest = found[:2]
     model = ModelConfig.model_validate(manifest.recipe["model"])
+    if model.adapters.names:
+        raise ValueError(f"{folder} was trained with adapters: start from an export of it in which one is merged")
     lengths = [stage["seq_length"] for stage in manifest.data.get("stages", [manifest.data])]
     return WeightSource(model, max(lengths), (checkpoint, manifest))
+
+
+class Fingerprinted:
+    """Weights on their way into a model, and afterwards what they were."""
+
+    def __init__(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+        self._weights = weights
+        self._digests: dict[str, str] = {}
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in self._weights:
+            content = xxhash.xxh3_128(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+            content.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            self._digests[name] = content.hexdigest()
+            yield name, tensor
+
+    @property
+    def digest(self) -> str:
+        """Of names and values, in whatever order and files they lay."""
+        return xxhash.xxh3_128(json.dumps(self._digests, sort_keys=True).encode()).hexdigest()
 
 
 def initial_weights_problems(recipe: Recipe, tokenizer: TokenizerInfo, data: str) -> list[str]:
@@ -97,7 +124,46 @@ def initial_weights_problems(recipe: Recipe, tokenizer: TokenizerInfo, data: str
             f"model.rope_scaling lacks original_max_position_embeddings, which would be model.max_position_embeddings, "
             f"{ours.max_position_embeddings}, but {path} was trained for {length} positions: give it"
         )
-    return [f"training.initial_weights: {problem}" for problem in problems]
+    return [f"training.initial_weights: {problem}" for problem in problems] + _adapter_problems(recipe)
+
+
+def _adapter_problems(recipe: Recipe) -> list[str]:
+    """Why the recipe's adapters cannot start from their `adapters.initial_weights`."""
+    adapters, problems = recipe.adapters, []
+    base = recipe.model.model_copy(update={"adapters": AdaptersConfig()})
+    for name, folder in adapters.initial_weights.items():
+        try:
+            found = PeftAdapter(Path(folder), base)
+        except ValueError as error:
+            problems.append(f"adapters.initial_weights.{name}: {error}")
+            continue
+        layers = adapters.adapted_layers(base.num_hidden_layers)
+        pairs = {
+            "r": (found.r, adapters.rank(name)),
+            "lora_alpha": (found.lora_alpha, adapters.alpha(name)),
+            "use_rslora": (found.use_rslora, adapters.use_rslora),
+            "target_modules": (list(found.target_modules), list(adapters.target_modules)),
+            "last_layers": (len(found.layers), len(layers)),
+        }
+        problems += [
+            f"adapters.initial_weights.{name}: {folder} has {key} {theirs} but the recipe's is {ours}"
+            for key, (theirs, ours) in pairs.items()
+            if theirs != ours
+        ]
+    return problems
+
+
+def adapters_at_start(recipe: Recipe, base: Fingerprinted) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names in the layer plan and tensors of the adapters that do not start from nothing, to be read after their base.
+
+    Raises ValueError where one was trained on other weights.
+    """
+    plain = recipe.model.model_copy(update={"adapters": AdaptersConfig()})
+    for name, folder in recipe.adapters.initial_weights.items():
+        adapter = PeftAdapter(Path(folder), plain)
+        if adapter.base_digest not in (None, base.digest):
+            raise ValueError(f"{folder} was trained on other weights than those of {recipe.training.initial_weights}")
+        yield from adapter.state(name).items()
 
 
 def _filled(model: ModelConfig, key: str) -> Any:
@@ -113,5 +179,9 @@ def read_initial_weights(recipe: Recipe) -> Iterator[tuple[str, torch.Tensor]] |
     """
     if (path := recipe.training.initial_weights) is None:
         return None
-    checkpoint = on_first_rank(lambda find_change: open_source(path, True, find_change).checkpoint)
-    return load_hf(path)[1] if checkpoint is None else read_weights(*checkpoint)
+    return weights_of(on_first_rank(lambda find_change: open_source(path, True, find_change)), path)
+
+
+def weights_of(source: WeightSource, path: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names in the layer plan and whole tensors of what was opened at `path`."""
+    return load_hf(path)[1] if source.checkpoint is None else read_weights(*source.checkpoint)

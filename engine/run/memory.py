@@ -16,11 +16,11 @@ from engine.ds_json.read import read_ds_config, resolve_ds_config
 from engine.layout.mesh import Mesh
 from engine.layout.pipeline import pipeline_bounds
 from engine.layout.sequence import sequence_problems
-from engine.layout.slices import cut_dimensions, slice_of
+from engine.layout.slices import cuts_of_layer, slice_of
 from engine.run.plan import RunPlan
 from launch.topology import Topology
 from model.config import ModelConfig
-from model.llama import Block, layer_plan
+from model.llama import Block, Layer, layer_plan
 from training.environment import free_memory_bytes
 
 SHIPPED = Path(__file__).resolve().parents[2] / "ds_configs"
@@ -58,25 +58,38 @@ def share(whole: int, parts: int, number: int) -> int:
     return whole * (number + 1) // parts - whole * number // parts
 
 
-def parameter_sizes(model: ModelConfig, bounds: list[int], mesh: Mesh) -> list[int]:
+class Size(NamedTuple):
+    """Of a parameter."""
+
+    numel: int
+    trained: bool
+
+
+def parameter_sizes(model: ModelConfig, bounds: list[int], mesh: Mesh) -> list[Size]:
     """Elements of every parameter that this rank's layers and tensor-parallel part hold, in the order of the layer plan.
 
     `bounds`: of the pipeline's stages (see `engine.layout.pipeline`), or empty. A pipeline has a tied weight on both ends.
     """
-    plan, small = layer_plan(model), model.model_copy(update={"num_hidden_layers": 1})
+    plan = layer_plan(model)
     first, last = bounds[mesh.pipeline_rank : mesh.pipeline_rank + 2] if bounds else (0, len(plan))
-    dimensions, of_layer = cut_dimensions(small), {}
+    of_kind: dict[Any, list[Size]] = {}
     with torch.device("meta"):
-        for entry in layer_plan(small):
-            named = entry.build(seed=0).named_parameters()
-            parts = {f"{entry.name}.{name}": parameter for name, parameter in named}
-            of_layer[entry.name] = [
-                slice_of(whole, dimensions[name], mesh.tensor_rank, mesh.tensor).numel()
-                for name, whole in parts.items()
-            ]
-    held = [entry.name if entry.cls is not Block else "layers.0" for entry in plan[first:last]]
+        for entry in plan:
+            if _kind(entry) not in of_kind:
+                layer = entry.build(seed=0)
+                dimensions = cuts_of_layer(layer)
+                of_kind[_kind(entry)] = [
+                    Size(slice_of(p, dimensions.get(name), mesh.tensor_rank, mesh.tensor).numel(), p.requires_grad)
+                    for name, p in layer.named_parameters()
+                ]
+    held = [_kind(entry) for entry in plan[first:last]]
     held += [entry.tied_to for entry in plan[first:last] if entry.tied_to and entry.tied_to not in held]
-    return [size for name in held for size in of_layer[name]]
+    return [size for kind in held for size in of_kind[kind]]
+
+
+def _kind(entry: Layer) -> Any:
+    """What layers of the same parameters have in common."""
+    return (Block, entry.adapters is None) if entry.cls is Block else entry.name
 
 
 def rank_need(plan: RunPlan, rank: int) -> Need:
@@ -85,8 +98,9 @@ def rank_need(plan: RunPlan, rank: int) -> Need:
     zero, bf16 = config.get("zero_optimization", {}), config.get("bf16", {})
     stage, half = zero.get("stage", 0), any(config.get(key, {}).get("enabled") for key in ("bf16", "fp16"))
     sizes = parameter_sizes(recipe.model, plan.pipeline_bounds, mesh)
-    parameters, among = sum(sizes), mesh.data * mesh.sequence
-    part = share(parameters, among, mesh.data_rank * mesh.sequence + mesh.sequence_rank)
+    among, number = mesh.data * mesh.sequence, mesh.data_rank * mesh.sequence + mesh.sequence_rank
+    everything, parameters = (sum(size.numel for size in sizes if size.trained or frozen) for frozen in (True, False))
+    part = share(parameters, among, number)
 
     width = 2 if half else 4
     sum_width = {"fp32": 4, None: width}.get(config.get("data_types", {}).get("grad_accum_dtype"), 2)
@@ -96,7 +110,8 @@ def rank_need(plan: RunPlan, rank: int) -> Need:
     to_host = {key: _share_on(zero, key, "cpu") for key in ("offload_optimizer", "offload_param")}
     kept = {key: 1.0 - _share_on(zero, key, "nvme") for key in to_host}
 
-    weights = int(width * (part * kept["offload_param"] if stage == 3 else parameters))
+    of_weights = share(everything, among, number) * kept["offload_param"] if stage == 3 else everything
+    weights = int(width * of_weights)
     optimizer = (
         int((master_width + state_width) * part * kept["offload_optimizer"]) if stage else state_width * parameters
     )
@@ -143,7 +158,9 @@ def _building(plan: RunPlan, mesh: Mesh, stage: int) -> int:
     What tensor parallelism leaves of a layer stays until DeepSpeed gets the model; at stage 3 nothing does.
     """
     meshes = mesh, mesh._replace(tensor=1)
-    kept, whole = (parameter_sizes(plan.recipe.model, plan.pipeline_bounds, each) for each in meshes)
+    kept, whole = (
+        [size.numel for size in parameter_sizes(plan.recipe.model, plan.pipeline_bounds, each)] for each in meshes
+    )
     if stage == 3:
         return 4 * 2 * max(whole)
     return 4 * max(done - part + 2 * size for done, part, size in zip(accumulate(kept), kept, whole, strict=True))
@@ -163,8 +180,10 @@ def check_memory(plan: RunPlan, topology: Topology, overcommit: bool = False) ->
     peak = f"{_gib(need.training)} ({', '.join(parts)}), and {_gib(need.building)} of the host while the model is built"
     rooms = " and ".join(f"{_gib(room)} of {place}" for place, room in free.items())
     ranks = len(_ranks_here(topology))
+    trained = plan.recipe.model.num_trained_parameters()
+    of_these = f", of which {trained / 1e6:,.2f}M are trained" if plan.recipe.adapters.freeze_base else ""
     return (
-        f"memory: {plan.recipe.model.num_parameters() / 1e6:,.1f}M parameters; a rank needs at least {peak}; "
+        f"memory: {plan.recipe.model.num_parameters() / 1e6:,.1f}M parameters{of_these}; a rank needs at least {peak}; "
         f"{rooms} are free here"
         + f", for {ranks} ranks" * (ranks > 1)
         + f"; going on although {shortage}" * bool(shortage)

@@ -79,6 +79,7 @@ class Outputs:
                 attention_imbalance=result.attention_imbalance,
                 memory_bytes=peak_memory_bytes(self._device),
                 wire_bytes=result.wire_bytes,
+                adapter_losses=result.adapter_losses,
             )
 
     def validated(self, scores: dict[str, dict[str, float]] | None, step: int) -> None:

@@ -8,7 +8,7 @@ from engine.ds_json.keys import key_problems
 from engine.ds_json.legality import illegal_combinations
 from engine.ds_json.read import Resolved, StepDivision, read_ds_config, resolve_ds_config
 from engine.layout.mesh import EXCHANGE, Mesh
-from engine.layout.pipeline import pipeline_bounds
+from engine.layout.pipeline import pipeline_bounds, untrained_stages
 from engine.layout.sequence import sequence_problems
 from engine.run.initial_weights import initial_weights_problems
 from engine.run.stages import Stage, plan_stages
@@ -20,6 +20,7 @@ from storage.shards import ShardedDataset, open_split
 from training.config import Recipe, config_json_notices, load_recipe
 from training.data import TrainingData
 from training.objective import recipe_masking
+from training.routing import adapters_of_sources, idle_problems, routing_problems
 from training.sampler import SampleOrder
 from training.schedule import landmarks, lr_factor
 
@@ -68,7 +69,8 @@ class RunPlan(NamedTuple):
         """The batches of a stage in that order, masked if the objective says so, dealt out by attention if the recipe does."""
         masking = recipe_masking(self.recipe, stage.dataset.manifest, f"training from step {stage.begin}")
         visibility = self.recipe.model.visibility if stage.config.balance_attention else None
-        return TrainingData(stage.dataset, order, masking, visibility)
+        adapters = adapters_of_sources(self.recipe.adapters, stage.dataset)
+        return TrainingData(stage.dataset, order, masking, visibility, adapters)
 
     def learning_rate(self, step: int) -> float:
         """Of the optimizer step with this number, counted from 1."""
@@ -161,7 +163,13 @@ def _lay_out(
         return resolved, []
     section, copies = resolved.config["pipeline"], recipe.objective.copies
     stages, partition = section["stages"], section["partition"]
-    return resolved, _collect(problems, pipeline_bounds, recipe.model, stages, partition, seq_length, copies) or []
+    bounds = _collect(problems, pipeline_bounds, recipe.model, stages, partition, seq_length, copies) or []
+    if idle := untrained_stages(recipe.model, bounds):
+        problems.append(
+            f"{ds_config_file}: rank {idle[0]} of the pipeline would have no adapters to train, since adapters.last_layers is "
+            f"{recipe.adapters.last_layers}: raise it, or use fewer pipeline stages"
+        )
+    return resolved, bounds
 
 
 def _open_stages(
@@ -170,8 +178,10 @@ def _open_stages(
     """What is trained on, stage by stage, and the validation sets that are open."""
     first = opened[0]
     stages, found = plan_stages(recipe, [each.folder for each in opened], [each.dataset for each in opened], resolved)
+    found += idle_problems(recipe.adapters, [stage.dataset for stage in stages])
     for stage in stages:
         found += model_data_problems(recipe.model, stage.dataset, stage.data)
+        found += routing_problems(recipe.adapters, stage.dataset, stage.data)
         if stage.dataset.manifest.tokenizer.sha256 != first.dataset.manifest.tokenizer.sha256:
             found.append(f"stages: {stage.name}: {stage.data} was built with another tokenizer than {first.folder}")
     problems += [f"{recipe_file}: {problem}" for problem in dict.fromkeys(found)]
@@ -198,7 +208,7 @@ def _cross_check(
                 resolved.config, stage.batch.accumulation, resolved.mesh, recipe, topology.device
             )
         problems += [f"{ds_config_file}: {problem}" for problem in dict.fromkeys(found)]
-    if fresh and recipe.training.initial_weights:
+    if (fresh or recipe.adapters.freeze_base) and recipe.training.initial_weights:
         first = stages[0]
         problems += initial_weights_problems(recipe, first.dataset.manifest.tokenizer, first.data)
     _collect(problems, landmarks, recipe.schedule, stages[-1].end, recipe.training.global_batch_tokens)
@@ -298,7 +308,8 @@ def _open_validation_sets(recipe: Recipe, stages: list[Stage], problems: list[st
         if other is not None and other.manifest.tokenizer.sha256 != dataset.manifest.tokenizer.sha256:
             problems.append(f"validation.sets.{name}: {path} was built with another tokenizer than {data}")
         elif other is not None:
-            problems += [f"validation.sets.{name}: {p}" for p in model_data_problems(recipe.model, other, path)]
+            found = model_data_problems(recipe.model, other, path) + routing_problems(recipe.adapters, other, path)
+            problems += [f"validation.sets.{name}: {p}" for p in found]
     if not sets:
         problems.append(
             f"validation.every_steps is set but {data} has no validation split and validation.sets is empty: build the "

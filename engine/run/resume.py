@@ -100,6 +100,10 @@ def restore(engine: Engine, folder: Path, manifest: CheckpointManifest) -> Train
     unnamed = sorted(path.name for path in folder.glob("*.pt") if path.name not in manifest.files)
     if unnamed:
         raise ValueError(f"{folder} holds {', '.join(unnamed)}, which its manifest does not name: move it elsewhere")
+    if manifest.base != engine.base:
+        raise ValueError(
+            f"{folder}: its adapters were trained on other weights than those of training.initial_weights: restore these"
+        )
     groups = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
     here = layout_of(engine)
     if _loads_natively(manifest.layout, here) and (
@@ -119,7 +123,8 @@ def restore(engine: Engine, folder: Path, manifest: CheckpointManifest) -> Train
 
 def _load_natively(engine: Engine, folder: Path) -> None:
     try:
-        path, _ = engine.deepspeed.load_checkpoint(str(folder.parent), tag=folder.name)
+        strict = not engine.config.adapters.freeze_base
+        path, _ = engine.deepspeed.load_checkpoint(str(folder.parent), folder.name, load_module_strict=strict)
     except pickle.UnpicklingError as error:
         raise refusal(folder, error) from None
     if path is None:

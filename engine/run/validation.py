@@ -5,10 +5,11 @@ from itertools import islice
 
 from engine.engine import Engine
 from engine.run.plan import RunPlan
-from engine.step import survey
+from engine.survey import survey
 from storage.shards import ShardedDataset
 from training.data import validation_batches
 from training.objective import Masking, recipe_masking
+from training.routing import adapters_of_sources
 from training.scores import scores
 
 BATCHES_AT_ONCE = 32
@@ -44,12 +45,14 @@ def validate(
     None when `stopping`, which is asked between batches and must answer the same on all ranks, says that time is short.
     """
     mesh = engine.mesh
-    batches = validation_batches(dataset, micro_batch_samples, mesh.data, mesh.data_rank, max_samples, masking)
+    adapters = adapters_of_sources(engine.config.adapters, dataset)
+    limits = mesh.data, mesh.data_rank, max_samples
+    batches = validation_batches(dataset, micro_batch_samples, *limits, masking, adapters)
     loss_sum, targets = 0.0, 0
     while some := list(islice(batches, BATCHES_AT_ONCE)):
         if stopping():
             return None
-        targets += survey(engine, some)[0]
+        targets += survey(engine, some).targets
         loss_sum += engine.evaluate(some)
     (total,) = engine.sum_over_tokens([loss_sum])
     return scores(dataset, total, targets, masking=masking)

@@ -156,10 +156,10 @@ class Run:
         return self.loop.state
 
     def weights(self) -> dict[str, np.ndarray]:
-        """Full float32 weights by name, whatever the stage; in a pipeline those of this rank's layers."""
+        """What is trained, whole and in float32, by name, whatever the stage; in a pipeline that of this rank's layers."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        named = named_parameters(self.engine.module)
+        named = [(name, p) for name, p in named_parameters(self.engine.module) if p.requires_grad]
         partitioned = self.engine.zero_stage > 0
         full = {name: safe_get_full_fp32_param(p) if partitioned else p.detach() for name, p in named}
         held = {name: tensor.float().cpu().clone() for name, tensor in full.items()}

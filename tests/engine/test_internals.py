@@ -48,15 +48,17 @@ def set_attributes(tree: ast.AST) -> set[str]:
 ON_OBJECTS_OF_OURS = {
     "engine/build.py": {"late.daemon", "model.activation_checkpointing", "optimizer.groups"},
     "engine/checkpoint/transplant.py": {"part.data"},
+    "engine/layout/pipeline.py": {"documents.routing"},
     "engine/layout/sequence.py": {"documents.exchange", "module.attend"},
     "engine/layout/tensor.py": {
         "module.multiply",
-        "setattr(owner, leaf, _part(parameter, dimension, parts))",
+        "setattr(owner, leaf, _part(getattr(owner, leaf), dimension, parts))",
         "setattr(module, last, RowMap(getattr(module, last), parts))",
         "setattr(module, name, SharedNorm(norm, parts))",
     },
     "engine/reduction/compression.py": {"parameter.grad"},
     "engine/reduction/wire.py": {"traffic.calls", "traffic.bytes", "traffic.ring_bytes"},
+    "engine/run/begin.py": {"engine.base"},
     "engine/run/outputs.py": {"self.clock.flops_per_token"},
     "engine/run/stopping.py": {"stop.name"},
 }

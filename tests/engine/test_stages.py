@@ -19,8 +19,8 @@ from tests.engine.kept import kept
 from tests.engine.programs import moved_at, prepare, stopped, zero
 from tests.forks import run_python, start_python
 from tests.training.corpus import build
-from tools.export import card
 from tools.hf_tokenizer import Written
+from tools.model_card import card
 from training.records import read_records
 
 STEPS, STOPS = 8, (3, 4)  # at the border of the first two stages, and inside the second

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model import loss
-from model.loss import IGNORED, VocabularyPart, linear_cross_entropy, token_losses
+from model.loss import IGNORED, VocabularyPart, linear_cross_entropy, reported_sums
 from tests.model.tiny import TensorSizes
 
 
@@ -21,6 +21,12 @@ def full(x, weight, targets, z_loss_weight, target_weights=None):
     cross_entropy = (F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none") * scale).sum()
     z = (logits.logsumexp(-1).square() * scale).sum()
     return cross_entropy + z_loss_weight * z, cross_entropy
+
+
+def summed(found, target_weights=None):
+    """What `linear_cross_entropy` returns, as `full` does."""
+    objective, losses = found
+    return objective, (losses if target_weights is None else losses * target_weights).sum()
 
 
 def problem(tokens, width, vocabulary, ignored, seed=0, dtype=torch.float64):
@@ -53,7 +59,7 @@ def test_value_and_gradients_equal_the_full_computation(
     expected_grads = torch.autograd.grad(expected[0] * upstream, (x, weight))
     with mock.patch.object(loss, "SOFTMAX_TOKENS", softmax_tokens):
         found = linear_cross_entropy(x, weight, targets, z, chunk, target_weights=target_weights)
-    torch.testing.assert_close(found, tuple(expected), atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(summed(found, target_weights), tuple(expected), atol=1e-10, rtol=1e-10)
     assert not found[1].requires_grad
     grads = torch.autograd.grad(found[0] * upstream, (x, weight))
     torch.testing.assert_close(grads, expected_grads, atol=1e-10, rtol=1e-10)
@@ -89,7 +95,7 @@ def test_processes_with_a_part_of_the_vocabulary_agree_on_the_whole(
         chunks = zip(*sent, strict=True)
         vocabulary_part = VocabularyPart(int(ids[process][0]), lambda _, chunks=chunks: torch.stack(next(chunks)))
         found = linear_cross_entropy(x, part, targets, z, chunk, vocabulary_part)
-        torch.testing.assert_close(found, tuple(expected), atol=1e-10, rtol=1e-10)
+        torch.testing.assert_close(summed(found), tuple(expected), atol=1e-10, rtol=1e-10)
         grads.append(torch.autograd.grad(found[0], (x, part)))
     torch.testing.assert_close(sum(grad for grad, _ in grads), expected_x, atol=1e-10, rtol=1e-10)
     torch.testing.assert_close(torch.cat([grad for _, grad in grads]), expected_weight, atol=1e-10, rtol=1e-10)
@@ -108,8 +114,8 @@ def test_only_the_gradients_asked_for_are_made(frozen):
 
 def test_no_counted_target_is_a_zero_with_zero_gradients():
     x, weight, targets = problem(12, 4, 7, 1.0)
-    objective, cross_entropy = linear_cross_entropy(x, weight, targets, 0.1, 5)
-    assert objective.item() == cross_entropy.item() == 0.0
+    objective, losses = linear_cross_entropy(x, weight, targets, 0.1, 5)
+    assert objective.item() == losses.abs().sum().item() == 0.0
     objective.backward()
     assert not x.grad.any()
     assert not weight.grad.any()
@@ -121,7 +127,7 @@ def test_rows_may_be_strided_and_batched():
     strided_targets = targets.view(4, 6).transpose(0, 1)
     assert not strided.is_contiguous()
     found = linear_cross_entropy(strided, weight, strided_targets, 0.0, 5)
-    torch.testing.assert_close(found, full(x, weight, targets, 0.0))
+    torch.testing.assert_close(summed(found), full(x, weight, targets, 0.0))
     torch.testing.assert_close(
         torch.autograd.grad(found[0], x), torch.autograd.grad(full(x, weight, targets, 0.0)[0], x)
     )
@@ -177,16 +183,27 @@ def test_without_gradients_no_gradient_work_is_done():
         found = linear_cross_entropy(x, weight, targets, 0.0, 16)
     assert sizes.largest == 16 * 50
     assert not found[0].requires_grad
-    torch.testing.assert_close(found, full(x, weight, targets, 0.0))
+    torch.testing.assert_close(summed(found), full(x, weight, targets, 0.0))
 
 
-def test_losses_of_single_tokens():
+@pytest.mark.parametrize("weighted", [False, True])
+def test_losses_of_single_tokens(weighted):
     x, weight, targets = problem(60, 5, 13, 0.3)
-    found = token_losses(x.view(4, 15, 5), weight, targets.view(4, 15), chunk_tokens=7)
+    weights = torch.rand(4, 15) if weighted else None
+    target = targets.view(4, 15)
+    _, found = linear_cross_entropy(x.view(4, 15, 5), weight, target, chunk_tokens=7, target_weights=weights)
     expected = F.cross_entropy(x @ weight.T, targets, ignore_index=IGNORED, reduction="none")
     torch.testing.assert_close(found, expected.view(4, 15))
-    assert (found[targets.view(4, 15) == IGNORED] == 0).all()
+    assert (found[target == IGNORED] == 0).all()
     assert not found.requires_grad
-    half = token_losses(x.bfloat16(), weight.bfloat16(), targets)
+    _, half = linear_cross_entropy(x.bfloat16(), weight.bfloat16(), targets)
     assert half.dtype == torch.float32
     torch.testing.assert_close(half.double(), expected, rtol=0.03, atol=0.03)
+
+
+def test_sums_are_told_apart_by_the_adapter_of_a_row():
+    losses = torch.arange(12.0).view(4, 3)
+    torch.testing.assert_close(
+        reported_sums(losses, None, torch.tensor([2, 0, 2, 2]), 3), torch.tensor([66.0, 12, 0, 54]).double()
+    )
+    torch.testing.assert_close(reported_sums(losses, losses, None, 2), torch.tensor([506.0, 0, 0]).double())

@@ -75,12 +75,19 @@ MASKED = {
     ),
 }
 """Runs that predict masked tokens: in whole documents, and in chunks."""
+ADAPTED = {
+    "adapters": (
+        zero(1, pipeline={"stages": 2}),
+        TIED | {"adapters.names": "[plays, topics]", "adapters.r": "4", "adapters.target_modules": "[q_proj, up_proj]"},
+    )
+}
+"""A run that trains an adapter for each source of the data."""
 
 
 def train_all(folder: str, recipe: str, data: str) -> dict[str, dict[str, np.ndarray]]:
     """What a rank does: train each layout with the loop of train.py; the live float32 weights at the end, by layout."""
     weights, stop = {}, StopSignal()
-    for name, (ds_config, overrides) in (LAYOUTS | MASKED).items():
+    for name, (ds_config, overrides) in (LAYOUTS | MASKED | ADAPTED).items():
         run = Run(recipe, data, ds_config, Path(folder) / name, overrides)
         facts = describe(run.plan)
         lock = None

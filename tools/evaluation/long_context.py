@@ -23,7 +23,7 @@ import torch
 from console.progress import Progress
 from model.documents import Documents
 from model.llama import Llama
-from model.loss import token_losses
+from model.loss import linear_cross_entropy
 from storage.shards import ShardedDataset
 from training.batch import Batch
 from training.data import NO_TARGET, make_batch
@@ -175,7 +175,7 @@ def measure(
 def _losses(model: Llama, input_ids: torch.Tensor, targets: torch.Tensor, documents: Documents) -> np.ndarray:
     """Cross-entropy of every target in nats, float64 [B, T]; the input may go on beyond the targets."""
     hidden = model.hidden_states(input_ids, documents)[:, : targets.shape[1]]
-    return token_losses(hidden, model.lm_head.weight, targets).double().cpu().numpy()
+    return linear_cross_entropy(hidden, model.lm_head.weight, targets)[1].double().cpu().numpy()
 
 
 def _masked(

@@ -195,7 +195,7 @@ def test_a_checkpoint_with_learned_positions_moves_and_is_read_but_not_exported(
     """Written by two pipeline stages with tied embeddings, restored under ZeRO-2, opened by the commands."""
     run, saved = continued.folder / "learned", continued.weights("learned", 3)
     found = find(run)
-    opened = load_checkpoint(*found, torch.float32, "cpu")
+    opened = load_checkpoint(*found, torch.float32, "cpu", {})
     for weights in (continued.ranks[0]["moved"], dict(opened.named_parameters())):
         assert weights.keys() == saved.keys()
         for name, weight in weights.items():

@@ -54,7 +54,16 @@ def models(draw) -> ModelConfig:
         qk_norm=draw(st.booleans()),
         position_embedding=draw(st.sampled_from(["rope", "learned", "sinusoidal"])),
         max_position_embeddings=32,
+        adapters=draw(
+            st.sampled_from(
+                [{}, {"names": ["a", "b"], "r": 1}, {"names": ["a"], "r": 1, "last_layers": 1, "train_base": True}]
+            )
+        ),
     )
+
+
+def numel(sizes: list[memory.Size]) -> int:
+    return sum(size.numel for size in sizes)
 
 
 @examples(60)
@@ -62,10 +71,12 @@ def models(draw) -> ModelConfig:
 def test_the_stages_of_a_pipeline_hold_every_parameter(model, stages, partition):
     stages = min(stages, model.num_hidden_layers)
     bounds = pipeline_bounds(model, stages, partition, 16)
-    held = [sum(memory.parameter_sizes(model, bounds, Mesh(rank, stages, stages))) for rank in range(stages)]
+    held = [numel(memory.parameter_sizes(model, bounds, Mesh(rank, stages, stages))) for rank in range(stages)]
     second_copy = model.vocab_size * model.hidden_size if model.tie_word_embeddings and stages > 1 else 0
     assert sum(held) == model.num_parameters() + second_copy
-    assert sum(memory.parameter_sizes(model, [], Mesh(0, 1))) == model.num_parameters()
+    whole = memory.parameter_sizes(model, [], Mesh(0, 1))
+    assert numel(whole) == model.num_parameters()
+    assert numel([size for size in whole if size.trained]) == model.num_trained_parameters()
 
 
 @examples(30)
@@ -74,8 +85,8 @@ def test_tensor_parallel_ranks_hold_every_parameter_and_share_the_large_ones(mod
     parts = [memory.parameter_sizes(model, [], Mesh(rank, 2, tensor=2)) for rank in range(2)]
     whole = memory.parameter_sizes(model, [], Mesh(0, 1))
     for first, second, size in zip(*parts, whole, strict=True):
-        assert first + second == size or first == second == size
-    assert max(map(sum, parts)) < sum(whole)
+        assert first.numel + second.numel == size.numel or first == second == size
+    assert max(map(numel, parts)) < numel(whole)
 
 
 @pytest.fixture(scope="module")

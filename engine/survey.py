@@ -1,0 +1,48 @@
+"""What is in the micro-batches of a step, over all ranks, and what each target counts by it."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from engine.engine import Engine, documents_of
+from engine.layout.deal import pairs_here
+from training.balance import imbalance
+from training.batch import Batch
+from training.objective import NO_TARGET
+
+
+class Survey(NamedTuple):
+    targets: int
+    """Valid ones over all ranks, those of a row once however many ranks work on it."""
+    attention_imbalance: float
+    """How unevenly attention is spread over the ranks that have other tokens (see `training.balance.imbalance`)."""
+    of_adapters: dict[str, int]
+    """Of the valid targets, by the adapter of their row; empty where there are no adapters."""
+
+
+def survey(engine: Engine, batches: list[Batch]) -> Survey:
+    """What is in the batches of all ranks."""
+    mesh, names = engine.mesh, engine.config.adapters.names
+    counts = np.zeros(1 + len(names))
+    pairs = np.zeros(mesh.data * mesh.sequence)
+    for batch in batches:
+        counts[0] += batch["num_targets"]
+        if "adapters" in batch:
+            of_rows = (batch["targets"] != NO_TARGET).sum(1)
+            counts[1:] += np.bincount(batch["adapters"], of_rows, minlength=len(names))
+        pairs[mesh.data_rank * mesh.sequence + mesh.sequence_rank] += pairs_here(
+            documents_of(batch), engine.visibility, mesh
+        )
+    totals = engine.sum_over_tokens([*counts / mesh.sequence, *pairs])
+    targets, *of_adapters = (round(total) for total in totals[: len(counts)])
+    return Survey(targets, imbalance(np.array(totals[len(counts) :])), dict(zip(names, of_adapters, strict=True)))
+
+
+def weighed(batch: Batch, of_adapters: dict[str, int]) -> Batch:
+    """With what each target counts, so that the mean over all targets becomes the sum of the adapters' own means."""
+    if len(of_adapters) < 2:
+        return batch
+    of_each = torch.tensor(list(of_adapters.values()), dtype=torch.float64)
+    weights = (of_each.sum() / of_each.clamp(min=1)).float()[batch["adapters"]]
+    return batch | {"target_weights": weights[:, None].expand(batch["targets"].shape)}

@@ -1,0 +1,71 @@
+"""Several low-rank adapters on one base: W x + scaling_i B_i A_i x, where i is the adapter that a token has (Hu et al. 2022).
+
+Rows of several adapters are multiplied at once: tokens in blocks of one adapter each, the factors of every block beside them,
+one batched product. Ranks that differ are filled up with zeros.
+
+Legend: N adapters, B batch, T tokens of a row, n blocks of b tokens, r rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .adapter_config import FACTORS, AdaptersConfig
+from .documents import Documents
+from .seeded import Linear, Seed
+
+
+class AdaptedLinear(Linear):
+    """A linear map of the base and its adapters; without a routing it is the base's."""
+
+    def __init__(self, base: Linear, adapters: AdaptersConfig, seed: Seed, name: str) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight, self.bias, self.names = base.weight, base.bias, adapters.names
+        self.ranks = [adapters.rank(each) for each in self.names]
+        self.scalings = [adapters.scaling(each) for each in self.names]
+        self.of_all: dict[str, Callable[[Tensor], Tensor]] = {}
+        """By beginning of the name: what is done to factors of which other ranks have the same, with other gradients."""
+        for each, rank in zip(self.names, self.ranks, strict=True):
+            like: dict[str, Any] = {"dtype": self.weight.dtype, "device": self.weight.device}
+            a = nn.Parameter(torch.empty(rank, self.in_features, **like))
+            seed.uniform_(a, f"{name}.lora_A.{each}", self.in_features**-0.5)
+            self.register_parameter(f"lora_A_{each}", a)
+            self.register_parameter(f"lora_B_{each}", nn.Parameter(torch.zeros(self.out_features, rank, **like)))
+
+    def forward(self, x: Tensor, documents: Documents | None = None) -> Tensor:
+        return self.beside(x, F.linear(x, self.weight, self.bias), documents)
+
+    def beside(self, x: Tensor, out: Tensor, documents: Documents | None) -> Tensor:
+        """`out` [B, T, outputs] of the base and what the adapters add to it, for `x` [B, T, inputs]."""
+        if documents is None or (routing := documents.routing) is None:
+            return out
+        a, b = (self._stacked(begin)[routing].to(x.dtype).transpose(1, 2) for begin in FACTORS)
+        return torch.baddbmm(out, torch.bmm(x, a), b.to(out.dtype))
+
+    def _stacked(self, begin: str) -> Tensor:
+        """[N, r, inputs] or [N, outputs, r], of which the second is scaled."""
+        factors, largest = [getattr(self, begin + each) for each in self.names], max(self.ranks)
+        if begin == FACTORS[0]:
+            filled = [F.pad(f, (0, 0, 0, largest - len(f))) for f in factors]
+        else:
+            pairs = zip(factors, self.scalings, strict=True)
+            filled = [F.pad(f * scaling, (0, largest - f.shape[1])) for f, scaling in pairs]
+        stacked = torch.stack(filled)
+        return self.of_all[begin](stacked) if begin in self.of_all else stacked
+
+
+def adapted(block: nn.Module, adapters: AdaptersConfig | None, seed: Seed) -> nn.Module:
+    """The block with adapters beside the linear maps that they are for; as it is where there are none."""
+    if adapters is None:
+        return block
+    for path, module in list(block.named_modules()):
+        owner, leaf = block.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
+        if leaf in adapters.target_modules:
+            setattr(owner, leaf, AdaptedLinear(module, adapters, seed, path))
+    return block

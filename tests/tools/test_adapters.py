@@ -1,0 +1,124 @@
+"""A run with adapters in the hands of its user: exported for PEFT or merged, evaluated and asked to write."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from model.adapter_config import AdaptersConfig
+from model.config import ModelConfig
+from model.llama import Llama
+from tests.tools.called import call
+from tests.tools.trained import RECIPE
+from tools import evaluate, export, generate
+from training.records import read_records
+
+NAMES = ("plays", "topics")
+
+
+@pytest.fixture(scope="module")
+def run(trained):
+    return trained.folder / "adapters"
+
+
+@pytest.fixture(scope="module")
+def live(trained) -> Llama:
+    """What the engine held at the end, on the base that follows from the seed."""
+    adapters = AdaptersConfig(names=NAMES, r=4, target_modules=("q_proj", "up_proj"))
+    model = Llama(ModelConfig(**RECIPE["model"], tie_word_embeddings=True, adapters=adapters), seed=5)
+    state = {name: torch.from_numpy(value) for name, value in trained.weights["adapters"].items()}
+    assert not model.load_state_dict(state, strict=False).unexpected_keys
+    assert all(state[name].any() for name in state)
+    return model
+
+
+@pytest.fixture(scope="module")
+def ids() -> torch.Tensor:
+    return torch.randint(RECIPE["model"]["vocab_size"], (2, 30), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def command(capsys, monkeypatch):
+    return lambda tool, *words: call(tool.main, capsys, monkeypatch, *words)
+
+
+def exported(command, run, output, how: str | None):
+    flags = () if how is None else ("--adapters", how)
+    return command(export, run, "--output", output, "--dtype", "float32", *flags)
+
+
+def test_separate_adapters_are_pefts(command, run, live, ids, tmp_path):
+    done = exported(command, run, tmp_path / "out", "separate")
+    assert done.code == 0, done.err
+    for number, name in enumerate(NAMES):
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "out/base", dtype=torch.float32)
+        theirs = PeftModel.from_pretrained(base, tmp_path / "out" / name)
+        assert theirs.peft_config["default"].base_model_name_or_path == str(tmp_path / "out/base")
+        expected = live(ids, adapters=torch.full((2,), number))
+        torch.testing.assert_close(theirs(ids).logits, expected, atol=1e-5, rtol=1e-5)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out/base")
+    assert "PeftModel" in (tmp_path / "out/README.md").read_text()
+
+
+def test_a_merged_adapter_is_an_ordinary_model_and_scores_alike(command, run, live, ids, trained, tmp_path):
+    done = exported(command, run, tmp_path / "out", "merged:plays")
+    assert done.code == 0, done.err
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    torch.testing.assert_close(theirs(ids).logits, live(ids, adapters=ids[:, 0] * 0), atol=1e-5, rtol=1e-5)
+    scores = []
+    for source in ([run, "--adapter", "plays"], [tmp_path / "out"]):
+        done = command(evaluate, *source, "--data", trained.data, "--json", tmp_path / "scores")
+        assert done.code == 0, done.err
+        scores.append(json.loads((tmp_path / "scores").read_text())["scores"])
+    assert scores[0].keys() == scores[1].keys() >= set(NAMES)
+    for source, mine in scores[0].items():
+        assert mine["loss"] == pytest.approx(scores[1][source]["loss"], rel=1e-5)
+
+
+def test_the_base_writes_too(command, run):
+    words = ["--prompt", "Enter", "--max-new-tokens", "3", "--seed", "1"]
+    texts = [command(generate, run, *words, "--adapter", name) for name in ("base", "plays=0.5,topics=0.5")]
+    for done in texts:
+        assert done.code == 0, done.err
+        assert done.out.startswith("Enter")
+
+
+@pytest.mark.parametrize(
+    ("how", "sentence"),
+    [
+        (
+            None,
+            "this run has the adapters plays, topics: say with --adapters what to make of them: separate, merged:plays",
+        ),
+        ("merged:poems", "'poems' is not one of plays, topics"),
+        ("merged:plays=much", "the share 'much' of plays is not a number"),
+        ("merged:plays,plays", "is named twice"),
+    ],
+)
+def test_what_to_export_has_to_be_said(command, run, tmp_path, how, sentence):
+    done = exported(command, run, tmp_path / "out", how)
+    assert done.code == 2
+    assert sentence in done.err
+    assert not any(tmp_path.iterdir())
+
+
+def test_other_runs_have_no_adapters(command, trained, tmp_path):
+    done = exported(command, trained.folder / "zero2", tmp_path / "out", "separate")
+    assert done.code == 2
+    assert "this run has no adapters: leave it out" in done.err
+    done = command(generate, trained.folder / "zero2", "--prompt", "x", "--adapter", "plays")
+    assert "this run has no adapters: leave it out" in done.err
+
+
+def test_metrics_have_the_loss_of_each_adapter(run):
+    steps = [record for record in read_records(run / "metrics.jsonl") if "loss" in record]
+    assert steps
+    for step in steps:
+        assert step["adapter_losses"].keys() <= set(NAMES)
+        assert (
+            min(step["adapter_losses"].values()) - 1e-6 <= step["loss"] <= max(step["adapter_losses"].values()) + 1e-6
+        )
+        assert np.isfinite(list(step["adapter_losses"].values())).all()
