@@ -76,7 +76,7 @@ class ChatFormat(NamedTuple):
             self.render(dict(zip(self.columns, ([PROBE] if self.messages is not None else ["a", "b"]), strict=True)))
         except BadRecord as error:
             if error.reason == NO_PREFIX or isinstance(error.__cause__, jinja2.TemplateSyntaxError):
-                raise ValueError(f"{error.reason}: {error.detail}") from None
+                raise ValueError(f"{error.reason} ({error.detail}), or give another: --chat-template FILE") from None
 
     def _messages(self, record: dict[str, Any]) -> list[dict[str, Any]]:
         if self.messages is not None:

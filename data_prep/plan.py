@@ -214,7 +214,7 @@ def _differences(there: dict, here: dict, place: str = "") -> Iterator[str]:
             example = f", the first is {first[1][0]}" if first else f": {len(old)} there and {len(new)} here"
             yield f"{name} differ{example}"
         else:
-            short = [f"{str(value)[:40]}" for value in (old, new)]
+            short = [" ".join(str(value).split())[:40] for value in (old, new)]
             yield f"{name} is {short[0]} there and {short[1]} here"
 
 

@@ -3,7 +3,8 @@
     python -m data_prep.verify DATA [--full]
 
 Without --full: the manifest's fingerprint, the hashes of the tokenizer's files, and of every shard its existence, size,
-place, schema and row count (milliseconds a shard). With --full also the SHA-256 of every byte. Every problem is printed;
+place, schema and row count (milliseconds a shard); of conversations also that what carries loss lies where it can, and is as
+much as the manifest says. With --full also the SHA-256 of every byte. Every problem is printed;
 the exit code is 0 only if there is none.
 """
 

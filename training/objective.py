@@ -1,8 +1,8 @@
 """What the model is asked for: the next token, or the tokens behind masks.
 
 Masks are drawn per sample: those of sample k are a pure function of (seed, data set, k), whatever rank reads it in which
-layout. The first token of a document, the tokens that mark its beginning and end, context from an overlap, and padding are
-never masked.
+layout. The first token of a document, the tokens that mark its beginning and end, context from an overlap, padding, and of a
+conversation all that the assistant does not write are never masked.
 """
 
 import hashlib

@@ -166,7 +166,9 @@ def test_packed_again_it_is_what_a_build_would_be(chats, chat_folder, chat_data,
 
 
 def test_another_template_is_another_data_set(chats, chat_folder, chat_data, tmp_path):
-    words = re.escape("was begun with another plan (chat_template is ")
+    words = re.escape(
+        "was begun with another plan (chat_template is {%- for m in messages %} {{- '<|im_start there and "
+    )
     with pytest.raises(ValueError, match=words):
         build_here(
             [chats], chat_folder, chat_data, overlap=5, cut="structure", chat_template=marked(INST), **CHAT_OPTIONS

@@ -57,11 +57,11 @@ def test_what_is_no_conversation_is_named_with_its_place(chat_folder, tmp_path):
         ({"chat_template": "x"}, "--chat-template needs --messages-field"),
         (
             {"messages_field": "messages", "chat_template": "{% if %}"},
-            "the chat template fails: Expected an expression",
+            "the chat template fails (Expected an expression",
         ),
         (
             {"messages_field": "messages", "chat_template": "{{ messages | length }}{{ messages[0].content }}"},
-            "the chat template changes what stands before an answer: message 2: put {% generation %} and ",
+            "the chat template changes what stands before an answer (message 2: put {% generation %} and ",
         ),
         (
             {"messages_field": "messages", "encoder": "accelerated"},
