@@ -15,7 +15,7 @@ from engine.layout.groups import Groups
 from engine.layout.mesh import EXCHANGE, Mesh
 from engine.layout.names import named_parameters
 from engine.layout.pipeline import Builder, PipelinedLlama, QueuedLoss
-from engine.layout.sequence import share_rows
+from engine.layout.sequence import share_losses, share_rows
 from engine.layout.slices import cut_dimensions, slice_of
 from engine.layout.tensor import Parts, divide_layer
 from engine.matrices import names_of_matrices, place_matrices
@@ -62,7 +62,7 @@ def _build_engine(
     bounds: list[int],
     weights: Iterable[tuple[str, torch.Tensor]] | None,
 ) -> Engine:
-    compression, loss = config.pop("gradient_compression", None), QueuedLoss(len(recipe.adapters.names))
+    compression, loss = config.pop("gradient_compression", None), QueuedLoss(recipe.adapters)
     config.pop("tensor_parallel", None)  # DeepSpeed would start its own
     config.pop(EXCHANGE, None)
     if config.pop("sequence_parallel_size", 1) > 1:
@@ -80,6 +80,7 @@ def _build_engine(
         model.activation_checkpointing = recipe.training.activation_checkpointing
     if mesh.sequence > 1:
         share_rows(model, groups.sequence, mesh)
+        loss.of_head.whole_rows = share_losses(model, groups.sequence)
     if weights is not None:
         load_weights(model, weights, recipe, mesh)
     if recipe.training.compile:

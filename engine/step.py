@@ -4,11 +4,11 @@ The loss is a sum over valid targets divided by the number of targets of the who
 micro-batches before the first backward pass. So it depends neither on how a step is divided nor on where padding falls.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from engine.engine import Engine
 from engine.optimizer import drop_sums
-from engine.survey import survey, weighed
+from engine.survey import figures, survey, weighed
 from training.batch import Batch
 
 
@@ -26,8 +26,8 @@ class StepResult(NamedTuple):
     """How many more (query, key) pairs the busiest rank attended over than the average one, as a share."""
     wire_bytes: int | None
     """What this rank handed to the calls of a compressed reduction; None where DeepSpeed reduces."""
-    adapter_losses: dict[str, float]
-    """By name, of the rows of each adapter that the step had some of."""
+    adapters: dict[str, Any]
+    """See `engine.survey.figures`."""
 
 
 def train_step(engine: Engine, micro_batches: list[Batch], learning_rate: float, z_loss_weight: float) -> StepResult:
@@ -36,20 +36,18 @@ def train_step(engine: Engine, micro_batches: list[Batch], learning_rate: float,
     `micro_batches`: as training.data makes them; the same number on every rank.
     """
     engine.fit(micro_batches[0]["input_ids"].shape, len(micro_batches))
-    targets, attention_imbalance, of_adapters = survey(engine, micro_batches)
+    targets = (found := survey(engine, micro_batches)).targets
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
-        group["targets"] = of_adapters.get(group.get("adapter"), targets)
-    micro_batches = [weighed(batch, of_adapters) for batch in micro_batches]
+        group["targets"] = found.of_adapters.get(group.get("adapter"), targets)
+    micro_batches = [weighed(batch, found.of_adapters) for batch in micro_batches]
     # DeepSpeed averages over the ranks that hold other tokens and divides by the accumulation steps; both are undone here.
     weight = engine.mesh.data * engine.mesh.sequence * len(micro_batches) / max(targets, 1)
-    sums = engine.update(micro_batches, z_loss_weight, weight)
-    objective, loss, *losses = engine.sum_over_tokens(sums.tolist())
-    objective, loss = objective / max(targets, 1), loss / max(targets, 1)
-    parts = zip(of_adapters.items(), losses, strict=True)
-    adapter_losses = {name: total / count for (name, count), total in parts if count}
+    sums = engine.sum_over_tokens(engine.update(micro_batches, z_loss_weight, weight).tolist())
+    objective, loss = (total / max(targets, 1) for total in sums[:2])
     norm, applied = engine.deepspeed.get_global_grad_norm(), engine.deepspeed.was_step_applied()
     if not applied:
         drop_sums(engine.optimizer)
     wire_bytes = engine.reduction.wire_bytes if engine.reduction else None
-    return StepResult(loss, objective, targets, float(norm), applied, attention_imbalance, wire_bytes, adapter_losses)
+    adapters = figures(engine.config.adapters, found, sums[2:])
+    return StepResult(loss, objective, targets, float(norm), applied, found.attention_imbalance, wire_bytes, adapters)

@@ -1,12 +1,13 @@
 """What is in the micro-batches of a step, over all ranks, and what each target counts by it."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from engine.engine import Engine, documents_of
 from engine.layout.deal import pairs_here
+from model.adapter_config import AdaptersConfig
 from training.balance import imbalance
 from training.batch import Batch
 from training.objective import NO_TARGET
@@ -23,7 +24,8 @@ class Survey(NamedTuple):
 
 def survey(engine: Engine, batches: list[Batch]) -> Survey:
     """What is in the batches of all ranks."""
-    mesh, names = engine.mesh, engine.config.adapters.names
+    mesh, adapters = engine.mesh, engine.config.adapters
+    names = () if adapters.members else adapters.names
     counts = np.zeros(1 + len(names))
     pairs = np.zeros(mesh.data * mesh.sequence)
     for batch in batches:
@@ -46,3 +48,14 @@ def weighed(batch: Batch, of_adapters: dict[str, int]) -> Batch:
     of_each = torch.tensor(list(of_adapters.values()), dtype=torch.float64)
     weights = (of_each.sum() / of_each.clamp(min=1)).float()[batch["adapters"]]
     return batch | {"target_weights": weights[:, None].expand(batch["targets"].shape)}
+
+
+def figures(adapters: AdaptersConfig, found: Survey, sums: list[float]) -> dict[str, Any]:
+    """What a step says of the adapters, by the names of metrics; `sums`: those of `HeadLoss` for each, over all ranks."""
+    if not adapters.members:
+        parts = zip(found.of_adapters.items(), sums, strict=True)
+        return {"adapter_losses": {name: total / count for (name, count), total in parts if count}}
+    shares = np.array(sums) / max(sum(sums), 1e-300)
+    effective = float(np.exp(-(shares * np.log(np.maximum(shares, 1e-300))).sum()))
+    named = dict(zip(adapters.names, shares.tolist(), strict=True))
+    return {"adapter_shares": named, "effective_adapters": effective}

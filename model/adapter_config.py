@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PROJECTIONS: tuple[Projection, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -28,9 +28,15 @@ class AdaptersConfig(BaseModel):
 
     names: tuple[str, ...] = ()
     """Of the adapters; none: the model is trained without. Letters, digits, - and _."""
-    mode: Literal["routed", "single"] = "routed"
+    mode: Literal["routed", "mixture", "single"] = "routed"
     """Which rows an adapter sees. routed: those of the data's source of its name; several adapters meet in a batch, and each
-    has its own mean loss, gradient norm and count of steps, as if it was trained alone. single: one adapter, all rows."""
+    has its own mean loss, gradient norm and count of steps, as if it was trained alone. mixture: all rows; the loss is that of
+    the adapters' likelihoods, mixed by `prior` and `evidence`. single: one adapter, all rows."""
+    prior: dict[str, PositiveFloat] = {}
+    """Of a mixture: the weight of each adapter before a document has said anything, relative to the others; none: equal."""
+    evidence: float = Field(default=1.0, ge=0, le=1)
+    """Of a mixture: how much of what a document has said about its adapter is kept from token to token. 1: all, so that whole
+    documents are mixed; 0: nothing, every token by the prior."""
     r: PositiveInt | dict[str, PositiveInt] = 16
     """Rank of the update of a matrix; or of each adapter by its name."""
     lora_alpha: PositiveFloat | dict[str, PositiveFloat] = 32.0
@@ -81,7 +87,9 @@ class AdaptersConfig(BaseModel):
             raise ValueError(f"mode single is for one adapter, not {len(self.names)}: use routed")
         if unknown := sorted(self.initial_weights.keys() - set(self.names)):
             raise ValueError(f"initial_weights: {unknown[0]!r} is not one of the adapters {', '.join(self.names)}")
-        for key in ("r", "lora_alpha"):
+        if self.mode != "mixture" and (self.prior or self.evidence != 1):
+            raise ValueError(f"prior and evidence are of mode mixture, not {self.mode}: leave them out")
+        for key in ("r", "lora_alpha", *(["prior"] if self.prior else [])):
             if isinstance(given := getattr(self, key), dict) and given.keys() != set(self.names):
                 wrong = sorted(given.keys() ^ set(self.names))[0]
                 raise ValueError(f"{key} has to have a value for each of names and no other: look at {wrong!r}")
@@ -91,6 +99,17 @@ class AdaptersConfig(BaseModel):
     def freeze_base(self) -> bool:
         """Whether there are adapters and nothing else is trained."""
         return bool(self.names) and not self.train_base
+
+    @property
+    def members(self) -> int:
+        """Adapters that every row passes through; 0: rows have one or none."""
+        return len(self.names) if self.mode == "mixture" else 0
+
+    @property
+    def prior_shares(self) -> list[float]:
+        """Of each adapter, in the order of the names; they sum to 1."""
+        weights = [self.prior.get(name, 1.0) for name in self.names]
+        return [weight / sum(weights) for weight in weights]
 
     def rank(self, name: str) -> int:
         """r of one adapter."""

@@ -68,4 +68,14 @@ def adapted(block: nn.Module, adapters: AdaptersConfig | None, seed: Seed) -> nn
         owner, leaf = block.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
         if leaf in adapters.target_modules:
             setattr(owner, leaf, AdaptedLinear(module, adapters, seed, path))
+    block.register_forward_pre_hook(_spread)
     return block
+
+
+def _spread(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Where all rows are for all adapters, the first block that has some gets them once for each, as those after it do."""
+    x, documents, *others = arguments
+    if (spread := documents.spread) is None:
+        return arguments
+    times = len(spread.position_ids) // len(x)
+    return x.repeat(times, 1, 1) if times > 1 else x, spread, *others

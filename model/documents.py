@@ -54,6 +54,8 @@ class Documents:
     """The same of whoever fetches keys from other devices."""
     routing: Tensor | None = None
     """int64 [B]: the adapter of each row; None: the base computes alone."""
+    spread: Documents | None = field(default=None, repr=False)
+    """The same rows once for each of several adapters, from the first layer on that has some; None: rows have one or none."""
 
     @classmethod
     def from_position_ids(cls, position_ids: Tensor, device: torch.device | None = None, copies: int = 1) -> Documents:
@@ -83,6 +85,24 @@ class Documents:
     def part(self, columns: slice | Tensor) -> Documents:
         """The same documents where only some columns of the rows are at hand, as under sequence parallelism."""
         return Documents(self.position_ids[:, columns], self.lengths, self.cu_seqlens, columns, self.copies)
+
+    def route(self, adapters: Tensor | None, members: int) -> None:
+        """Give each row its adapter (int64 [B]), or all rows to so many `members`, or to the base where there are none."""
+        self.routing = None if adapters is None else adapters.to(self.position_ids.device)
+        if adapters is not None or not members:
+            return
+        rows, total = len(self.position_ids), sum(self.lengths)
+        starts = [self.cu_seqlens[:-1] + member * total for member in range(members)]
+        cu_seqlens = torch.cat([*starts, self.cu_seqlens.new_tensor([members * total])])
+        positions = self.position_ids.repeat(members, 1)
+        self.spread = Documents(positions, self.lengths * members, cu_seqlens, self.columns, self.copies)
+        self.spread.routing = torch.arange(members, device=positions.device).repeat_interleave(rows)
+
+    @property
+    def begins(self) -> Tensor:
+        """bool [B, T] of whole rows: where documents do."""
+        flat = torch.zeros(sum(self.lengths), dtype=torch.bool, device=self.cu_seqlens.device)
+        return flat.index_fill(0, self.cu_seqlens[:-1].long(), True).view(len(self.position_ids), -1)
 
     @property
     def max_length(self) -> int:

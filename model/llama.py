@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from .adapters import adapted
 from .attention import KeyValueCache, attend, attend_cached
 from .config import ModelConfig
 from .documents import Documents
-from .loss import linear_cross_entropy, reported_sums
+from .head_loss import HeadLoss
+from .loss import linear_cross_entropy
 from .norm import rms_norm
 from .positions import POSITION_LAYERS
 from .rope import rotary_tables, rotate
@@ -122,7 +124,7 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """Output projection: [B, T, D] -> logits [B, T, V], or with targets objective and `reported_sums` of the loss.
+    """Output projection: [B, T, D] -> logits [B, T, V], or with targets what `HeadLoss` makes of them.
 
     The loss is inside this module's forward so that ZeRO-3, which gathers a module's parameters around its forward,
     has the weight in place. A tied head owns no weight: it is given the embedding's.
@@ -132,7 +134,7 @@ class Head(nn.Module):
 
     def __init__(self, config: ModelConfig, seed: Seed) -> None:
         super().__init__()
-        self.adapters = len(config.adapters.names)
+        self.loss = HeadLoss(config.adapters)
         if config.tie_word_embeddings:
             self.register_parameter("weight", None)
         else:
@@ -149,8 +151,8 @@ class Head(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         if targets is None:
             return F.linear(x, self.weight)
-        objective, losses = linear_cross_entropy(x, self.weight, targets, z_loss_weight, target_weights=target_weights)
-        return objective, reported_sums(losses, target_weights, documents.routing if documents else None, self.adapters)
+        entropy = partial(linear_cross_entropy, weight=self.weight)
+        return self.loss(entropy, x, documents, targets, z_loss_weight, target_weights)
 
 
 @dataclass(frozen=True)
@@ -231,18 +233,18 @@ class Llama(nn.Module):
         copies: int = 1,
         adapters: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits [B, T, V]; with `targets` [B, T] the objective of `linear_cross_entropy`, and `reported_sums` [1 + N].
+        """Logits [B, T, V]; with `targets` [B, T] objective and sums of `HeadLoss`.
 
-        `input_ids` int64 [B, T]. `position_ids` int64 [B, T] restart at 0 where a document starts (default: every row
-        is one document); they may stay on the CPU, which saves a synchronisation. `columns`: the part of every row that
-        `input_ids` and `targets` are, where devices share rows; `position_ids` are those of whole rows. `target_weights`
-        [B, T]: what each target counts. `copies` 2: the first half of every row is a noised copy of the second. `adapters`
-        int64 [B]: places of the rows' adapters in the model's names; without, the base computes alone."""
+        `input_ids` int64 [B, T]. `position_ids` int64 [B, T] restart at 0 where a document starts (default: a row is one);
+        they may stay on the CPU, which saves a synchronisation. `columns`: the part of every row that `input_ids` and `targets`
+        are, where devices share rows; `position_ids` are those of whole rows. `target_weights` [B, T]: what each target counts.
+        `copies` 2: the first half of every row is a noised copy of the second. `adapters` int64 [B]: places of the rows'
+        adapters in the model's names; without, the mixture's members all have a turn, or the base alone."""
         if position_ids is None:
             documents = Documents.whole_rows(len(input_ids), input_ids.shape[1], input_ids.device)
         else:
             documents = Documents.from_position_ids(position_ids, input_ids.device, copies).part(columns)
-        documents.routing = adapters
+        documents.route(adapters, self.config.adapters.members)
         return self.lm_head(self.hidden_states(input_ids, documents), documents, targets, z_loss_weight, target_weights)
 
     def embed(self, input_ids: Tensor, documents: Documents) -> Tensor:

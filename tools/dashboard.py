@@ -22,6 +22,7 @@ SECTIONS: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
         ("Validation loss", "/^validation/.+/loss$/", {}),
         ("Validation bits per byte", "/^validation/.+/bits_per_byte$/", {}),
         ("Loss by adapter", "/^adapters/.+/loss$/", {}),
+        ("Share of the targets that each adapter made", "/^adapters/.+/share$/", {}),
         ("Objective", "objective", {"smoothing_type": "exponentialTimeWeighted", "smoothing_factor": 0.6}),
     ],
     "Optimisation": [

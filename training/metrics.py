@@ -85,7 +85,7 @@ class MetricsLogger:
         attention_imbalance: float = 0.0,
         memory_bytes: int | None = None,
         wire_bytes: int | None = None,
-        adapter_losses: Mapping[str, float] | None = None,
+        adapters: Mapping[str, Any] | None = None,
     ) -> None:
         """Reports one optimizer step.
 
@@ -97,7 +97,7 @@ class MetricsLogger:
             skipped_steps: steps not applied since the beginning of the run.
             attention_imbalance: how much more attention the busiest rank had in this step than the average one, as a share.
             wire_bytes: what the first rank handed to the calls of a compressed reduction; left out where there is none.
-            adapter_losses: the loss of each adapter's rows by its name, of those that the step had; likewise left out.
+            adapters: further figures by name: `adapter_losses` or `adapter_shares`, each by adapter, `effective_adapters`.
         """
         record = {
             "samples": samples,
@@ -114,8 +114,7 @@ class MetricsLogger:
         }
         if wire_bytes is not None:
             record["wire_bytes"] = wire_bytes
-        if adapter_losses:
-            record["adapter_losses"] = dict(adapter_losses)
+        record |= adapters or {}
         self._last = {"step": step, **record}
         self._speeds.append(rates.tokens_per_second)
         self._write(step, record)

@@ -7,8 +7,9 @@ from storage.shards import ShardedDataset
 
 
 def adapters_of_sources(adapters: AdaptersConfig, dataset: ShardedDataset) -> np.ndarray | None:
-    """By the place of a source in `dataset.sources`: the place of its adapter in `adapters.names`, int64; None: no adapters."""
-    if not adapters.names:
+    """By the place of a source in `dataset.sources`: the place of its adapter in `adapters.names`, int64; None: no adapters, or
+    all of them for all rows."""
+    if not adapters.names or adapters.members:
         return None
     if adapters.mode == "single":
         return np.zeros(len(dataset.sources), np.int64)

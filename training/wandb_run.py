@@ -21,6 +21,7 @@ from training.wandb_files import mend_files
 
 if TYPE_CHECKING:
     import wandb
+
     from training.sections import MetricsConfig
 
 # Record key -> W&B key; the part before the slash is the section of the dashboard.
@@ -54,7 +55,10 @@ def wandb_values(record: dict[str, Any]) -> dict[str, float]:
         values = {f"validation/{name}/{key}": scores.get(key) for name, scores in sets for key in VALIDATION_KEYS}
     else:
         values = {key: record[name] for name, key in WANDB_KEYS.items()}
-        values |= {f"adapters/{name}/loss": loss for name, loss in record.get("adapter_losses", {}).items()}
+        for kind, key in (("loss", "adapter_losses"), ("share", "adapter_shares")):
+            values |= {f"adapters/{name}/{kind}": value for name, value in record.get(key, {}).items()}
+        if "effective_adapters" in record:
+            values["adapters/effective"] = record["effective_adapters"]
     return {key: value for key, value in finite(values).items() if value is not None}
 
 

@@ -22,11 +22,12 @@ from torch.utils.checkpoint import checkpoint
 
 from engine.layout.deal import columns_here
 from engine.layout.mesh import Mesh
-from engine.layout.tensor import losses_of
+from engine.layout.tensor import cross_entropy_of
+from model.adapter_config import AdaptersConfig
 from model.config import ModelConfig
 from model.documents import Documents
+from model.head_loss import HeadLoss
 from model.llama import Block, Embedding, Head, Layer, layer_plan
-from model.loss import reported_sums
 from training.batch import Batch
 from training.config import Recipe
 
@@ -42,6 +43,7 @@ class KnownDocuments:
 
     def __init__(self, recipe: Recipe, mesh: Mesh) -> None:
         self._copies, self._visibility, self._mesh = recipe.objective.copies, recipe.model.visibility, mesh
+        self._members = recipe.adapters.members
         self._last: tuple[weakref.ref[Tensor], Documents] | None = None
         self.start([])
 
@@ -54,8 +56,7 @@ class KnownDocuments:
         if self._last is None or self._last[0]() is not position_ids:
             whole = Documents.from_position_ids(position_ids, copies=self._copies)
             documents = whole.part(columns_here(whole, self._visibility, self._mesh))
-            if (adapters := self._adapters.popleft()) is not None:
-                documents.routing = adapters.to(position_ids.device)
+            documents.route(self._adapters.popleft(), self._members)
             self._last = weakref.ref(position_ids), documents
         return self._last[1]
 
@@ -84,23 +85,23 @@ class QueuedLoss:
     micro-batches in one order, so the targets wait here in a queue.
     """
 
-    def __init__(self, adapters: int) -> None:
-        self.adapters = adapters
+    def __init__(self, adapters: AdaptersConfig) -> None:
+        self.of_head = HeadLoss(adapters)
         self.start([])
 
     def start(self, micro_batches: list[Batch], z_loss_weight: float = 0.0, weight: float = 1.0) -> None:
         """Before the forward passes over these: forget what was, sum anew."""
         self.targets = deque((batch["targets"], batch.get("target_weights")) for batch in micro_batches)
         self.z_loss_weight, self.weight = z_loss_weight, weight
-        self.sums = torch.zeros(2 + self.adapters, dtype=torch.float64)
-        """[objective, cross-entropy, that of each adapter's rows] over the micro-batches so far."""
+        self.sums = torch.zeros(2 + len(self.of_head.adapters.names), dtype=torch.float64)
+        """[objective, the sums of `HeadLoss`] over the micro-batches so far."""
 
     def __call__(self, layer: PipelineLayer, inputs: tuple[Tensor, Tensor]) -> Tensor:
         x, (targets, weights) = inputs[0], self.targets.popleft()
         weights = None if weights is None else weights.to(x.device)
-        objective, losses = losses_of(layer.layer, x, targets.to(x.device), self.z_loss_weight, weights)
-        routing = layer.known.of(inputs[1]).routing
-        sums = reported_sums(losses, weights, routing, self.adapters)
+        documents = layer.known.of(inputs[1])
+        entropy = cross_entropy_of(layer.layer)
+        objective, sums = self.of_head(entropy, x, documents, targets.to(x.device), self.z_loss_weight, weights)
         self.sums = self.sums.to(x.device) + torch.cat([objective.detach()[None], sums])
         return objective * self.weight
 

@@ -10,6 +10,7 @@ loss is weighted for, is the same at every stage.
 Legend: B batch, T tokens of a row, n ranks, t = T / n, H query heads, K key/value heads, d head width, m keys that are seen.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,10 +20,11 @@ from torch import Tensor, nn
 
 from engine.layout.deal import dealt_columns
 from engine.layout.mesh import EXCHANGE, Mesh
+from engine.layout.tensor import VocabularyHead
 from model.attention import attend
 from model.config import ModelConfig
 from model.documents import Documents
-from model.llama import Attention
+from model.llama import Attention, Head
 from model.part_attention import RowPart, attend_part
 from model.segments import seen_keys, segments
 from model.visibility import Visibility
@@ -146,6 +148,21 @@ def share_rows(model: nn.Module, group: dist.ProcessGroup, mesh: Mesh) -> None:
     for module in model.modules():
         if isinstance(module, Attention):
             module.attend = KeyAttention(group, mesh) if mesh.exchange == "keys" else UlyssesAttention(group)
+
+
+def share_losses(model: nn.Module, group: dist.ProcessGroup) -> Callable[[Tensor, Documents], Tensor]:
+    """Let the ranks of a sequence group know the losses of whole rows, on which what mixes likelihoods depends."""
+
+    def whole_rows(losses: Tensor, documents: Documents) -> Tensor:
+        whole = losses.new_zeros(*losses.shape[:-1], sum(documents.lengths) // len(documents.position_ids))
+        whole[..., documents.columns] = losses
+        dist.all_reduce(whole, group=group)
+        return whole
+
+    for module in model.modules():
+        if isinstance(module, Head | VocabularyHead):
+            module.loss.whole_rows = whole_rows
+    return whole_rows
 
 
 def sequence_problems(config: ModelConfig, mesh: Mesh, seq_length: int) -> list[str]:

@@ -9,6 +9,8 @@ are that much smaller.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,8 +26,9 @@ from model.adapter_config import FACTORS
 from model.adapters import AdaptedLinear
 from model.config import ModelConfig
 from model.documents import Documents
+from model.head_loss import HeadLoss
 from model.llama import Attention, Embedding, FeedForward, Head, RMSNorm
-from model.loss import CHUNK_TOKENS, VocabularyPart, linear_cross_entropy, reported_sums
+from model.loss import CHUNK_TOKENS, VocabularyPart, linear_cross_entropy
 from model.norm import rms_norm
 from model.positions import POSITION_LAYERS, LearnedPositionEmbedding
 from model.seeded import multiply
@@ -71,7 +74,7 @@ def divide_layer(layer: nn.Module, config: ModelConfig, parts: Parts) -> nn.Modu
         weight = None if layer.weight is None else _part(layer.weight, 0, parts)
         if isinstance(layer, Embedding):
             return VocabularyEmbedding(weight, first, parts)
-        return VocabularyHead(weight, first, parts, layer.adapters)
+        return VocabularyHead(weight, first, parts, layer.loss)
     if isinstance(layer, RMSNorm):
         return SharedNorm(layer, parts) if parts.split_rows else layer
     if isinstance(layer, tuple(POSITION_LAYERS.values())):
@@ -185,9 +188,9 @@ class VocabularyEmbedding(nn.Module):
 class VocabularyHead(nn.Module):
     """`model.llama.Head` with the logits of some tokens. A chunk costs the group one exchange of two numbers a token."""
 
-    def __init__(self, weight: nn.Parameter | None, first: int, parts: Parts, adapters: int) -> None:
+    def __init__(self, weight: nn.Parameter | None, first: int, parts: Parts, loss: HeadLoss) -> None:
         super().__init__()
-        self.weight, self.first, self.parts, self.adapters = weight, first, parts, adapters
+        self.weight, self.first, self.parts, self.loss = weight, first, parts, loss
 
     def forward(
         self,
@@ -197,21 +200,22 @@ class VocabularyHead(nn.Module):
         z_loss_weight: float = 0.0,
         target_weights: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        objective, losses = losses_of(self, x, targets, z_loss_weight, target_weights)
-        return objective, reported_sums(losses, target_weights, documents.routing, self.adapters)
+        return self.loss(cross_entropy_of(self), x, documents, targets, z_loss_weight, target_weights)
 
 
-def losses_of(
-    layer: nn.Module, x: Tensor, targets: Tensor, z_loss_weight: float, target_weights: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def cross_entropy_of(layer: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
     """`linear_cross_entropy` by the weight of a head, or of the embedding it is tied to, whole or divided."""
     weight: Any = layer.weight
     if not isinstance(layer, VocabularyEmbedding | VocabularyHead):
-        return linear_cross_entropy(x, weight, targets, z_loss_weight, target_weights=target_weights)
+        return partial(linear_cross_entropy, weight=weight)
     parts = layer.parts
     tokens = CHUNK_TOKENS * parts.ranks  # as many logits at a time as with the whole vocabulary
-    part = VocabularyPart(layer.first, parts.stack)
-    return linear_cross_entropy(parts.enter(x), weight, targets, z_loss_weight, tokens, part, target_weights)
+    divided = partial(linear_cross_entropy, weight=weight, chunk_tokens=tokens)
+
+    def entered(x: Tensor, **more: Any) -> tuple[Tensor, Tensor]:
+        return divided(parts.enter(x), part=VocabularyPart(layer.first, parts.stack), **more)
+
+    return entered
 
 
 class _Columns(torch.autograd.Function):

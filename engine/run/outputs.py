@@ -44,6 +44,7 @@ class Outputs:
             wandb_mode=wandb_mode(),
         )
         self._device = engine.device
+        self._collapsed = False
         self._retention = Retention(run, plan.recipe.checkpoint)
 
     def __enter__(self) -> Self:
@@ -65,6 +66,15 @@ class Outputs:
         self.clock.step_done(self.plan.step_tokens)
         if not result.applied:
             self.logger.log_event(state.step, "skip", loss=result.loss, grad_norm=result.grad_norm)
+        members, effective = self.plan.recipe.adapters.members, result.adapters.get("effective_adapters")
+        if effective is not None and (collapsed := 2 * effective < members) != self._collapsed:
+            self._collapsed = collapsed
+            text = f"{effective:.2f} of {members} adapters are in use: " + (
+                "the others learn next to nothing; begin with other seeds, or route rows"
+                if collapsed
+                else "again enough"
+            )
+            self.logger.log_event(state.step, "notice", text=text)
         if self.logger.due(state.step):
             self.logger.log_step(
                 state.step,
@@ -79,7 +89,7 @@ class Outputs:
                 attention_imbalance=result.attention_imbalance,
                 memory_bytes=peak_memory_bytes(self._device),
                 wire_bytes=result.wire_bytes,
-                adapter_losses=result.adapter_losses,
+                adapters=result.adapters,
             )
 
     def validated(self, scores: dict[str, dict[str, float]] | None, step: int) -> None:

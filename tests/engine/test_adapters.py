@@ -237,3 +237,95 @@ def test_checkpoints_hold_little_but_adapters_and_their_states(setting, on_ranks
     sizes = on_ranks(2, saved_bytes, str(folder), recipe, data, [0, 2, 3], overrides | wide)[0]
     for saved, needed in sizes.values():
         assert needed < saved < 1.05 * needed
+
+
+MIXTURE = {"adapters.mode": "mixture", "adapters.evidence": "0.9", "adapters.prior": "{long: 1, short: 3}"}
+MIXTURE |= {"training.z_loss_weight": "0"}
+MIXED = {
+    1: {"zero0": (zero(0), {})},
+    2: {
+        "zero2-accumulate-recompute": (zero(2), SPLIT | RECOMPUTE),
+        "zero3-last": (zero(3), {}),
+        "pipeline2-accumulate": (pipeline(2), SPLIT),
+        "sequence2-zero1": (zero(1, **SEQUENCE), {}),
+        "keys2-zero3": (zero(3, **KEYS), {}),
+        "tensor2-zero0": (zero(0, **TENSOR), {}),
+        "rows2-zero2": (zero(2, **ROWS), {}),
+    },
+    4: {"pipeline2-rows2": (pipeline(2, **ROWS), {}), "tensor2-sequence2-zero1": (zero(1, **TENSOR, **SEQUENCE), {})},
+}
+MIXED_RUNS = [(ranks, name) for ranks, layouts in MIXED.items() for name in layouts]
+
+
+@pytest.fixture(scope="module")
+def mixture(setting):
+    """Losses and shares of each step, and the weights, of plain torch; by the number of layers with adapters."""
+    folder, recipe_file, data, overrides = setting
+
+    @kept
+    def run(last_layers: int) -> tuple[np.ndarray, np.ndarray, dict]:
+        (folder / "mixture.json").write_text('{"zero_optimization": {"stage": 0}}')
+        some = overrides | MIXTURE | {"adapters.last_layers": str(last_layers)}
+        alone = Topology(0, 0, 1, torch.device("cpu"))
+        plan = make_plan(recipe_file, some, str(folder / "mixture.json"), data, alone)
+        recipe = plan.recipe
+        model = Llama(recipe.model, seed=recipe.training.seed)
+        model.load_state_dict(dict(load_hf(folder / "base")[1]), strict=False)
+        groups = parameter_groups(model, recipe.optimizer)
+        optimizer = torch.optim.AdamW(groups, lr=1.0, betas=recipe.optimizer.betas, eps=recipe.optimizer.eps)
+        state, samples, history = new_state(plan), StepSamples(plan), []
+        for step in range(STEPS):
+            batches = samples.after(state)
+            state.advance(plan.batch.samples, plan.step_tokens, applied=True)
+            keys = ("input_ids", "position_ids", "targets")
+            objective, sums = model(**{key: torch.cat([batch[key] for batch in batches]) for key in keys})
+            count = sum(batch["num_targets"] for batch in batches)
+            (objective / count).backward()
+            factor = lr_factor(recipe.schedule, step + 1, plan.total_steps, plan.step_tokens)
+            for group in optimizer.param_groups:
+                torch.nn.utils.clip_grad_norm_(group["params"], recipe.optimizer.max_grad_norm)
+                group["lr"] = recipe.optimizer.lr * factor
+            optimizer.step()
+            optimizer.zero_grad()
+            history.append((sums / count).tolist())
+        figures = np.array(history)
+        weights = {key: p.detach().numpy() for key, p in model.named_parameters() if p.requires_grad}
+        return figures[:, 0], figures[:, 1:], weights
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def mixed(setting, on_ranks):
+    folder, recipe, data, overrides = setting
+
+    @kept
+    def run(ranks: int, name: str) -> list[dict]:
+        config, more = MIXED[ranks][name]
+        some = overrides | MIXTURE | more | {"adapters.last_layers": "2" if name.endswith("last") else "4"}
+        arguments = str(folder / f"mixed{ranks}"), recipe, data, {name: (config, some)}
+        return [rank[name] for rank in on_ranks(ranks, interrupted, *arguments)]
+
+    return run
+
+
+@pytest.mark.parametrize(("ranks", "name"), MIXED_RUNS)
+def test_a_mixture_is_the_same_in_every_layout(mixed, mixture, ranks, name):
+    losses, shares, weights = mixture(2 if name.endswith("last") else 4)
+    results = mixed(ranks, name)
+    history = results[0]["history"]
+    np.testing.assert_allclose([step["loss"] for step in history], losses, rtol=1e-6)
+    found = [list(step["adapters"]["adapter_shares"].values()) for step in history]
+    np.testing.assert_allclose(found, shares, rtol=1e-5)
+    effective = np.exp(-(shares * np.log(shares)).sum(1))
+    np.testing.assert_allclose([step["adapters"]["effective_adapters"] for step in history], effective, rtol=1e-5)
+    held = {key: value for rank in results for key, value in rank["weights"].items()}
+    assert held.keys() == weights.keys()
+    for key, value in weights.items():
+        np.testing.assert_allclose(held[key], value, atol=2e-6, rtol=1e-6, err_msg=key)
+
+
+@pytest.mark.parametrize(("ranks", "name"), MIXED_RUNS)
+def test_a_mixture_continues_to_the_bit(mixed, ranks, name):
+    for rank in mixed(ranks, name):
+        assert rank["history"] == rank["expected"]

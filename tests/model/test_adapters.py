@@ -114,6 +114,39 @@ def test_each_row_has_its_own_adapter(ranks, data):
             assert bool(parameter.grad.any()) == (names.index(adapter) in routing.tolist())
 
 
+@pytest.mark.parametrize("last_layers", [None, 1])
+@pytest.mark.parametrize("evidence", [0.0, 0.7, 1.0])
+def test_a_mixture_is_of_the_likelihoods_that_each_adapter_gives(evidence, last_layers):
+    """Packed documents, targets that do not count, in value and gradient by the definition, each adapter run by itself."""
+    names = ("a", "b", "c")
+    mixed = {"mode": "mixture", "evidence": evidence, "prior": {"a": 1, "b": 2, "c": 5}, "last_layers": last_layers}
+    model = made({"names": names, "r": 3, **mixed})
+    input_ids, lengths = ids(2, 12), [5, 7, 12]
+    position_ids = torch.cat([torch.arange(n) for n in lengths]).view(2, 12)
+    targets = torch.roll(input_ids, -1, 1)
+    targets[0, 4] = targets[0, 8] = targets[:, -1] = -100
+    objective, sums = model(input_ids, position_ids, targets)
+
+    counted, index = targets >= 0, targets.clamp(min=0).unsqueeze(-1)
+    logits = torch.stack([model(input_ids, position_ids, adapters=torch.full((2,), i)) for i in range(3)])
+    likelihoods = logits.log_softmax(-1).gather(-1, index.expand(3, *index.shape)).squeeze(-1) * counted
+    prior = torch.tensor([1, 2, 5]).double() / 8
+    expected, responsibilities = torch.zeros(()).double(), torch.zeros(3).double()
+    for row, token in counted.nonzero().tolist():
+        first = token - int(position_ids[row, token])
+        weights = prior.log()
+        for before in range(first, token):
+            weights = (evidence * (weights + likelihoods[:, row, before]) + (1 - evidence) * prior.log()).log_softmax(0)
+        joint = weights + likelihoods[:, row, token]
+        expected = expected - joint.logsumexp(0)
+        responsibilities += joint.softmax(0).detach()
+    torch.testing.assert_close(objective, expected)
+    torch.testing.assert_close(sums, torch.cat([expected.detach()[None], responsibilities]))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for mine, theirs in zip(*(torch.autograd.grad(loss, trained) for loss in (objective, expected)), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
 def test_new_adapters_compute_what_the_base_does():
     config = ModelConfig(**SHAPE, adapters=AdaptersConfig(names=("a", "b")))
     model, rows = Llama(config, seed=2), ids(2)
@@ -156,6 +189,9 @@ def test_counts_are_those_of_the_model(adapters):
         ({"names": ["a"], "last_layers": 4}, "there are 3 layers"),
         ({"names": ["a", "b"], "mode": "single"}, "single is for one adapter"),
         ({"r": 3}, "without adapters.names"),
+        ({"names": ["a"], "evidence": 0.5}, "prior and evidence are of mode mixture, not routed"),
+        ({"names": ["a", "b"], "mode": "mixture", "prior": {"a": 1}}, "prior has to have a value for each"),
+        ({"names": ["a", "b"], "mode": "mixture", "prior": {"a": 0, "b": 0}}, "greater than 0"),
     ],
 )
 def test_what_cannot_be_is_said(adapters, sentence):
