@@ -10,6 +10,7 @@ from torch import Tensor
 from .attention import KeyValueCache
 from .documents import Documents
 from .llama import Llama
+from .loss import linear_cross_entropy
 from .rope import frequencies_of_length
 
 
@@ -60,7 +61,7 @@ def continuation_losses(model: Llama, prompt: Tensor, continuations: Sequence[Se
 
     `prompt`: int64 [T], not empty. Continuations: token ids.
     """
-    decoder = _Decoder(model, len(prompt) + max(map(len, continuations)))
+    decoder = _decoder(model, len(prompt) + max(map(len, continuations)))
     first = decoder.logits(prompt.unsqueeze(0))
     losses = []
     for continuation in continuations:
@@ -77,7 +78,7 @@ def continuation_losses(model: Llama, prompt: Tensor, continuations: Sequence[Se
 def _decode(
     model: Llama, prompt: Tensor, max_new_tokens: int, stop: Collection[int], choose: Callable[[Tensor], int]
 ) -> Iterator[int]:
-    ids, decoder = prompt, _Decoder(model, prompt.shape[1] + max_new_tokens)
+    ids, decoder = prompt, _decoder(model, prompt.shape[1] + max_new_tokens)
     for _ in range(max_new_tokens):
         token = choose(decoder.logits(ids))
         yield token
@@ -97,24 +98,60 @@ class _Decoder:
     @torch.inference_mode()
     def logits(self, ids: Tensor) -> Tensor:
         """[V] after `ids` [1, T]; all but the last of them have been seen before, except in the first call."""
+        return self.model.lm_head(self.hidden(ids)[:, -1:])[0, 0]
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """What the head sees of the tokens of `ids` that are new, or of all: [1, T or 1, D], of a mixture [N, T or 1, D]."""
         tokens = ids.shape[1]
         frequencies = frequencies_of_length(self.model.config, tokens)
         if frequencies == self.frequencies:
             for cache in self.caches:
                 cache.tokens = tokens - 1
-            return _last_logits(self.model, ids[:, -1:], tokens, self.caches)
+            return self._pass(ids[:, -1:], tokens)
         self.frequencies = frequencies
         self.caches = [KeyValueCache(self.capacity_tokens) for _ in self.model.layers]
-        return _last_logits(self.model, ids, tokens, self.caches)
+        return self._pass(ids, tokens)
+
+    def _pass(self, step: Tensor, tokens: int) -> Tensor:
+        """The new tokens `step` [1, new] of a document that is now `tokens` long."""
+        documents = Documents.stretch(tokens - step.shape[1], tokens, tokens, step.device)
+        documents.route(None, self.model.config.adapters.members)
+        x = self.model.embed(step, documents)
+        for block, cache in zip(self.model.layers, self.caches, strict=True):
+            x = block(x, documents, cache)
+        return self.model.norm(x)
 
 
-def _last_logits(model: Llama, step: Tensor, tokens: int, caches: list[KeyValueCache]) -> Tensor:
-    """Logits [V] after the new tokens `step` [1, new] of a document that is now `tokens` long."""
-    documents = Documents.stretch(tokens - step.shape[1], tokens, tokens, step.device)
-    x = model.embed(step, documents)
-    for block, cache in zip(model.layers, caches, strict=True):
-        x = block(x, documents, cache)
-    return model.lm_head(model.norm(x[:, -1:]))[0, 0]
+class _MixtureDecoder(_Decoder):
+    """Log-probabilities of the mixture of all adapters, whose weights the text so far has earned (see model/mixture.py)."""
+
+    def __init__(self, model: Llama, capacity_tokens: int) -> None:
+        super().__init__(model, capacity_tokens)
+        adapters = model.config.adapters
+        self.log_prior, self.evidence = torch.tensor(adapters.prior_shares).double().log(), adapters.evidence
+        self.known: dict[int, tuple[Tensor, Tensor]] = {}
+        """After so many tokens, the first and the last: what the members have earned [N], and their log-probabilities [N, V]."""
+
+    @torch.inference_mode()
+    def logits(self, ids: Tensor) -> Tensor:
+        hidden, tokens = self.hidden(ids), ids.shape[1]
+        if hidden.shape[1] == tokens:
+            targets = ids[:, 1:].expand(len(hidden), -1)
+            losses = linear_cross_entropy(hidden[:, :-1], self.model.lm_head.weight, targets)[1].double().cpu()
+            earned = -(losses * self.evidence ** torch.arange(tokens - 1, 0, -1)).sum(1)
+            self.known = {}
+        else:
+            before, of_members = self.known[tokens - 1]
+            earned = self.evidence * (before + of_members[:, ids[0, -1]])
+        of_members = self.model.lm_head(hidden[:, -1:])[:, 0].double().cpu().log_softmax(-1)
+        first = min(self.known, default=tokens)
+        self.known = {length: state for length, state in self.known.items() if length == first}
+        self.known[tokens] = earned, of_members
+        return ((self.log_prior + earned).log_softmax(0)[:, None] + of_members).logsumexp(0)
+
+
+def _decoder(model: Llama, capacity_tokens: int) -> _Decoder:
+    return (_MixtureDecoder if model.config.adapters.members else _Decoder)(model, capacity_tokens)
 
 
 def sample(

@@ -13,7 +13,7 @@ from torch import Tensor
 from .adapter_config import AdaptersConfig
 from .documents import Documents
 from .loss import IGNORED, reported_sums
-from .mixture import mixture_cross_entropy
+from .mixture import Mixed, mixture_cross_entropy
 
 
 class HeadLoss:
@@ -46,11 +46,27 @@ class HeadLoss:
         routing = None if documents is None else documents.routing
         return objective, reported_sums(losses, target_weights, routing, len(self.adapters.names))
 
+    def of_tokens(
+        self, cross_entropy: Callable[..., tuple[Tensor, Tensor]], x: Tensor, documents: Documents, targets: Tensor
+    ) -> Tensor:
+        """-log p of each of the targets [B, T], 0 where there is none, without gradients."""
+        if documents.spread is None:
+            return cross_entropy(x, targets=targets)[1]
+        return -self._mixed(cross_entropy, x, documents, targets)[1].log_likelihoods
+
     def _of_mixture(
         self, cross_entropy: Callable[..., tuple[Tensor, Tensor]], x: Tensor, documents: Documents, targets: Tensor
     ) -> tuple[Tensor, Tensor]:
+        total, mixed = self._mixed(cross_entropy, x, documents, targets)
+        counted = (targets != IGNORED).double()
+        responsibilities = (mixed.log_responsibilities[..., documents.columns].exp() * counted).sum((1, 2))
+        return total, torch.cat([total.detach()[None], responsibilities])
+
+    def _mixed(
+        self, cross_entropy: Callable[..., tuple[Tensor, Tensor]], x: Tensor, documents: Documents, targets: Tensor
+    ) -> tuple[Tensor, Mixed]:
         prior = torch.tensor(self.adapters.prior_shares, dtype=torch.float64, device=x.device)
-        total, mixed = mixture_cross_entropy(
+        return mixture_cross_entropy(
             cross_entropy,
             x,
             targets,
@@ -60,6 +76,3 @@ class HeadLoss:
             documents.columns,
             lambda losses: self.whole_rows(losses, documents),
         )
-        counted = (targets != IGNORED).double()
-        responsibilities = (mixed.log_responsibilities[..., documents.columns].exp() * counted).sum((1, 2))
-        return total, torch.cat([total.detach()[None], responsibilities])

@@ -11,7 +11,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="folder of a run, or an exported Hugging Face folder")
     parser.add_argument("--step", type=int, help="checkpoint of a run; the newest good one by default")
     parser.add_argument(
-        "--adapter", metavar="NAME", help="of a run with adapters: which one, a sum NAME=0.5,NAME=0.5, or base"
+        "--adapter", metavar="NAME", help="of a run with adapters: one, a sum NAME=0.5,NAME=0.5, their mixture, or base"
     )
     parser.add_argument("--device", help="where to run; on the GPU by default where there is one")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of the weights")

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,7 +47,7 @@ def open_trained(source: str, step: int | None, device: str | None, dtype: str, 
 
     `source`: a run's folder (`step`: which checkpoint, the newest good one by default) or a Hugging Face folder. `device`
     None: the GPU where there is one. `dtype`: torch's name. `adapter`: of a run with adapters, which are to be part of the
-    model's matrices (see `tools.model_flags`), or "base" for none.
+    model's matrices (see `tools.model_flags`), "base" for none, or "mixture" for a model that mixes the likelihoods of all.
     Raises ValueError when it is neither, or damaged, or when this machine has no such device.
     """
     folder, device = Path(source), device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -87,29 +88,36 @@ def remembered_objective(file: Path, config: ModelConfig) -> ObjectiveConfig | N
         raise ValueError(f"{file}: objective: {error.errors()[0]['msg']}") from None
 
 
-def shares_of(adapter: str | None, manifest: CheckpointManifest) -> dict[str, float]:
-    """How much of each of a run's adapters `--adapter` asks for. Raises ValueError where the run has other adapters, or none."""
+def shares_of(adapter: str | None, manifest: CheckpointManifest) -> dict[str, float] | None:
+    """How much of each of a run's adapters `--adapter` asks for; None: their mixture. Raises ValueError where the run has other
+    adapters, or none."""
     names = ModelConfig.model_validate(manifest.recipe["model"]).adapters.names
     if adapter is None and names:
-        raise ValueError(f"this run has the adapters {', '.join(names)}: choose with --adapter NAME, or --adapter base")
+        raise ValueError(f"this run has the adapters {', '.join(names)}: choose with --adapter NAME, mixture or base")
     if adapter is not None and not names:
         raise ValueError(f"--adapter {adapter}: this run has no adapters: leave it out")
+    if adapter == "mixture":
+        return None
     return {} if adapter in (None, "base") else adapter_shares("--adapter", str(adapter), names)
 
 
 def load_checkpoint(
-    folder: Path, manifest: CheckpointManifest, dtype: torch.dtype, device: str, shares: Mapping[str, float]
+    folder: Path, manifest: CheckpointManifest, dtype: torch.dtype, device: str, shares: Mapping[str, float] | None
 ) -> Llama:
-    """The weights of a checkpoint in one plain model, a parameter at a time. `shares`: of adapters to merge."""
+    """The weights of a checkpoint in one plain model, a parameter at a time. `shares`: of adapters to merge; None: the model
+    keeps all of them, for their mixture."""
     whole = ModelConfig.model_validate(manifest.recipe["model"])
-    config = whole.model_copy(update={"adapters": AdaptersConfig()})
+    of_all = whole.adapters.model_copy(update={"mode": "mixture"})
+    config = whole.model_copy(update={"adapters": of_all if shares is None else AdaptersConfig()})
     with torch.device("meta"):
         model = Llama(config).to(dtype)
     model = model.to_empty(device=device)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
     parameters, weights = dict(model.named_parameters()), read_base(folder, manifest)
-    if shares:
+    if shares is None:
+        weights = chain(weights, read_adapters(folder, manifest).items())
+    elif shares:
         weights = merged(weights, whole.adapters, read_adapters(folder, manifest), shares)
     with torch.no_grad():
         for name, tensor in weights:

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from model.generation import continuation_losses, generate, sample
 from model.hf.weights import to_hf_state
 from model.llama import Llama
+from tests.model.test_adapters import made
 from tests.model.tiny import SCALINGS, TensorSizes, tiny
 
 VARIANTS = {
@@ -136,3 +137,25 @@ def test_the_prompt_costs_memory_linear_in_its_length():
     with TensorSizes() as sizes:
         next(generate(model, torch.zeros(4096, dtype=torch.long), 1))
     assert sizes.largest <= 4096 * 112
+
+
+@pytest.mark.parametrize("evidence", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("last_layers", [None, 1])
+def test_a_mixture_writes_with_the_probabilities_that_it_is_trained_by(evidence, last_layers):
+    """Its weights carry over from the prompt into the text, and back when the text is another."""
+    model = made({"names": ("a", "b", "c"), "mode": "mixture", "evidence": evidence, "last_layers": last_layers})
+    prompt, *continuations = (
+        torch.randint(101, (n,), generator=torch.Generator().manual_seed(n)) for n in (7, 1, 4, 9)
+    )
+
+    def loss(ids: torch.Tensor) -> float:
+        return float(model(ids[None, :-1], targets=ids[None, 1:])[0])
+
+    found = continuation_losses(model, prompt, [continuation.tolist() for continuation in continuations])
+    for mine, continuation in zip(found, continuations, strict=True):
+        assert mine == pytest.approx(loss(torch.cat([prompt, continuation])) - loss(prompt), rel=1e-8)
+    greedy = torch.tensor(list(generate(model, prompt, 2, temperature=0)))
+    for place, token in enumerate(greedy.tolist()):
+        before = torch.cat([prompt, greedy[:place]])
+        others = [loss(torch.cat([before, torch.tensor([other])])) for other in range(101)]
+        assert others[token] == min(others)

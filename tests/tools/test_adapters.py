@@ -1,6 +1,7 @@
 """A run with adapters in the hands of its user: exported for PEFT or merged, evaluated and asked to write."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,12 +9,18 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from engine.checkpoint.folder import find
 from model.adapter_config import AdaptersConfig
 from model.config import ModelConfig
+from model.documents import Documents
 from model.llama import Llama
+from model.loss import linear_cross_entropy
+from storage.shards import open_split
 from tests.tools.called import call
 from tests.tools.trained import RECIPE
 from tools import evaluate, export, generate
+from tools.trained import load_checkpoint
+from training.data import make_batch
 from training.records import read_records
 
 NAMES = ("plays", "topics")
@@ -78,9 +85,44 @@ def test_a_merged_adapter_is_an_ordinary_model_and_scores_alike(command, run, li
         assert mine["loss"] == pytest.approx(scores[1][source]["loss"], rel=1e-5)
 
 
+def test_no_document_costs_more_than_its_best_adapter_and_a_place_in_the_prior(command, run, trained, tmp_path):
+    """Of the validation documents, in float64, and the command's figures are those."""
+    model = load_checkpoint(*find(run), torch.float64, "cpu", None)
+    dataset, entropy = (
+        open_split(trained.data, "validation"),
+        partial(linear_cross_entropy, weight=model.lm_head.weight),
+    )
+    documents_seen, scores = 0, {}
+    for number, source in enumerate(dataset.sources):
+        rows = np.arange(dataset.rows_per_source[source])
+        batch = make_batch(dataset, np.full(len(rows), number), rows)
+
+        def losses(adapter: int | None, batch=batch) -> torch.Tensor:
+            documents = Documents.from_position_ids(batch["position_ids"])
+            rows = len(batch["input_ids"])
+            documents.route(None if adapter is None else torch.full((rows,), adapter), 2)
+            hidden = model.hidden_states(batch["input_ids"], documents)
+            return model.lm_head.loss.of_tokens(entropy, hidden, documents, batch["targets"])
+
+        with torch.no_grad():
+            mixture, *members = (losses(adapter) for adapter in (None, 0, 1))
+        lengths = Documents.from_position_ids(batch["position_ids"]).lengths
+        of_mixture, *of_members = (
+            torch.stack([d.sum() for d in each.flatten().split(lengths)]) for each in (mixture, *members)
+        )
+        assert (of_mixture <= torch.stack(of_members).min(0).values + np.log(2) + 1e-9).all()
+        documents_seen += len(lengths)
+        scores[source] = float(mixture.sum()) / batch["num_targets"]
+    assert documents_seen > 10
+    done = command(evaluate, run, "--data", trained.data, "--adapter", "mixture", "--json", tmp_path / "scores")
+    assert done.code == 0, done.err
+    found = json.loads((tmp_path / "scores").read_text())["scores"]
+    assert {source: found[source]["loss"] for source in scores} == pytest.approx(scores, rel=1e-5)
+
+
 def test_the_base_writes_too(command, run):
     words = ["--prompt", "Enter", "--max-new-tokens", "3", "--seed", "1"]
-    texts = [command(generate, run, *words, "--adapter", name) for name in ("base", "plays=0.5,topics=0.5")]
+    texts = [command(generate, run, *words, "--adapter", name) for name in ("base", "plays=0.5,topics=0.5", "mixture")]
     for done in texts:
         assert done.code == 0, done.err
         assert done.out.startswith("Enter")

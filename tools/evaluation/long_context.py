@@ -15,6 +15,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -174,8 +175,10 @@ def measure(
 @torch.inference_mode()
 def _losses(model: Llama, input_ids: torch.Tensor, targets: torch.Tensor, documents: Documents) -> np.ndarray:
     """Cross-entropy of every target in nats, float64 [B, T]; the input may go on beyond the targets."""
+    documents.route(None, model.config.adapters.members)
     hidden = model.hidden_states(input_ids, documents)[:, : targets.shape[1]]
-    return linear_cross_entropy(hidden, model.lm_head.weight, targets)[1].double().cpu().numpy()
+    cross_entropy = partial(linear_cross_entropy, weight=model.lm_head.weight)
+    return model.lm_head.loss.of_tokens(cross_entropy, hidden, documents, targets).double().cpu().numpy()
 
 
 def _masked(
