@@ -86,11 +86,28 @@ class Engine:
 
     def evaluate(self, batches: list[Batch]) -> float:
         """This rank's sum of the cross-entropy over batches of one shape, without gradients."""
+        return sum(float(sums[0]) for sums in self.sums(batches))
+
+    def sums(self, batches: list[Batch]) -> list[Tensor]:
+        """Those of `HeadLoss` for each of some batches of one shape, without gradients."""
         self.deepspeed.eval()
         with torch.no_grad():
-            loss_sum = sum(float(self.forward(batch, 0.0)[1][0]) for batch in batches)
+            sums = [self.forward(batch, 0.0)[1] for batch in batches]
         self.deepspeed.train()
-        return loss_sum
+        return sums
+
+    def choose(self, batches: list[Batch]) -> list[Batch]:
+        """The batches with the adapter of each token, that under which its document is most likely."""
+        chosen = []
+        for batch, places in zip(batches, self._best_adapters(batches), strict=True):
+            lengths = torch.tensor(documents_of(batch).lengths)
+            adapters = places.repeat_interleave(lengths).view(batch["position_ids"].shape)
+            chosen.append(batch | {"adapters": adapters})
+        return chosen
+
+    def _best_adapters(self, batches: list[Batch]) -> list[Tensor]:
+        """int64 [documents] of each batch."""
+        return [sums[1 + len(self.config.adapters.names) :].long().cpu() for sums in self.sums(batches)]
 
     def forward(self, batch: Batch, z_loss_weight: float) -> tuple[Tensor, Tensor]:
         """Objective and `reported_sums` over this rank's tokens of one micro-batch."""
@@ -169,16 +186,27 @@ class PipelineEngine(Engine):
         self.loss.start(here, z_loss_weight, weight)
         self.known.start(here)
         self.deepspeed.train_batch(_items(here))
-        return self.loss.sums
+        nothing = torch.zeros(2 + len(self.config.adapters.names), dtype=torch.float64)
+        return torch.stack(self.loss.found).sum(0) if self.loss.found else nothing
 
-    def evaluate(self, batches: list[Batch]) -> float:
-        batches = [_part(batch, self.columns(batch)) for batch in batches]
-        self.loss.start(batches)
-        self.known.start(batches)
+    def sums(self, batches: list[Batch]) -> list[Tensor]:
+        """As in `Engine`; zeros on all ranks but the last of the pipeline."""
+        here = [_part(batch, self.columns(batch)) for batch in batches]
+        self.loss.start(here)
+        self.known.start(here)
         self.deepspeed.reset_activation_shape()  # rows may have another length here than in training
-        self.deepspeed.eval_batch(_items(batches), reduce_output=None, bcast_loss=False, num_micro_batches=len(batches))
+        self.deepspeed.eval_batch(_items(here), reduce_output=None, bcast_loss=False, num_micro_batches=len(here))
         self.deepspeed.reset_activation_shape()
-        return float(self.loss.sums[1])
+        nothing = torch.zeros(1 + len(self.config.adapters.names), dtype=torch.float64)
+        return [found[1:] for found in self.loss.found] or [nothing] * len(batches)
+
+    def _best_adapters(self, batches: list[Batch]) -> list[Tensor]:
+        sizes = [len(documents_of(batch).lengths) for batch in batches]
+        found, grid = super()._best_adapters(batches), self.deepspeed.grid
+        places = torch.cat(found) if self.loss.found else torch.zeros(sum(sizes), dtype=torch.int64)
+        places = places.to(self.device)
+        dist.broadcast(places, grid.stage_to_global(self.mesh.pipeline - 1), grid.get_pipe_parallel_group())
+        return list(places.cpu().split(sizes))
 
 
 def documents_of(batch: Batch) -> Documents:
@@ -191,6 +219,8 @@ def _part(batch: Batch, columns: slice | Tensor) -> Batch:
     here = batch | {"input_ids": batch["input_ids"][:, columns], "targets": batch["targets"][:, columns]}
     if "target_weights" in batch:
         here["target_weights"] = batch["target_weights"][:, columns]
+    if "adapters" in batch and batch["adapters"].dim() == 2:
+        here["adapters"] = batch["adapters"][:, columns]
     return here
 
 

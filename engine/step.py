@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from engine.engine import Engine
 from engine.optimizer import drop_sums
-from engine.survey import figures, survey, weighed
+from engine.survey import figures, prepare
 from training.batch import Batch
 
 
@@ -36,11 +36,11 @@ def train_step(engine: Engine, micro_batches: list[Batch], learning_rate: float,
     `micro_batches`: as training.data makes them; the same number on every rank.
     """
     engine.fit(micro_batches[0]["input_ids"].shape, len(micro_batches))
-    targets = (found := survey(engine, micro_batches)).targets
+    found, micro_batches = prepare(engine, micro_batches)
+    targets = found.targets
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
         group["targets"] = found.of_adapters.get(group.get("adapter"), targets)
-    micro_batches = [weighed(batch, found.of_adapters) for batch in micro_batches]
     # DeepSpeed averages over the ranks that hold other tokens and divides by the accumulation steps; both are undone here.
     weight = engine.mesh.data * engine.mesh.sequence * len(micro_batches) / max(targets, 1)
     sums = engine.sum_over_tokens(engine.update(micro_batches, z_loss_weight, weight).tolist())

@@ -22,17 +22,26 @@ class Survey(NamedTuple):
     """Of the valid targets, by the adapter of their row; empty where there are no adapters."""
 
 
+def prepare(engine: Engine, batches: list[Batch]) -> tuple[Survey, list[Batch]]:
+    """What is in the micro-batches of a step, which get their adapters where these are chosen by documents, and weights where
+    each adapter has a mean loss of its own."""
+    if engine.config.adapters.mode == "hard" and engine.config.adapters.names:
+        batches = engine.choose(batches)
+    found = survey(engine, batches)
+    return found, [weighed(batch, found.of_adapters) for batch in batches]
+
+
 def survey(engine: Engine, batches: list[Batch]) -> Survey:
     """What is in the batches of all ranks."""
-    mesh, adapters = engine.mesh, engine.config.adapters
-    names = () if adapters.members else adapters.names
+    mesh, names = engine.mesh, engine.config.adapters.names if "adapters" in batches[0] else ()
     counts = np.zeros(1 + len(names))
     pairs = np.zeros(mesh.data * mesh.sequence)
     for batch in batches:
         counts[0] += batch["num_targets"]
-        if "adapters" in batch:
-            of_rows = (batch["targets"] != NO_TARGET).sum(1)
-            counts[1:] += np.bincount(batch["adapters"], of_rows, minlength=len(names))
+        if names:
+            counted = batch["targets"] != NO_TARGET
+            weights = counted if batch["adapters"].dim() == 2 else counted.sum(1)
+            counts[1:] += np.bincount(batch["adapters"].flatten(), weights.flatten(), minlength=len(names))
         pairs[mesh.data_rank * mesh.sequence + mesh.sequence_rank] += pairs_here(
             documents_of(batch), engine.visibility, mesh
         )
@@ -42,8 +51,11 @@ def survey(engine: Engine, batches: list[Batch]) -> Survey:
 
 
 def weighed(batch: Batch, of_adapters: dict[str, int]) -> Batch:
-    """With what each target counts, so that the mean over all targets becomes the sum of the adapters' own means."""
-    if len(of_adapters) < 2:
+    """With what each target counts, so that the mean over all targets becomes the sum of the adapters' own means.
+
+    Not where documents have chosen their adapters: then likelihoods of the same model are compared.
+    """
+    if len(of_adapters) < 2 or batch["adapters"].dim() == 2:
         return batch
     of_each = torch.tensor(list(of_adapters.values()), dtype=torch.float64)
     weights = (of_each.sum() / of_each.clamp(min=1)).float()[batch["adapters"]]
@@ -52,10 +64,13 @@ def weighed(batch: Batch, of_adapters: dict[str, int]) -> Batch:
 
 def figures(adapters: AdaptersConfig, found: Survey, sums: list[float]) -> dict[str, Any]:
     """What a step says of the adapters, by the names of metrics; `sums`: those of `HeadLoss` for each, over all ranks."""
+    parts = zip(found.of_adapters.items(), sums, strict=True) if found.of_adapters else ()
+    losses = {name: total / count for (name, count), total in parts if count}
+    of_losses = {"adapter_losses": losses} if losses else {}
     if not adapters.members:
-        parts = zip(found.of_adapters.items(), sums, strict=True)
-        return {"adapter_losses": {name: total / count for (name, count), total in parts if count}}
-    shares = np.array(sums) / max(sum(sums), 1e-300)
+        return of_losses
+    made = np.array([*found.of_adapters.values()] or sums, float)
+    shares = made / max(made.sum(), 1e-300)
     effective = float(np.exp(-(shares * np.log(np.maximum(shares, 1e-300))).sum()))
     named = dict(zip(adapters.names, shares.tolist(), strict=True))
-    return {"adapter_shares": named, "effective_adapters": effective}
+    return of_losses | {"adapter_shares": named, "effective_adapters": effective}

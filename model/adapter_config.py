@@ -28,12 +28,14 @@ class AdaptersConfig(BaseModel):
 
     names: tuple[str, ...] = ()
     """Of the adapters; none: the model is trained without. Letters, digits, - and _."""
-    mode: Literal["routed", "mixture", "single"] = "routed"
+    mode: Literal["routed", "mixture", "hard", "single"] = "routed"
     """Which rows an adapter sees. routed: those of the data's source of its name; several adapters meet in a batch, and each
     has its own mean loss, gradient norm and count of steps, as if it was trained alone. mixture: all rows; the loss is that of
-    the adapters' likelihoods, mixed by `prior` and `evidence`. single: one adapter, all rows."""
+    the adapters' likelihoods, mixed by `prior` and `evidence`. hard: every document's own, chosen anew at each step, by which
+    it is most likely under the prior (hard EM). single: one adapter, all rows."""
     prior: dict[str, PositiveFloat] = {}
-    """Of a mixture: the weight of each adapter before a document has said anything, relative to the others; none: equal."""
+    """Of modes mixture and hard: the weight of each adapter before a document has said anything, relative to the others; none:
+    equal."""
     evidence: float = Field(default=1.0, ge=0, le=1)
     """Of a mixture: how much of what a document has said about its adapter is kept from token to token. 1: all, so that whole
     documents are mixed; 0: nothing, every token by the prior."""
@@ -87,8 +89,10 @@ class AdaptersConfig(BaseModel):
             raise ValueError(f"mode single is for one adapter, not {len(self.names)}: use routed")
         if unknown := sorted(self.initial_weights.keys() - set(self.names)):
             raise ValueError(f"initial_weights: {unknown[0]!r} is not one of the adapters {', '.join(self.names)}")
-        if self.mode != "mixture" and (self.prior or self.evidence != 1):
-            raise ValueError(f"prior and evidence are of mode mixture, not {self.mode}: leave them out")
+        if (self.prior and not self.members) or (self.evidence != 1 and self.mode != "mixture"):
+            raise ValueError(
+                f"prior and evidence are of mode mixture (hard has a prior too), not {self.mode}: leave them out"
+            )
         for key in ("r", "lora_alpha", *(["prior"] if self.prior else [])):
             if isinstance(given := getattr(self, key), dict) and given.keys() != set(self.names):
                 wrong = sorted(given.keys() ^ set(self.names))[0]
@@ -102,8 +106,8 @@ class AdaptersConfig(BaseModel):
 
     @property
     def members(self) -> int:
-        """Adapters that every row passes through; 0: rows have one or none."""
-        return len(self.names) if self.mode == "mixture" else 0
+        """Adapters that a row passes through which is not given one; 0: such a row passes through none."""
+        return len(self.names) if self.mode in ("mixture", "hard") else 0
 
     @property
     def prior_shares(self) -> list[float]:

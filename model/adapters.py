@@ -9,7 +9,7 @@ Legend: N adapters, B batch, T tokens of a row, n blocks of b tokens, r rank.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,44 @@ from torch import Tensor, nn
 from .adapter_config import FACTORS, AdaptersConfig
 from .documents import Documents
 from .seeded import Linear, Seed
+
+BLOCK_TOKENS = 64
+"""Tokens that are multiplied by one adapter's factors at a time where rows have several."""
+
+
+class AdapterBlocks(NamedTuple):
+    """Tokens whose adapters differ inside of rows, brought together in blocks of one adapter each."""
+
+    adapters: Tensor
+    """int64 [n]: of each block."""
+    tokens: Tensor
+    """int64 [n b]: places in the flattened rows; where an adapter's tokens do not fill its last block, the first token's."""
+    places: Tensor
+    """int64 [B T]: where in the blocks each token is."""
+
+    @classmethod
+    def of(cls, routing: Tensor, adapters: int) -> AdapterBlocks:
+        """`routing` int64 [B, T]: the adapter of each token."""
+        flat = routing.flatten()
+        order, counts = flat.argsort(stable=True), flat.bincount(minlength=adapters)
+        blocks = -(-counts // BLOCK_TOKENS)
+        shift = (blocks * BLOCK_TOKENS - counts).cumsum(0) - (
+            blocks * BLOCK_TOKENS - counts
+        )  # of what is filled up before
+        at = torch.arange(len(flat), device=flat.device) + shift[flat[order]]
+        tokens = flat.new_zeros(int(blocks.sum()) * BLOCK_TOKENS)
+        tokens[at] = order
+        places = torch.empty_like(flat)
+        places[order] = at
+        return cls(torch.arange(adapters, device=flat.device).repeat_interleave(blocks), tokens, places)
+
+    def together(self, x: Tensor) -> Tensor:
+        """[B, T, D] -> [n, b, D]."""
+        return x.flatten(0, 1).index_select(0, self.tokens).unflatten(0, (-1, BLOCK_TOKENS))
+
+    def apart(self, x: Tensor, shape: torch.Size) -> Tensor:
+        """[n, b, D] -> [B, T, D], which is `shape`."""
+        return x.flatten(0, 1).index_select(0, self.places).view(shape)
 
 
 class AdaptedLinear(Linear):
@@ -45,6 +83,12 @@ class AdaptedLinear(Linear):
         """`out` [B, T, outputs] of the base and what the adapters add to it, for `x` [B, T, inputs]."""
         if documents is None or (routing := documents.routing) is None:
             return out
+        if routing.dim() == 2:
+            if documents.blocks is None:
+                documents.blocks = AdapterBlocks.of(routing, len(self.names))
+            blocks = documents.blocks
+            a, b = (self._stacked(begin)[blocks.adapters].to(x.dtype).transpose(1, 2) for begin in FACTORS)
+            return out + blocks.apart(torch.bmm(torch.bmm(blocks.together(x), a), b), out.shape)
         a, b = (self._stacked(begin)[routing].to(x.dtype).transpose(1, 2) for begin in FACTORS)
         return torch.baddbmm(out, torch.bmm(x, a), b.to(out.dtype))
 

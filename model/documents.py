@@ -53,7 +53,9 @@ class Documents:
     exchange: Any = field(default=None, repr=False)
     """The same of whoever fetches keys from other devices."""
     routing: Tensor | None = None
-    """int64 [B]: the adapter of each row; None: the base computes alone."""
+    """int64 [B]: the adapter of each row, or [B, T] of each token that is here; None: the base computes alone."""
+    blocks: Any = field(default=None, repr=False)
+    """The same of adapters.py, where tokens of a row have several adapters."""
     spread: Documents | None = field(default=None, repr=False)
     """The same rows once for each of several adapters, from the first layer on that has some; None: rows have one or none."""
 
@@ -87,7 +89,7 @@ class Documents:
         return Documents(self.position_ids[:, columns], self.lengths, self.cu_seqlens, columns, self.copies)
 
     def route(self, adapters: Tensor | None, members: int) -> None:
-        """Give each row its adapter (int64 [B]), or all rows to so many `members`, or to the base where there are none."""
+        """Give each row (int64 [B]) or token ([B, T]) its adapter, or all rows to so many `members`, or to the base."""
         self.routing = None if adapters is None else adapters.to(self.position_ids.device)
         if adapters is not None or not members:
             return

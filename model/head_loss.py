@@ -34,7 +34,8 @@ class HeadLoss:
         target_weights: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """The objective, which carries the gradient, and float64 sums [1 + N] over the targets [B, T]: the cross-entropy, and
-        `reported_sums` of the rows of each adapter, or under the mixture the responsibilities of each.
+        `reported_sums` of the rows of each adapter, or under the mixture the responsibilities of each. In mode hard, which mixes
+        whole documents before it chooses, the places of their best adapters follow, [1 + N + documents].
 
         `cross_entropy`: `linear_cross_entropy` without its weight; `x` [B, T, D], under the mixture [N B, T, D].
         """
@@ -60,7 +61,11 @@ class HeadLoss:
         total, mixed = self._mixed(cross_entropy, x, documents, targets)
         counted = (targets != IGNORED).double()
         responsibilities = (mixed.log_responsibilities[..., documents.columns].exp() * counted).sum((1, 2))
-        return total, torch.cat([total.detach()[None], responsibilities])
+        sums = [total.detach()[None], responsibilities]
+        if self.adapters.mode == "hard":
+            last = documents.cu_seqlens[1:].long() - 1
+            sums.append(mixed.log_responsibilities.flatten(1)[:, last].argmax(0))
+        return total, torch.cat(sums)
 
     def _mixed(
         self, cross_entropy: Callable[..., tuple[Tensor, Tensor]], x: Tensor, documents: Documents, targets: Tensor

@@ -63,14 +63,15 @@ def linear_cross_entropy(
 
 
 def reported_sums(losses: Tensor, target_weights: Tensor | None, routing: Tensor | None, adapters: int) -> Tensor:
-    """What is known of the losses [B, T] of tokens: their sum, weighted if the objective weighs, then those of the rows of each
-    adapter (`routing` int64 [B]: which), unweighted. Float64 [1 + adapters].
+    """What is known of the losses [B, T] of tokens: their sum, weighted if the objective weighs, then those of each adapter
+    (`routing` int64 [B] or [B, T]: which), unweighted. Float64 [1 + adapters].
     """
     if routing is None:
         whole = losses if target_weights is None else losses * target_weights
         return F.pad(whole.sum(dtype=torch.float64)[None], (0, adapters))
-    of_rows = losses.flatten(1).sum(1, dtype=torch.float64)
-    return torch.cat([of_rows.sum()[None], of_rows.new_zeros(adapters).index_add(0, routing, of_rows)])
+    parts = losses.double() if routing.dim() == 2 else losses.flatten(1).sum(1, dtype=torch.float64)
+    of_adapters = parts.new_zeros(adapters).index_add(0, routing.flatten(), parts.flatten())
+    return torch.cat([parts.sum()[None], of_adapters])
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -13,5 +13,7 @@ class Batch(TypedDict):
     targets: Tensor  # int64 [B, T], NO_TARGET where no loss is taken
     num_targets: int
     target_weights: NotRequired[Tensor]  # float32 [B, T], what each target counts; where tokens are masked
-    adapters: NotRequired[Tensor]  # int64 [B], the adapter of each row, by its place in the recipe's names
+    adapters: NotRequired[
+        Tensor
+    ]  # int64 [B] or [B, T], the adapter of each row or token, by its place in the recipe's names
     copies: NotRequired[int]  # of each row, side by side, noised and clean; T is then theirs together

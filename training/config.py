@@ -122,7 +122,7 @@ class Recipe(Section):
             raise ValueError(f"adapters are trained on the objective causal, not {self.objective.name}")
         if self.adapters.initial_weights and self.training.initial_weights is None:
             raise ValueError("adapters.initial_weights belong to a base: name it in training.initial_weights")
-        if self.adapters.members and self.training.z_loss_weight:
+        if self.adapters.mode == "mixture" and self.training.z_loss_weight:
             raise ValueError("training.z_loss_weight has no meaning for a mixture of adapters: leave it out")
         if self.adapters.names and self.optimizer.name != "adamw":
             raise ValueError(f"adapters are trained by the optimizer adamw, not {self.optimizer.name}")

@@ -93,8 +93,8 @@ class QueuedLoss:
         """Before the forward passes over these: forget what was, sum anew."""
         self.targets = deque((batch["targets"], batch.get("target_weights")) for batch in micro_batches)
         self.z_loss_weight, self.weight = z_loss_weight, weight
-        self.sums = torch.zeros(2 + len(self.of_head.adapters.names), dtype=torch.float64)
-        """[objective, the sums of `HeadLoss`] over the micro-batches so far."""
+        self.found: list[Tensor] = []
+        """Of each micro-batch so far [objective, *sums of `HeadLoss`]."""
 
     def __call__(self, layer: PipelineLayer, inputs: tuple[Tensor, Tensor]) -> Tensor:
         x, (targets, weights) = inputs[0], self.targets.popleft()
@@ -102,7 +102,7 @@ class QueuedLoss:
         documents = layer.known.of(inputs[1])
         entropy = cross_entropy_of(layer.layer)
         objective, sums = self.of_head(entropy, x, documents, targets.to(x.device), self.z_loss_weight, weights)
-        self.sums = self.sums.to(x.device) + torch.cat([objective.detach()[None], sums])
+        self.found.append(torch.cat([objective.detach()[None], sums]))
         return objective * self.weight
 
 

@@ -147,6 +147,26 @@ def test_a_mixture_is_of_the_likelihoods_that_each_adapter_gives(evidence, last_
         torch.testing.assert_close(mine, theirs)
 
 
+@examples(15)
+@given(st.data())
+def test_tokens_of_a_row_may_have_different_adapters(data):
+    """As documents that chose theirs do: each like a row of its own, in value and gradient."""
+    model = made({"names": ("a", "b", "c"), "r": {"a": 2, "b": 5, "c": 3}})
+    lengths = data.draw(st.lists(st.integers(1, 90), min_size=1, max_size=5))
+    chosen = torch.tensor(data.draw(st.lists(st.integers(0, 2), min_size=len(lengths), max_size=len(lengths))))
+    row = ids(1, sum(lengths))
+    position_ids = torch.cat([torch.arange(n) for n in lengths])[None]
+    together = model(row, position_ids, adapters=chosen.repeat_interleave(torch.tensor(lengths))[None])
+    parts = zip(row.split(lengths, 1), chosen.split(1), strict=True)
+    alone = torch.cat([model(part, adapters=adapter) for part, adapter in parts], 1)
+    torch.testing.assert_close(together, alone)
+    trained, weights = [p for p in model.parameters() if p.requires_grad], torch.randn(together.shape).double()
+    for mine, theirs in zip(
+        *(torch.autograd.grad((each * weights).sum(), trained) for each in (together, alone)), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs)
+
+
 def test_new_adapters_compute_what_the_base_does():
     config = ModelConfig(**SHAPE, adapters=AdaptersConfig(names=("a", "b")))
     model, rows = Llama(config, seed=2), ids(2)
