@@ -99,13 +99,13 @@ class Engine:
     def choose(self, batches: list[Batch]) -> list[Batch]:
         """The batches with the adapter of each token, that under which its document is most likely."""
         chosen = []
-        for batch, places in zip(batches, self._best_adapters(batches), strict=True):
+        for batch, places in zip(batches, self.best_adapters(batches), strict=True):
             lengths = torch.tensor(documents_of(batch).lengths)
             adapters = places.repeat_interleave(lengths).view(batch["position_ids"].shape)
             chosen.append(batch | {"adapters": adapters})
         return chosen
 
-    def _best_adapters(self, batches: list[Batch]) -> list[Tensor]:
+    def best_adapters(self, batches: list[Batch]) -> list[Tensor]:
         """int64 [documents] of each batch."""
         return [sums[1 + len(self.config.adapters.names) :].long().cpu() for sums in self.sums(batches)]
 
@@ -200,9 +200,9 @@ class PipelineEngine(Engine):
         nothing = torch.zeros(1 + len(self.config.adapters.names), dtype=torch.float64)
         return [found[1:] for found in self.loss.found] or [nothing] * len(batches)
 
-    def _best_adapters(self, batches: list[Batch]) -> list[Tensor]:
+    def best_adapters(self, batches: list[Batch]) -> list[Tensor]:
         sizes = [len(documents_of(batch).lengths) for batch in batches]
-        found, grid = super()._best_adapters(batches), self.deepspeed.grid
+        found, grid = super().best_adapters(batches), self.deepspeed.grid
         places = torch.cat(found) if self.loss.found else torch.zeros(sum(sizes), dtype=torch.int64)
         places = places.to(self.device)
         dist.broadcast(places, grid.stage_to_global(self.mesh.pipeline - 1), grid.get_pipe_parallel_group())
