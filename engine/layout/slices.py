@@ -38,7 +38,9 @@ def cut_dimensions(config: ModelConfig) -> dict[str, int | None]:
             layer = entry.build(seed=0)
             inside = cuts_of_layer(layer)
             found = {name: inside.get(name) for name, _ in layer.named_parameters()}
-            dimensions |= {f"{entry.name}.{name}": cut for name, cut in (found or CUTS[entry.cls]).items()}
+            if entry.tied_to:  # it owns no weight
+                found = dict(CUTS[entry.cls])
+            dimensions |= {f"{entry.name}.{name}": cut for name, cut in found.items()}
     return dimensions
 
 

@@ -67,7 +67,7 @@ def test_a_recipe(setting, monkeypatch):
         if place[1:2] == ("rope_scaling",):
             odd["model"]["rope_scaling"] = {"rope_type": "yarn", "factor": 2.0}
         put(odd, place, value)
-        monkeypatch.setattr(training.config, "_read_yaml", lambda _, odd=odd: copy.deepcopy(odd))
+        monkeypatch.setattr(training.config, "read_yaml", lambda _, odd=odd: copy.deepcopy(odd))
         failed += [(place, value, fault) for fault in faults(setting)]
     assert not failed
 
