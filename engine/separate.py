@@ -15,14 +15,15 @@ def place_groups(engine: Engine, optimizer: SeparateAdamW, recipe: Recipe) -> No
     mesh, dimensions = engine.mesh, cut_dimensions(recipe.model)
     first_replica = bool(engine.zero_stage) or mesh.data_rank == mesh.sequence_rank == 0
 
+    found: dict[int, list[slice]] = {}
+
     def counted(holder: torch.Tensor) -> list[slice]:
-        return [
-            slice(share.offset, share.offset + len(share.elements))
-            for share in held(engine.optimizer, engine.module)
-            if share.holder is holder
-            and first_replica
-            and (mesh.tensor_rank == 0 or dimensions[share.name] is not None)
-        ]
+        if id(holder) not in found:  # all at once: a model has thousands of parameters
+            for share in held(engine.optimizer, engine.module):
+                slices = found.setdefault(id(share.holder), [])
+                if first_replica and (mesh.tensor_rank == 0 or dimensions[share.name] is not None):
+                    slices.append(slice(share.offset, share.offset + len(share.elements)))
+        return found[id(holder)]
 
     def sum_over_ranks(square: torch.Tensor) -> torch.Tensor:
         total = square.to(engine.device)

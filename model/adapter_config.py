@@ -10,6 +10,8 @@ Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_pr
 PROJECTIONS: tuple[Projection, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 NOT_HERE = ("use_dora", "bias", "modules_to_save", "init_lora_weights", "rank_pattern", "alpha_pattern", "lora_dropout")
 """Of LoraConfig: what PEFT trains otherwise than here."""
+RESERVED = "base", "mixture"
+"""Of `--adapter`; an export has a folder `base`."""
 
 FACTORS = "lora_A_", "lora_B_"
 """Beginnings of the names of parameters: A [r, inputs] and B [outputs, r] of the adapter whose name follows."""
@@ -68,6 +70,8 @@ class AdaptersConfig(BaseModel):
         for name in names:
             if not name.replace("-", "").replace("_", "").isalnum() or not name.isascii():
                 raise ValueError(f"{name!r} is no name for an adapter: use letters, digits, - and _")
+            if name in RESERVED:
+                raise ValueError(f"{name!r} is no name for an adapter: commands mean something else by it")
             if names.count(name) > 1:
                 raise ValueError(f"two adapters are called {name!r}: give each a name of its own")
         return names

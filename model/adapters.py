@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from .adapter_config import FACTORS, AdaptersConfig
 from .documents import Documents
@@ -65,11 +66,11 @@ class AdaptedLinear(Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias, self.names = base.weight, base.bias, adapters.names
-        self.ranks = [adapters.rank(each) for each in self.names]
+        ranks = [adapters.rank(each) for each in self.names]
         self.scalings = [adapters.scaling(each) for each in self.names]
         self.of_all: dict[str, Callable[[Tensor], Tensor]] = {}
         """By beginning of the name: what is done to factors of which other ranks have the same, with other gradients."""
-        for each, rank in zip(self.names, self.ranks, strict=True):
+        for each, rank in zip(self.names, ranks, strict=True):
             like: dict[str, Any] = {"dtype": self.weight.dtype, "device": self.weight.device}
             a = nn.Parameter(torch.empty(rank, self.in_features, **like))
             seed.uniform_(a, f"{name}.lora_A.{each}", self.in_features**-0.5)
@@ -83,24 +84,24 @@ class AdaptedLinear(Linear):
         """`out` [B, T, outputs] of the base and what the adapters add to it, for `x` [B, T, inputs]."""
         if documents is None or (routing := documents.routing) is None:
             return out
+        blocks: AdapterBlocks | None = None
         if routing.dim() == 2:
             if documents.blocks is None:
                 documents.blocks = AdapterBlocks.of(routing, len(self.names))
             blocks = documents.blocks
-            a, b = (self._stacked(begin)[blocks.adapters].to(x.dtype).transpose(1, 2) for begin in FACTORS)
-            return out + blocks.apart(torch.bmm(torch.bmm(blocks.together(x), a), b), out.shape)
-        a, b = (self._stacked(begin)[routing].to(x.dtype).transpose(1, 2) for begin in FACTORS)
-        return torch.baddbmm(out, torch.bmm(x, a), b.to(out.dtype))
+            x, routing = blocks.together(x), blocks.adapters
+        a, b = (self._stacked(begin)[routing].to(x.dtype) for begin in FACTORS)
+        inside = torch.bmm(x, a.transpose(1, 2))
+        if blocks is not None:
+            return out + blocks.apart(torch.bmm(inside, b), out.shape)
+        return torch.baddbmm(out, inside, b.to(out.dtype))
 
     def _stacked(self, begin: str) -> Tensor:
-        """[N, r, inputs] or [N, outputs, r], of which the second is scaled."""
-        factors, largest = [getattr(self, begin + each) for each in self.names], max(self.ranks)
-        if begin == FACTORS[0]:
-            filled = [F.pad(f, (0, 0, 0, largest - len(f))) for f in factors]
-        else:
-            pairs = zip(factors, self.scalings, strict=True)
-            filled = [F.pad(f * scaling, (0, largest - f.shape[1])) for f, scaling in pairs]
-        stacked = torch.stack(filled)
+        """The factors A [N, r, inputs], or B with the scaling in it [N, r, outputs]."""
+        factors = [getattr(self, begin + each) for each in self.names]
+        if begin == FACTORS[1]:
+            factors = [b.T * scaling for b, scaling in zip(factors, self.scalings, strict=True)]
+        stacked = pad_sequence(factors, batch_first=True)  # by rank
         return self.of_all[begin](stacked) if begin in self.of_all else stacked
 
 

@@ -191,23 +191,23 @@ class ModelConfig(BaseModel):
             blocks += 6.0 * max(self.num_parameters_of_adapter(name) for name in names)
         return copies * blocks + head
 
-    def _block_parameters(self) -> int:
-        d, q, kv, f = (
-            self.hidden_size,
-            self.num_attention_heads * self.head_width,
-            self.kv_heads * self.head_width,
-            self.intermediate_size,
-        )
-        weights = d * q + 2 * d * kv + q * d + 3 * d * f + 2 * d
-        biases = self.attention_bias * (q + 2 * kv + d) + self.mlp_bias * (2 * f + d)
-        return weights + biases + self.qk_norm * 2 * self.head_width
-
-    def _adapted_shapes(self) -> dict[str, tuple[int, int]]:
-        """Inputs and outputs of the linear maps that have adapters."""
+    def _projection_shapes(self) -> dict[str, tuple[int, int]]:
+        """Inputs and outputs of the linear maps of a block."""
         d, f, width = self.hidden_size, self.intermediate_size, self.head_width
         heads, kv = self.num_attention_heads * width, self.kv_heads * width
-        shapes = {"q_proj": (d, heads), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (heads, d)}
-        shapes |= {"gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d)}
+        attention = {"q_proj": (d, heads), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (heads, d)}
+        return attention | {"gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d)}
+
+    def _block_parameters(self) -> int:
+        total = 2 * self.hidden_size
+        for name, (inputs, outputs) in self._projection_shapes().items():
+            bias = self.attention_bias if name[0] in "qkvo" else self.mlp_bias
+            total += (inputs + bias) * outputs
+        return total + self.qk_norm * 2 * self.head_width
+
+    def _adapted_shapes(self) -> dict[str, tuple[int, int]]:
+        """Of the linear maps that have adapters."""
+        shapes = self._projection_shapes()
         return {name: shapes[name] for name in self.adapters.target_modules}
 
     def num_parameters_of_adapter(self, name: str) -> int:

@@ -97,11 +97,9 @@ def export(
 ) -> None:
     """Write the Hugging Face folder beside `output` and rename it when it is complete. `shares`: of adapters to merge."""
     with _finished(output) as partial:
-        written = _write_model(run, checkpoint, manifest, partial, dtype, max_shard_bytes, shares or {})
-        config, _ = exported_config(manifest)
-        write_atomically(
-            partial / "README.md", model_card.card(run, checkpoint, manifest, config, output, written, shares).encode()
-        )
+        config, written = _write_model(run, checkpoint, manifest, partial, dtype, max_shard_bytes, shares or {})
+        card = model_card.card(run, checkpoint, manifest, config, output, written, shares)
+        write_atomically(partial / "README.md", card.encode())
 
 
 def export_adapters(
@@ -161,7 +159,8 @@ def _write_model(
     dtype: "torch.dtype",
     max_shard_bytes: int,
     shares: Mapping[str, float],
-) -> "Written":
+) -> tuple[ModelConfig, "Written"]:
+    """The model and its tokenizer in a Hugging Face folder; returns what was written of both."""
     from engine.run.whole_weights import read_adapters, read_base
     from model.hf.weights import save_hf
     from model.merging import merged
@@ -186,7 +185,7 @@ def _write_model(
     written = write_hf_tokenizer(info, run / info.file, partial, context, texts, mask_id, config.vocab_size)
     if written.notice:
         say(written.notice)
-    return written
+    return config, written
 
 
 def exported_config(manifest: "CheckpointManifest") -> tuple[ModelConfig, int]:

@@ -16,12 +16,13 @@ def adapters_of_sources(adapters: AdaptersConfig, dataset: ShardedDataset) -> np
     return np.array([adapters.names.index(source) for source in dataset.sources])
 
 
-def routing_problems(adapters: AdaptersConfig, dataset: ShardedDataset, data: str) -> list[str]:
-    """Why rows of these data, called `data`, cannot find their adapters."""
+def routing_problems(adapters: AdaptersConfig, dataset: ShardedDataset) -> list[str]:
+    """Why rows of a split cannot find their adapters."""
     if not adapters.names or adapters.mode != "routed":
         return []
     return [
-        f"adapters: no adapter is called {source!r} as a source of {data} is: name one so, or build the data without it"
+        f"adapters: no adapter is called {source!r} as a source of {dataset.directory} is: name one so, or build the data "
+        "without it"
         for source in dataset.sources
         if source not in adapters.names
     ]

@@ -48,9 +48,8 @@ class SeparateAdamW(torch.optim.AdamW):
         if not self.max_norm:
             return
         gradients = [(holder, holder.grad) for holder in holders if holder.grad is not None]
-        square = torch.zeros((), dtype=torch.float64)
-        for holder, gradient in gradients:
-            for part in self.counted(holder):
-                square += torch.linalg.vector_norm(gradient.view(-1)[part], dtype=torch.float64).square().cpu()
+        parts = [gradient.view(-1)[part] for holder, gradient in gradients for part in self.counted(holder)]
+        norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]
+        square = torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64)
         scale = (self.max_norm / (self.sum_over_ranks(square).sqrt() + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_([gradient for _, gradient in gradients], float(scale))

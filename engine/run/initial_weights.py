@@ -84,7 +84,7 @@ class Fingerprinted:
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in self._weights:
             content = xxhash.xxh3_128(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-            content.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            content.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
             self._digests[name] = content.hexdigest()
             yield name, tensor
 

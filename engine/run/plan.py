@@ -181,7 +181,6 @@ def _open_stages(
     found += idle_problems(recipe.adapters, [stage.dataset for stage in stages])
     for stage in stages:
         found += model_data_problems(recipe.model, stage.dataset, stage.data)
-        found += routing_problems(recipe.adapters, stage.dataset, stage.data)
         if stage.dataset.manifest.tokenizer.sha256 != first.dataset.manifest.tokenizer.sha256:
             found.append(f"stages: {stage.name}: {stage.data} was built with another tokenizer than {first.folder}")
     problems += [f"{recipe_file}: {problem}" for problem in dict.fromkeys(found)]
@@ -199,8 +198,9 @@ def _cross_check(
     problems: list[str],
 ) -> None:
     """What only recipe, layout and data together show."""
+    read = [*(stage.dataset for stage in stages), *sets.values()]
+    problems += dict.fromkeys(problem for dataset in read for problem in routing_problems(recipe.adapters, dataset))
     if resolved is not None:
-        read = [*(stage.dataset for stage in stages), *sets.values()]
         lengths = sorted({dataset.manifest.seq_length for dataset in read})
         found = [p for length in lengths for p in sequence_problems(recipe.model, resolved.mesh, length)]
         for stage in stages[1:]:
@@ -308,8 +308,7 @@ def _open_validation_sets(recipe: Recipe, stages: list[Stage], problems: list[st
         if other is not None and other.manifest.tokenizer.sha256 != dataset.manifest.tokenizer.sha256:
             problems.append(f"validation.sets.{name}: {path} was built with another tokenizer than {data}")
         elif other is not None:
-            found = model_data_problems(recipe.model, other, path) + routing_problems(recipe.adapters, other, path)
-            problems += [f"validation.sets.{name}: {p}" for p in found]
+            problems += [f"validation.sets.{name}: {p}" for p in model_data_problems(recipe.model, other, path)]
     if not sets:
         problems.append(
             f"validation.every_steps is set but {data} has no validation split and validation.sets is empty: build the "

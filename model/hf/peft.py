@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
-from ..adapter_config import FACTORS, PROJECTIONS, AdaptersConfig
+from ..adapter_config import FACTORS, PROJECTIONS, AdaptersConfig, adapter_of
 from ..config import ModelConfig
-from .weights import write_json
+from .weights import meta_model, shapes_of, write_json, write_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model.model."
@@ -64,8 +63,7 @@ def save_peft(
         if name.rpartition(".")[2] in {begin + adapter for begin in FACTORS}
     }
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(named, folder / WEIGHTS, metadata={"format": "pt"} | ({BASE_DIGEST: base_digest} if base_digest else {}))
-    (folder / WEIGHTS).chmod(folder.stat().st_mode & 0o666)
+    write_tensors(folder / WEIGHTS, named, {BASE_DIGEST: base_digest} if base_digest else {})
     layers = adapters.adapted_layers(config.num_hidden_layers)
     content = PLAIN | {
         "peft_type": "LORA",
@@ -121,11 +119,8 @@ class PeftAdapter:
             )
         wanted = {"names": ("x",), "r": self.r, "target_modules": self.target_modules, "last_layers": last}
         own = config.model_copy(update={"adapters": AdaptersConfig(**wanted)})
-        from ..llama import Llama
-
-        with torch.device("meta"):
-            named = Llama(own).named_parameters()
-            return {name: tuple(p.shape) for name, p in named if name.rpartition(".")[2] in ("lora_A_x", "lora_B_x")}
+        named = meta_model(own).named_parameters()
+        return {name: tuple(p.shape) for name, p in named if adapter_of(name) is not None}
 
 
 def own_name(key: str, adapter: str) -> str:
@@ -169,9 +164,6 @@ def _read_shapes(folder: Path) -> tuple[dict[str, tuple[int, ...]], str | None]:
         pickled = folder / "adapter_model.bin"
         reason = f"{pickled.name} is a pickle, which could run code: save it as safetensors" if pickled.exists() else ""
         raise ValueError(f"{folder}: there is no {WEIGHTS}" + f", and {reason}" * bool(reason))
-    try:
-        with safe_open(file, framework="pt") as weights:
-            shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
-            return shapes, (weights.metadata() or {}).get(BASE_DIGEST)
-    except SafetensorError as error:
-        raise ValueError(f"{file}: damaged or incomplete ({error})") from None
+    shapes = shapes_of(file)
+    with safe_open(file, framework="pt") as weights:
+        return shapes, (weights.metadata() or {}).get(BASE_DIGEST)

@@ -71,10 +71,10 @@ def load_hf(folder: str | Path) -> tuple[ModelConfig, Iterator[tuple[str, Tensor
     folder = Path(folder)
     config = ModelConfig.from_hf(folder)
     files = _weight_files(folder)
-    expected = {name: tuple(p.shape) for name, p in _meta_model(config).named_parameters()}
+    expected = {name: tuple(p.shape) for name, p in meta_model(config).named_parameters()}
     places: dict[str, tuple[Path, str]] = {}
     for file in files:
-        for name, shape in _shapes(file).items():
+        for name, shape in shapes_of(file).items():
             own = from_hf_name(name)
             if own.endswith("rotary_emb.inv_freq") or (own == HEAD and config.tie_word_embeddings):
                 continue
@@ -91,7 +91,7 @@ def load_hf(folder: str | Path) -> tuple[ModelConfig, Iterator[tuple[str, Tensor
 def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Llama:
     """A `Llama` with the weights of a Hugging Face folder; memory for one model and one tensor."""
     config, tensors = load_hf(folder)
-    model = _meta_model(config).to(dtype).to_empty(device=device)
+    model = meta_model(config).to(dtype).to_empty(device=device)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
     parameters = dict(model.named_parameters())
@@ -124,7 +124,7 @@ def save_hf(
     folder.mkdir(parents=True, exist_ok=True)
     if present := [*folder.glob("model*.safetensors*"), *folder.glob("config.json")]:
         raise ValueError(f"{present[0]}: exists already; give an empty output folder")
-    missing = {name for name, _ in _meta_model(config).named_parameters()}
+    missing = {name for name, _ in meta_model(config).named_parameters()}
     shards: list[tuple[Path, list[str]]] = []
     shard: dict[str, Tensor] = {}
     total_bytes = shard_bytes = 0
@@ -180,7 +180,8 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     part.replace(path)
 
 
-def _meta_model(config: ModelConfig) -> Llama:
+def meta_model(config: ModelConfig) -> Llama:
+    """Names and shapes without memory."""
     with torch.device("meta"):
         return Llama(config)
 
@@ -198,7 +199,8 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
+def shapes_of(file: Path) -> dict[str, tuple[int, ...]]:
+    """Of the tensors in a safetensors file. Raises ValueError where it is damaged."""
     try:
         with safe_open(file, framework="pt") as weights:
             return {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
@@ -218,14 +220,19 @@ def _read(places: dict[str, tuple[Path, str]]) -> Iterator[tuple[str, Tensor]]:
 
 def _write_shard(folder: Path, number: int, shard: dict[str, Tensor]) -> tuple[Path, list[str]]:
     path = folder / f".model-{number + 1:05d}.part"
+    write_tensors(path, shard)
+    return path, list(shard)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file, flushed to disk. Raises OSError where the file system refuses."""
     try:
-        save_file(shard, path, metadata={"format": "pt"})
+        save_file(tensors, path, metadata={"format": "pt"} | (metadata or {}))
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written ({error})") from None
-    path.chmod(folder.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read
     with path.open("rb") as file:
         os.fsync(file.fileno())
-    return path, list(shard)
 
 
 def _publish_shards(folder: Path, shards: list[tuple[Path, list[str]]], total_bytes: int) -> None:

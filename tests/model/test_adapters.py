@@ -201,6 +201,7 @@ def test_counts_are_those_of_the_model(adapters):
     [
         ({"names": ["a", "a"]}, "two adapters are called 'a'"),
         ({"names": ["a.b"]}, "no name for an adapter"),
+        ({"names": ["a", "base"]}, "commands mean something else by it"),
         ({"names": ["a"], "target_modules": ["c_attn"]}, "q_proj"),
         ({"names": ["a"], "target_modules": []}, "at least one"),
         ({"names": ["a"], "r": 33}, "above the rank 32 of q_proj"),

@@ -11,7 +11,9 @@ from model.adapter_config import AdaptersConfig
 from model.hf.peft import save_peft
 from model.hf.weights import save_hf
 from model.llama import Llama
+from storage.manifest import read_manifest, save_manifest
 from tests.engine.programs import prepare, zero
+from tests.training.corpus import build
 from training.config import load_recipe
 from training.routing import adapters_of_sources
 
@@ -91,3 +93,18 @@ def test_an_adapter_to_start_from_has_to_fit(setting, overrides, sentence):
         return
     with pytest.raises(ValueError, match=sentence):
         plan(setting, start | overrides)
+
+
+def test_a_source_that_only_validation_has_needs_an_adapter_too(tmp_path):
+    """One whose few documents were all put there by their hash."""
+    recipe, _ = prepare(tmp_path / "whole")
+    lengths = {"long": [200] * 4, "rare": [200] * 4}
+    build(tmp_path / "data", lengths, 64, vocab_size=256, splits=("train", "validation"))
+    manifest = read_manifest(tmp_path / "data")
+    empty = manifest.splits["train"]["rare"].model_copy(update={"rows": 0, "shards": []})
+    splits = manifest.splits | {"train": manifest.splits["train"] | {"rare": empty}}
+    save_manifest(tmp_path / "data", manifest.model_copy(update={"splits": splits}))
+    (tmp_path / "ds.json").write_text(json.dumps(zero(2)))
+    here = Topology(0, 0, 1, torch.device("cpu"))
+    with pytest.raises(ValueError, match="no adapter is called 'rare' as a source of"):
+        make_plan(recipe, {"adapters.names": "[long]"}, str(tmp_path / "ds.json"), str(tmp_path / "data"), here)

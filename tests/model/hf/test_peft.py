@@ -1,6 +1,7 @@
 """PEFT loads our adapters and we load PEFT's, with equal logits; merged ones compute the same without adapters."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -127,3 +128,10 @@ def test_another_base_a_pickle_and_damage_are_refused(trained, tmp_path):
         PeftAdapter(tmp_path, plain)
     with pytest.raises(ValueError, match="no folder of PEFT's"):
         PeftAdapter(folder / "base", plain)
+
+
+def test_a_full_disk_is_an_error_of_the_file_system(trained):
+    """As for other weights; the commands make a sentence of it."""
+    _, model, *_ = trained
+    with pytest.raises(OSError, match="cannot be written"):
+        save_peft(model.config, "one", model.state_dict(), Path("/proc/self"), None)
