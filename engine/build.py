@@ -15,7 +15,7 @@ from engine.layout.groups import Groups
 from engine.layout.mesh import EXCHANGE, Mesh
 from engine.layout.names import named_parameters
 from engine.layout.pipeline import Builder, PipelinedLlama, QueuedLoss
-from engine.layout.sequence import share_losses, share_rows
+from engine.layout.sequence import losses_of_whole_rows, share_rows
 from engine.layout.slices import cut_dimensions, slice_of
 from engine.layout.tensor import Parts, divide_layer
 from engine.matrices import names_of_matrices, place_matrices
@@ -26,6 +26,7 @@ from model.adapter_config import adapter_of
 from model.llama import Block, Layer, Llama
 from model.positions import resize_positions
 from training.config import Recipe
+from training.learned_prior import LearnedPrior
 from training.muon import Muon
 from training.optimizer import Lion
 from training.separate_adamw import SeparateAdamW
@@ -80,7 +81,6 @@ def _build_engine(
         model.activation_checkpointing = recipe.training.activation_checkpointing
     if mesh.sequence > 1:
         share_rows(model, groups.sequence, mesh)
-        loss.of_head.whole_rows = share_losses(model, groups.sequence)
     if weights is not None:
         load_weights(model, weights, recipe, mesh)
     if recipe.training.compile:
@@ -104,6 +104,10 @@ def _build_engine(
         if bounds
         else Engine(wrapped, mesh, recipe.model, reduction)
     )
+    if mesh.sequence > 1:
+        engine.head_loss.whole_rows = losses_of_whole_rows(groups.sequence)
+    if recipe.adapters.prior_lr is not None:
+        engine.prior = LearnedPrior(engine.head_loss.prior.logits, recipe)
     if isinstance(optimizer, Muon):
         place_matrices(engine, optimizer, matrices, recipe, groups)
     if isinstance(optimizer, SeparateAdamW):

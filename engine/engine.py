@@ -16,8 +16,10 @@ from engine.layout.pipeline import KnownDocuments, QueuedLoss
 from engine.reduction.compression import CompressedReduction
 from model.config import ModelConfig
 from model.documents import Documents
+from model.head_loss import HeadLoss
 from model.visibility import Visibility
 from training.batch import Batch
+from training.learned_prior import LearnedPrior
 
 
 class Engine:
@@ -34,6 +36,8 @@ class Engine:
         """Of the gradients, where it is compressed; None where DeepSpeed reduces."""
         self.base: str | None = None
         """Digest of the given weights that are not trained; None where all are, or they follow from the recipe's seed."""
+        self.prior: LearnedPrior | None = None
+        """Of a mixture whose prior is learned."""
         if self.zero_stage in (1, 2):
             internals.leave_out_module_weights(deepspeed)
 
@@ -44,6 +48,16 @@ class Engine:
     @property
     def module(self) -> nn.Module:
         return self.deepspeed.module
+
+    @property
+    def head_loss(self) -> HeadLoss:
+        head: Any = self.module.lm_head
+        return head.loss
+
+    @property
+    def wire_bytes(self) -> int | None:
+        """What this rank handed to the calls of a compressed reduction; None where DeepSpeed reduces."""
+        return self.reduction.wire_bytes if self.reduction else None
 
     @property
     def optimizer(self) -> Any:
@@ -71,12 +85,11 @@ class Engine:
             internals.restart_accumulation(engine)
 
     def update(self, micro_batches: list[Batch], z_loss_weight: float, weight: float) -> Tensor:
-        """Forward, backward and update of a step. Returns this rank's sums [objective, cross-entropy, that of each adapter's
-        rows], in float64.
+        """Forward, backward and update of a step. Returns this rank's sums [objective, *sums of `HeadLoss`], in float64.
 
         `weight`: of the objective's sum in the loss that DeepSpeed averages.
         """
-        sums = torch.zeros(2 + len(self.config.adapters.names), dtype=torch.float64, device=self.device)
+        sums = torch.zeros(1 + self.head_loss.num_sums, dtype=torch.float64, device=self.device)
         for batch in micro_batches:
             objective_sum, loss_sums = self.forward(batch, z_loss_weight)
             sums += torch.cat([objective_sum.detach()[None], loss_sums])
@@ -113,19 +126,20 @@ class Engine:
         """Objective and `reported_sums` over this rank's tokens of one micro-batch."""
         columns = self.columns(batch)
         here = _part(batch, columns)
-        ids, targets, weights, adapters = (
-            None if x is None else x.to(self.device, non_blocking=True)
-            for x in (here["input_ids"], here["targets"], here.get("target_weights"), here.get("adapters"))
-        )
+        ids, targets = (here[key].to(self.device, non_blocking=True) for key in ("input_ids", "targets"))
+        of_rows = {
+            key: here[key].to(self.device, non_blocking=True)
+            for key in ("target_weights", "adapters", "sources")
+            if key in here
+        }
         return self.deepspeed(
             input_ids=ids,
             position_ids=here["position_ids"],
             targets=targets,
             z_loss_weight=z_loss_weight,
             columns=columns,
-            target_weights=weights,
             copies=here.get("copies", 1),
-            adapters=adapters,
+            **of_rows,
         )
 
     def columns(self, batch: Batch) -> slice | Tensor:
@@ -173,6 +187,10 @@ class PipelineEngine(Engine):
         self.known: KnownDocuments = deepspeed.module.known
         self._shape: tuple[int, ...] | None = None
 
+    @property
+    def head_loss(self) -> HeadLoss:
+        return self.loss.of_head
+
     def fit(self, shape: tuple[int, ...], micro_batches: int) -> None:
         super().fit(shape, micro_batches)
         if self._shape not in (None, shape):  # the ranks exchange the shapes of activations anew
@@ -186,7 +204,7 @@ class PipelineEngine(Engine):
         self.loss.start(here, z_loss_weight, weight)
         self.known.start(here)
         self.deepspeed.train_batch(_items(here))
-        nothing = torch.zeros(2 + len(self.config.adapters.names), dtype=torch.float64)
+        nothing = torch.zeros(1 + self.head_loss.num_sums, dtype=torch.float64)
         return torch.stack(self.loss.found).sum(0) if self.loss.found else nothing
 
     def sums(self, batches: list[Batch]) -> list[Tensor]:
@@ -197,7 +215,7 @@ class PipelineEngine(Engine):
         self.deepspeed.reset_activation_shape()  # rows may have another length here than in training
         self.deepspeed.eval_batch(_items(here), reduce_output=None, bcast_loss=False, num_micro_batches=len(here))
         self.deepspeed.reset_activation_shape()
-        nothing = torch.zeros(1 + len(self.config.adapters.names), dtype=torch.float64)
+        nothing = torch.zeros(self.head_loss.num_sums, dtype=torch.float64)
         return [found[1:] for found in self.loss.found] or [nothing] * len(batches)
 
     def best_adapters(self, batches: list[Batch]) -> list[Tensor]:

@@ -31,23 +31,22 @@ class StepResult(NamedTuple):
 
 
 def train_step(engine: Engine, micro_batches: list[Batch], learning_rate: float, z_loss_weight: float) -> StepResult:
-    """Forward, backward and update over this rank's micro-batches of one optimizer step.
-
-    `micro_batches`: as training.data makes them; the same number on every rank.
-    """
+    """Forward, backward and update over this rank's micro-batches of one optimizer step, equally many on every rank."""
     engine.fit(micro_batches[0]["input_ids"].shape, len(micro_batches))
     found, micro_batches = prepare(engine, micro_batches)
-    targets = found.targets
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
-        group["targets"] = found.of_adapters.get(group.get("adapter"), targets)
+        group["targets"] = found.of_adapters.get(group.get("adapter"), found.targets)
     # DeepSpeed averages over the ranks that hold other tokens and divides by the accumulation steps; both are undone here.
-    weight = engine.mesh.data * engine.mesh.sequence * len(micro_batches) / max(targets, 1)
+    weight = engine.mesh.data * engine.mesh.sequence * len(micro_batches) / max(found.targets, 1)
     sums = engine.sum_over_tokens(engine.update(micro_batches, z_loss_weight, weight).tolist())
-    objective, loss = (total / max(targets, 1) for total in sums[:2])
+    objective, loss = (total / max(found.targets, 1) for total in sums[:2])
     norm, applied = engine.deepspeed.get_global_grad_norm(), engine.deepspeed.was_step_applied()
     if not applied:
         drop_sums(engine.optimizer)
-    wire_bytes = engine.reduction.wire_bytes if engine.reduction else None
-    adapters = figures(engine.config.adapters, found, sums[2:])
-    return StepResult(loss, objective, targets, float(norm), applied, found.attention_imbalance, wire_bytes, adapters)
+    if engine.prior and applied:
+        engine.prior.step(sums[-engine.prior.size :], found.targets, learning_rate)
+    adapters = figures(engine, found, sums[2:])
+    return StepResult(
+        loss, objective, found.targets, float(norm), applied, found.attention_imbalance, engine.wire_bytes, adapters
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
@@ -35,9 +36,12 @@ class AdaptersConfig(BaseModel):
     has its own mean loss, gradient norm and count of steps, as if it was trained alone. mixture: all rows; the loss is that of
     the adapters' likelihoods, mixed by `prior` and `evidence`. hard: every document's own, chosen anew at each step, by which
     it is most likely under the prior (hard EM). single: one adapter, all rows."""
-    prior: dict[str, PositiveFloat] = {}
-    """Of modes mixture and hard: the weight of each adapter before a document has said anything, relative to the others; none:
-    equal."""
+    prior: dict[str, PositiveFloat] | dict[str, dict[str, PositiveFloat]] = {}
+    """Of modes mixture and hard: the weight of each adapter before a document has said anything, relative to the others, or
+    such weights for each source of the data; none: equal."""
+    prior_lr: PositiveFloat | None = None
+    """Of a mixture: the learning rate, times the schedule's factor, at which Adam learns the logarithms of the prior's
+    weights; null: the prior stays as it is given."""
     evidence: float = Field(default=1.0, ge=0, le=1)
     """Of a mixture: how much of what a document has said about its adapter is kept from token to token. 1: all, so that whole
     documents are mixed; 0: nothing, every token by the prior."""
@@ -93,12 +97,16 @@ class AdaptersConfig(BaseModel):
             raise ValueError(f"mode single is for one adapter, not {len(self.names)}: use routed")
         if unknown := sorted(self.initial_weights.keys() - set(self.names)):
             raise ValueError(f"initial_weights: {unknown[0]!r} is not one of the adapters {', '.join(self.names)}")
-        if (self.prior and not self.members) or (self.evidence != 1 and self.mode != "mixture"):
+        of_mixture = self.evidence != 1 or self.prior_lr is not None
+        if (self.prior and not self.members) or (of_mixture and self.mode != "mixture"):
             raise ValueError(
-                f"prior and evidence are of mode mixture (hard has a prior too), not {self.mode}: leave them out"
+                f"prior, prior_lr and evidence are of mode mixture (hard has a prior too), not {self.mode}: leave them out"
             )
-        for key in ("r", "lora_alpha", *(["prior"] if self.prior else [])):
-            if isinstance(given := getattr(self, key), dict) and given.keys() != set(self.names):
+        by_adapter: dict[str, Any] = {"r": self.r, "lora_alpha": self.lora_alpha, "prior": self.prior or None}
+        if self.prior_sources:
+            by_adapter |= {"prior": None} | {f"prior.{source}": self.prior[source] for source in self.prior_sources}
+        for key, given in by_adapter.items():
+            if isinstance(given, dict) and given.keys() != set(self.names):
                 wrong = sorted(given.keys() ^ set(self.names))[0]
                 raise ValueError(f"{key} has to have a value for each of names and no other: look at {wrong!r}")
         return self
@@ -114,10 +122,27 @@ class AdaptersConfig(BaseModel):
         return len(self.names) if self.mode in ("mixture", "hard") else 0
 
     @property
+    def prior_sources(self) -> tuple[str, ...]:
+        """Of the data, which have a prior each; none: there is one for all."""
+        return tuple(source for source, given in self.prior.items() if isinstance(given, dict))
+
+    @property
+    def prior_table(self) -> list[list[float]]:
+        """For each of `prior_sources`, or once for all: of each adapter, in the order of the names. Rows sum to 1."""
+        rows: list[Any] = [self.prior[source] for source in self.prior_sources] or [self.prior]
+        weights = [[row.get(name, 1.0) for name in self.names] for row in rows]
+        return [[weight / sum(row) for weight in row] for row in weights]
+
+    @property
     def prior_shares(self) -> list[float]:
-        """Of each adapter, in the order of the names; they sum to 1."""
-        weights = [self.prior.get(name, 1.0) for name in self.names]
-        return [weight / sum(weights) for weight in weights]
+        """Of each adapter, for a text of no known source: the mean over the sources."""
+        return [sum(column) / len(column) for column in zip(*self.prior_table, strict=True)]
+
+    def with_prior(self, table: Sequence[Sequence[float]]) -> AdaptersConfig:
+        """The same with another `prior_table`, a learned one."""
+        rows = [dict(zip(self.names, row, strict=True)) for row in table]
+        prior = dict(zip(self.prior_sources, rows, strict=True)) if self.prior_sources else rows[0]
+        return self.model_copy(update={"prior": prior})
 
     def rank(self, name: str) -> int:
         """r of one adapter."""

@@ -54,6 +54,8 @@ class Documents:
     """The same of whoever fetches keys from other devices."""
     routing: Tensor | None = None
     """int64 [B]: the adapter of each row, or [B, T] of each token that is here; None: the base computes alone."""
+    sources: Tensor | None = None
+    """int64 [B]: what the rows come from; None: they do not say."""
     blocks: Any = field(default=None, repr=False)
     """The same of adapters.py, where tokens of a row have several adapters."""
     spread: Documents | None = field(default=None, repr=False)
@@ -88,8 +90,10 @@ class Documents:
         """The same documents where only some columns of the rows are at hand, as under sequence parallelism."""
         return Documents(self.position_ids[:, columns], self.lengths, self.cu_seqlens, columns, self.copies)
 
-    def route(self, adapters: Tensor | None, members: int) -> None:
-        """Give each row (int64 [B]) or token ([B, T]) its adapter, or all rows to so many `members`, or to the base."""
+    def route(self, adapters: Tensor | None, members: int, sources: Tensor | None = None) -> None:
+        """Give each row (int64 [B]) or token ([B, T]) its adapter, or all rows to so many `members`, or to the base; and each
+        row its source."""
+        self.sources = None if sources is None else sources.to(self.position_ids.device)
         self.routing = None if adapters is None else adapters.to(self.position_ids.device)
         if adapters is not None or not members:
             return

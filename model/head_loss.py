@@ -5,7 +5,7 @@ Legend: N adapters, B batch, T tokens of a row, D model.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,13 +14,16 @@ from .adapter_config import AdaptersConfig
 from .documents import Documents
 from .loss import IGNORED, reported_sums
 from .mixture import Mixed, mixture_cross_entropy
+from .prior import Prior
 
 
 class HeadLoss:
     """The loss of a model with these adapters, or none."""
 
     def __init__(self, adapters: AdaptersConfig) -> None:
-        self.adapters = adapters
+        self.adapters, self.prior = adapters, Prior(adapters)
+        self.sources: tuple[str, ...] = ()
+        """Names of what rows come from, by the places that `Documents.sources` has."""
         self.whole_rows: Callable[[Tensor, Documents], Tensor] = lambda losses, documents: losses
         """Of the losses [N, B, t] of the tokens that are here, where other processes have the rest of the rows: [N, B, T]."""
 
@@ -34,8 +37,9 @@ class HeadLoss:
         target_weights: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """The objective, which carries the gradient, and float64 sums [1 + N] over the targets [B, T]: the cross-entropy, and
-        `reported_sums` of the rows of each adapter, or under the mixture the responsibilities of each. In mode hard, which mixes
-        whole documents before it chooses, the places of their best adapters follow, [1 + N + documents].
+        `reported_sums` of the rows of each adapter, or under the mixture the responsibilities of each, for every source by
+        itself. A learned prior's gradient follows, as long as there are gradients. In mode hard, which mixes whole documents
+        before it chooses, the places of their best adapters come after sources taken together, [1 + N + documents].
 
         `cross_entropy`: `linear_cross_entropy` without its weight; `x` [B, T, D], under the mixture [N B, T, D].
         """
@@ -53,30 +57,52 @@ class HeadLoss:
         """-log p of each of the targets [B, T], 0 where there is none, without gradients."""
         if documents.spread is None:
             return cross_entropy(x, targets=targets)[1]
-        return -self._mixed(cross_entropy, x, documents, targets)[1].log_likelihoods
+        return -self._mixed(cross_entropy, x, documents, targets, self.prior.logits)[1].log_likelihoods
+
+    @property
+    def num_sums(self) -> int:
+        """Of a forward pass with gradients."""
+        adapters, of_prior = len(self.adapters.names), self.prior.logits.numel() if self.prior.learned else 0
+        return 1 + adapters * (max(len(self.sources), 1) if self.adapters.mode == "mixture" else 1) + of_prior
+
+    def know(self, sources: Sequence[str]) -> None:
+        """Names of what the data's rows come from."""
+        self.sources = tuple(sources)
+        self.prior.know(sources)
 
     def _of_mixture(
         self, cross_entropy: Callable[..., tuple[Tensor, Tensor]], x: Tensor, documents: Documents, targets: Tensor
     ) -> tuple[Tensor, Tensor]:
-        total, mixed = self._mixed(cross_entropy, x, documents, targets)
+        learns = self.prior.learned and torch.is_grad_enabled()
+        logits = self.prior.logits.to(x.device).detach().requires_grad_(learns)
+        total, mixed = self._mixed(cross_entropy, x, documents, targets, logits)
         counted = (targets != IGNORED).double()
-        responsibilities = (mixed.log_responsibilities[..., documents.columns].exp() * counted).sum((1, 2))
-        sums = [total.detach()[None], responsibilities]
+        of_rows = (mixed.log_responsibilities[..., documents.columns].exp() * counted).sum(2)
+        sums = [total.detach()[None]]
         if self.adapters.mode == "hard":
             last = documents.cu_seqlens[1:].long() - 1
-            sums.append(mixed.log_responsibilities.flatten(1)[:, last].argmax(0))
+            return total, torch.cat([*sums, of_rows.sum(1), mixed.log_responsibilities.flatten(1)[:, last].argmax(0)])
+        by_source = of_rows.new_zeros(max(len(self.sources), 1), len(of_rows))
+        places = torch.zeros_like(targets[:, 0]) if documents.sources is None else documents.sources
+        sums.append(by_source.index_add(0, places, of_rows.T).flatten())
+        if learns:
+            sums.append(torch.autograd.grad(total, logits, retain_graph=True)[0].flatten())
         return total, torch.cat(sums)
 
     def _mixed(
-        self, cross_entropy: Callable[..., tuple[Tensor, Tensor]], x: Tensor, documents: Documents, targets: Tensor
+        self,
+        cross_entropy: Callable[..., tuple[Tensor, Tensor]],
+        x: Tensor,
+        documents: Documents,
+        targets: Tensor,
+        logits: Tensor,
     ) -> tuple[Tensor, Mixed]:
-        prior = torch.tensor(self.adapters.prior_shares, dtype=torch.float64, device=x.device)
         return mixture_cross_entropy(
             cross_entropy,
             x,
             targets,
             documents.begins,
-            prior.log(),
+            self.prior.log(logits.to(x.device), documents.sources),
             self.adapters.evidence,
             documents.columns,
             lambda losses: self.whole_rows(losses, documents),

@@ -38,10 +38,11 @@ class Mixed(NamedTuple):
 
 def mix(log_likelihoods: Tensor, begins: Tensor, log_prior: Tensor, share: float) -> Mixed:
     """`log_likelihoods` [N, B, T]: log p_i of each target, 0 where there is none; `begins` bool [B, T]: where documents do;
-    `log_prior` [N], normalised; `share`: g. Differentiable in the likelihoods and the prior. Float64 keeps long documents exact.
+    `log_prior` [N] or of rows [N, B], normalised; `share`: g. Differentiable in the likelihoods and the prior. Float64 keeps
+    long documents exact.
     """
     evidence = _evidence(log_likelihoods, begins, share)
-    log_weights = (log_prior[:, None, None] + evidence).log_softmax(0)
+    log_weights = (log_prior.view(len(log_prior), -1, 1) + evidence).log_softmax(0)
     joint = log_weights + log_likelihoods
     mixed = joint.logsumexp(0)
     return Mixed(mixed, log_weights, joint - mixed)

@@ -23,6 +23,7 @@ SECTIONS: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
         ("Validation bits per byte", "/^validation/.+/bits_per_byte$/", {}),
         ("Loss by adapter", "/^adapters/.+/loss$/", {}),
         ("Share of the targets that each adapter made", "/^adapters/.+/share$/", {}),
+        ("Share of a source's targets that each adapter made", "/^adapters/.+/share_of/.+/", {}),
         ("Objective", "objective", {"smoothing_type": "exponentialTimeWeighted", "smoothing_factor": 0.6}),
     ],
     "Optimisation": [

@@ -34,6 +34,10 @@ PANELS = (
     ("Time waiting for data", "data_wait_fraction", 1.0, "~%", "linear", True),
     ("Peak memory of the first rank (GiB)", "memory_bytes", 2.0**-30, "~g", "linear", False),
 )
+ADAPTER_PANELS = (
+    ("Loss by adapter (nats per token)", "adapter_losses", "~g"),
+    ("Share of the targets that each adapter made", "adapter_shares", "~%"),
+)
 
 
 def figure(run: Run) -> Drawing:
@@ -46,6 +50,7 @@ def figure(run: Run) -> Drawing:
     marked = [event for event in run.events if event["event"] != "checkpoint"][-POINTS_PER_CURVE // 10 :]
     loss = Panel("Loss (nats per token)", _losses(run), {"tickformat": AXES["step"]["tickformat"]}, {}, height=360)
     strip = Panel("", _events(run), _x_axis(), {"type": "category", "showgrid": False, "dtick": 1}, height=70)
+    panels += _of_adapters(run)
     for panel in panels[-2:]:
         panel.x["title"] = {"text": AXES["step"]["title"]}
     pairs = [panels[number : number + 2] for number in range(0, len(panels), 2)]
@@ -83,6 +88,21 @@ def _losses(run: Run) -> list[go.Scatter]:
         color = COLORS[1 + number % (len(COLORS) - 1)]
         traces += _curves(f"validation: {name}", scores, "loss", color=color, mode="lines+markers")
     return traces
+
+
+def _of_adapters(run: Run) -> list[Panel]:
+    """What each adapter made of its targets, and how many targets; none where there are no adapters."""
+    panels: list[Panel] = []
+    for title, key, ticks in ADAPTER_PANELS:
+        names = dict.fromkeys(name for record in run.steps for name in record.get(key, {}))
+        traces = []
+        for number, name in enumerate(names):
+            records = [record | {name: record.get(key, {}).get(name)} for record in run.steps]
+            group = {"color": COLORS[number % len(COLORS)], "legendgroup": name, "showlegend": not panels}
+            traces += _curves(name, records, name, **group)
+        if names:
+            panels.append(Panel(title, traces, _x_axis(), {"tickformat": ticks, "rangemode": "tozero"}))
+    return panels
 
 
 def _events(run: Run) -> list[go.Scatter]:

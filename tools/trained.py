@@ -101,13 +101,21 @@ def shares_of(adapter: str | None, manifest: CheckpointManifest) -> dict[str, fl
     return {} if adapter in (None, "base") else adapter_shares("--adapter", str(adapter), names)
 
 
+def adapters_of(manifest: CheckpointManifest) -> AdaptersConfig:
+    """Those of a checkpoint's run, with the prior that it has learned, if it does."""
+    adapters = ModelConfig.model_validate(manifest.recipe["model"]).adapters
+    if manifest.prior is None:
+        return adapters
+    return adapters.with_prior(torch.tensor(manifest.prior.logits, dtype=torch.float64).softmax(-1).tolist())
+
+
 def load_checkpoint(
     folder: Path, manifest: CheckpointManifest, dtype: torch.dtype, device: str, shares: Mapping[str, float] | None
 ) -> Llama:
     """The weights of a checkpoint in one plain model, a parameter at a time. `shares`: of adapters to merge; None: the model
     keeps all of them, for their mixture."""
     whole = ModelConfig.model_validate(manifest.recipe["model"])
-    of_all = whole.adapters.model_copy(update={"mode": "mixture"})
+    of_all = adapters_of(manifest).model_copy(update={"mode": "mixture"})
     config = whole.model_copy(update={"adapters": of_all if shares is None else AdaptersConfig()})
     with torch.device("meta"):
         model = Llama(config).to(dtype)

@@ -16,4 +16,5 @@ class Batch(TypedDict):
     adapters: NotRequired[
         Tensor
     ]  # int64 [B] or [B, T], the adapter of each row or token, by its place in the recipe's names
+    sources: NotRequired[Tensor]  # int64 [B], what the rows come from, by its place in all that a run reads
     copies: NotRequired[int]  # of each row, side by side, noised and clean; T is then theirs together

@@ -30,6 +30,7 @@ from storage.shards import ShardedDataset
 from training.balance import deal, row_costs
 from training.batch import Batch
 from training.objective import NO_TARGET, Masking
+from training.routing import Labels
 from training.sampler import Drawn, SampleOrder
 from training.sections import DataConfig
 
@@ -54,8 +55,8 @@ def training_order(
 class TrainingData(Dataset):
     """Batches by the samples' places and numbers: `data[sources, rows, samples]`, int64 arrays of equal length.
 
-    `visibility`: what the model's tokens see; with it the rows of a step are dealt out by their attention cost. `adapters`: of
-    the sources (see `training.routing`).
+    `visibility`: what the model's tokens see; with it the rows of a step are dealt out by their attention cost. `labels`: what
+    rows have by their source.
     """
 
     def __init__(
@@ -64,15 +65,15 @@ class TrainingData(Dataset):
         order: SampleOrder,
         masking: Masking | None = None,
         visibility: Visibility | None = None,
-        adapters: np.ndarray | None = None,
+        labels: Labels | None = None,
     ) -> None:
         self.dataset, self.order, self.masking, self.visibility = dataset, order, masking, visibility
-        self.adapters = adapters
+        self.labels = labels
         self._source = np.array([dataset.sources.index(name) for name in order.sources])
 
     def __getitem__(self, place: tuple[np.ndarray, np.ndarray, np.ndarray]) -> Batch:
         sources, rows, samples = place
-        batch = make_batch(self.dataset, sources, rows, adapters=self.adapters)
+        batch = make_batch(self.dataset, sources, rows, labels=self.labels)
         return self.masking(batch, samples) if self.masking else batch
 
     def places(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -106,7 +107,7 @@ def validation_batches(
     rank: int,
     max_samples: int | None = None,
     masking: Masking | None = None,
-    adapters: np.ndarray | None = None,
+    labels: Labels | None = None,
 ) -> Iterator[Batch]:
     """Every row once over all ranks, in the order of the files; with `max_samples`, that many rows evenly spread.
 
@@ -120,7 +121,7 @@ def validation_batches(
         number = k * len(dataset) // total
         source = np.searchsorted(ends, number, side="right")
         rows = number - np.concatenate([[0], ends])[source]
-        batch = make_batch(dataset, source, rows, micro_batch_samples, adapters)
+        batch = make_batch(dataset, source, rows, micro_batch_samples, labels)
         if masking:
             batch = masking(batch, np.pad(number, (0, micro_batch_samples - len(k))))
         yield batch
@@ -190,12 +191,12 @@ def make_batch(
     sources: np.ndarray,
     rows: np.ndarray,
     size: int | None = None,
-    adapters: np.ndarray | None = None,
+    labels: Labels | None = None,
 ) -> Batch:
     """Read rows (as `dataset.find` names them) into a batch of `size` rows, the missing ones being padding.
 
     A token is a target of the one before it if both lie in the same piece and it is not overlap context; where the rows
-    say which tokens carry loss, those alone. `adapters`: of the sources (see `training.routing`).
+    say which tokens carry loss, those alone. `labels`: what rows have by their source.
     """
     size, T = size or len(rows), dataset.manifest.seq_length
     inputs, targets = np.empty((size, T), np.int64), np.empty((size, T), np.int64)
@@ -231,8 +232,10 @@ def make_batch(
         "targets": torch.from_numpy(targets),
         "num_targets": num_targets,
     }
-    if adapters is not None:
-        batch["adapters"] = torch.from_numpy(np.pad(adapters[sources], (0, size - len(rows))))
+    if labels and labels.adapters is not None:
+        batch["adapters"] = torch.from_numpy(np.pad(labels.adapters[sources], (0, size - len(rows))))
+    if labels and labels.sources is not None:
+        batch["sources"] = torch.from_numpy(np.pad(labels.sources[sources], (0, size - len(rows))))
     return batch
 
 

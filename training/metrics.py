@@ -97,7 +97,7 @@ class MetricsLogger:
             skipped_steps: steps not applied since the beginning of the run.
             attention_imbalance: how much more attention the busiest rank had in this step than the average one, as a share.
             wire_bytes: what the first rank handed to the calls of a compressed reduction; left out where there is none.
-            adapters: further figures by name: `adapter_losses` or `adapter_shares`, each by adapter, `effective_adapters`.
+            adapters: further figures by name: see `engine.survey.figures`.
         """
         record = {
             "samples": samples,

@@ -1,4 +1,4 @@
-"""What must survive a restart, besides weights and optimizer state: one small typed object."""
+"""What must survive a restart, besides weights and optimizer state, in small typed objects."""
 
 from pydantic import BaseModel, ConfigDict
 
@@ -52,3 +52,14 @@ class TrainState(BaseModel):
             self.batches.append((1, samples, tokens))
         self.skipped_steps += not applied
         self.consecutive_skipped_steps = 0 if applied else self.consecutive_skipped_steps + 1
+
+
+class PriorState(BaseModel):
+    """Of a learned prior, a row for each source and a number for each adapter, as a checkpoint's manifest keeps it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    logits: list[list[float]]
+    exp_avg: list[list[float]]
+    exp_avg_sq: list[list[float]]
+    step: int

@@ -41,9 +41,28 @@ WANDB_KEYS = {
     "samples": "progress/samples",
     "eta_seconds": "progress/eta_seconds",
 }
+ADAPTER_KEYS = {
+    "adapter_losses": "loss",
+    "adapter_shares": "share",
+    "adapter_shares_of_sources": "share",
+    "adapter_prior": "prior",
+}
 VALIDATION_KEYS = ("loss", "bits_per_byte")
 ANSWER_SECONDS, CONNECT_SECONDS, FINISH_SECONDS = 3.0, 10.0, 15.0
 """For W&B's server: to accept a connection, to know the run, and to take at the end what it has not taken yet."""
+
+
+def _of_adapters(kind: str, values: dict[str, Any], of: str = "") -> dict[str, float]:
+    """Figures by adapter, or by source and adapter."""
+    found: dict[str, float] = {}
+    for name, value in values.items():
+        more = (
+            _of_adapters(kind, value, f"_of/{name}")
+            if isinstance(value, dict)
+            else {f"adapters/{name}/{kind}{of}": value}
+        )
+        found |= more
+    return found
 
 
 def wandb_values(record: dict[str, Any]) -> dict[str, float]:
@@ -55,8 +74,8 @@ def wandb_values(record: dict[str, Any]) -> dict[str, float]:
         values = {f"validation/{name}/{key}": scores.get(key) for name, scores in sets for key in VALIDATION_KEYS}
     else:
         values = {key: record[name] for name, key in WANDB_KEYS.items()}
-        for kind, key in (("loss", "adapter_losses"), ("share", "adapter_shares")):
-            values |= {f"adapters/{name}/{kind}": value for name, value in record.get(key, {}).items()}
+        for key, kind in ADAPTER_KEYS.items():
+            values |= _of_adapters(kind, record.get(key, {}))
         if "effective_adapters" in record:
             values["adapters/effective"] = record["effective_adapters"]
     return {key: value for key, value in finite(values).items() if value is not None}

@@ -104,6 +104,8 @@ def _save(engine: Engine, run: Path, state: TrainState, facts: dict[str, Any]) -
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         parameters = _parameter_order(engine)
         place: dict[str, Any] = {"layout": layout_of(engine), "parameters": parameters, "base": engine.base}
+        if engine.prior:
+            place["prior"] = engine.prior.state
         manifest = CheckpointManifest(**place, state=state, files=files, created=now, **facts)
         write_atomically(partial / MANIFEST, seal(manifest))
         shutil.rmtree(final, ignore_errors=True)

@@ -15,7 +15,7 @@ import xxhash
 from pydantic import BaseModel, ConfigDict
 
 from engine.checkpoint.consistency import contradictions
-from training.state import TrainState
+from training.state import PriorState, TrainState
 
 MANIFEST = "manifest.json"
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
@@ -63,6 +63,8 @@ class CheckpointManifest(BaseModel):
     """Names in the order of the optimizer's state, where DeepSpeed's files do not say it (stage 0)."""
     base: str | None = None
     """Digest of weights that are not in these files because only adapters were trained."""
+    prior: PriorState | None = None
+    """Of a mixture whose prior is learned."""
     state: TrainState
     recipe: dict[str, Any]
     ds_config: dict[str, Any]

@@ -20,11 +20,10 @@ from torch import Tensor, nn
 
 from engine.layout.deal import dealt_columns
 from engine.layout.mesh import EXCHANGE, Mesh
-from engine.layout.tensor import VocabularyHead
 from model.attention import attend
 from model.config import ModelConfig
 from model.documents import Documents
-from model.llama import Attention, Head
+from model.llama import Attention
 from model.part_attention import RowPart, attend_part
 from model.segments import seen_keys, segments
 from model.visibility import Visibility
@@ -150,8 +149,8 @@ def share_rows(model: nn.Module, group: dist.ProcessGroup, mesh: Mesh) -> None:
             module.attend = KeyAttention(group, mesh) if mesh.exchange == "keys" else UlyssesAttention(group)
 
 
-def share_losses(model: nn.Module, group: dist.ProcessGroup) -> Callable[[Tensor, Documents], Tensor]:
-    """Let the ranks of a sequence group know the losses of whole rows, on which what mixes likelihoods depends."""
+def losses_of_whole_rows(group: dist.ProcessGroup) -> Callable[[Tensor, Documents], Tensor]:
+    """From those of the tokens that each rank of a sequence group has; what mixes likelihoods depends on them."""
 
     def whole_rows(losses: Tensor, documents: Documents) -> Tensor:
         whole = losses.new_zeros(*losses.shape[:-1], sum(documents.lengths) // len(documents.position_ids))
@@ -159,9 +158,6 @@ def share_losses(model: nn.Module, group: dist.ProcessGroup) -> Callable[[Tensor
         dist.all_reduce(whole, group=group)
         return whole
 
-    for module in model.modules():
-        if isinstance(module, Head | VocabularyHead):
-            module.loss.whole_rows = whole_rows
     return whole_rows
 
 

@@ -45,11 +45,11 @@ def begin_or_continue(plan: RunPlan, run: Path, resume_step: int | None = None) 
 
 def _engine_of(plan: RunPlan, weights: Iterator[tuple[str, Tensor]] | None, fresh: bool = False) -> Engine:
     """`weights`: of all layers, or of the base of adapters, which have weights of their own to start `fresh` from."""
-    recipe = plan.recipe
-    if weights is None or not recipe.adapters.names:
-        return build_engine(recipe, plan.ds_config, plan.mesh, plan.pipeline_bounds, weights)
-    base = Fingerprinted(weights)
-    everything = chain(base, adapters_at_start(recipe, base) if fresh else ())
+    recipe, base, everything = plan.recipe, None, weights
+    if weights is not None and recipe.adapters.names:
+        base = Fingerprinted(weights)
+        everything = chain(base, adapters_at_start(recipe, base) if fresh else ())
     engine = build_engine(recipe, plan.ds_config, plan.mesh, plan.pipeline_bounds, everything)
-    engine.base = base.digest if recipe.adapters.freeze_base else None
+    engine.base = base.digest if base and recipe.adapters.freeze_base else None
+    engine.head_loss.know(plan.sources)
     return engine

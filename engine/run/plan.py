@@ -20,7 +20,7 @@ from storage.shards import ShardedDataset, open_split
 from training.config import Recipe, config_json_notices, load_recipe
 from training.data import TrainingData
 from training.objective import recipe_masking
-from training.routing import adapters_of_sources, idle_problems, routing_problems
+from training.routing import idle_problems, labels_of_sources, routing_problems
 from training.sampler import SampleOrder
 from training.schedule import landmarks, lr_factor
 
@@ -57,6 +57,12 @@ class RunPlan(NamedTuple):
         return self.stages[0].dataset
 
     @property
+    def sources(self) -> tuple[str, ...]:
+        """Names in all data that the run reads."""
+        read = [*(stage.dataset for stage in self.stages), *self.validation_sets.values()]
+        return tuple(sorted({source for dataset in read for source in dataset.sources}))
+
+    @property
     def batch(self) -> StepDivision:
         """How a step of the first stage is cut, as the DeepSpeed config says."""
         return self.stages[0].batch
@@ -69,8 +75,8 @@ class RunPlan(NamedTuple):
         """The batches of a stage in that order, masked if the objective says so, dealt out by attention if the recipe does."""
         masking = recipe_masking(self.recipe, stage.dataset.manifest, f"training from step {stage.begin}")
         visibility = self.recipe.model.visibility if stage.config.balance_attention else None
-        adapters = adapters_of_sources(self.recipe.adapters, stage.dataset)
-        return TrainingData(stage.dataset, order, masking, visibility, adapters)
+        labels = labels_of_sources(self.recipe.adapters, stage.dataset, self.sources)
+        return TrainingData(stage.dataset, order, masking, visibility, labels)
 
     def learning_rate(self, step: int) -> float:
         """Of the optimizer step with this number, counted from 1."""

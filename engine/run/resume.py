@@ -118,6 +118,8 @@ def restore(engine: Engine, folder: Path, manifest: CheckpointManifest) -> Train
         group.update(hyperparameters)
     if engine.reduction:
         engine.reduction.restore(folder)
+    if engine.prior and manifest.prior:
+        engine.prior.restore(manifest.prior)
     return manifest.state
 
 

@@ -9,7 +9,7 @@ from engine.survey import survey
 from storage.shards import ShardedDataset
 from training.data import validation_batches
 from training.objective import Masking, recipe_masking
-from training.routing import adapters_of_sources
+from training.routing import labels_of_sources
 from training.scores import scores
 
 BATCHES_AT_ONCE = 32
@@ -45,9 +45,9 @@ def validate(
     None when `stopping`, which is asked between batches and must answer the same on all ranks, says that time is short.
     """
     mesh = engine.mesh
-    adapters = adapters_of_sources(engine.config.adapters, dataset)
+    labels = labels_of_sources(engine.config.adapters, dataset, engine.head_loss.sources)
     limits = mesh.data, mesh.data_rank, max_samples
-    batches = validation_batches(dataset, micro_batch_samples, *limits, masking, adapters)
+    batches = validation_batches(dataset, micro_batch_samples, *limits, masking, labels)
     loss_sum, targets = 0.0, 0
     while some := list(islice(batches, BATCHES_AT_ONCE)):
         if stopping():

@@ -46,9 +46,15 @@ def set_attributes(tree: ast.AST) -> set[str]:
 
 
 ON_OBJECTS_OF_OURS = {
-    "engine/build.py": {"late.daemon", "loss.of_head.whole_rows", "model.activation_checkpointing", "optimizer.groups"},
+    "engine/build.py": {
+        "late.daemon",
+        "engine.head_loss.whole_rows",
+        "engine.prior",
+        "model.activation_checkpointing",
+        "optimizer.groups",
+    },
     "engine/checkpoint/transplant.py": {"part.data"},
-    "engine/layout/sequence.py": {"documents.exchange", "module.attend", "module.loss.whole_rows"},
+    "engine/layout/sequence.py": {"documents.exchange", "module.attend"},
     "engine/layout/tensor.py": {
         "module.multiply",
         "setattr(owner, leaf, _part(getattr(owner, leaf), dimension, parts))",

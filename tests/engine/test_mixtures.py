@@ -24,7 +24,12 @@ from training.optimizer import parameter_groups
 from training.schedule import lr_factor
 
 MODES = {
-    "mixture": {"adapters.evidence": "0.9", "adapters.prior": "{long: 1, short: 3}", "training.z_loss_weight": "0"},
+    "mixture": {
+        "adapters.evidence": "0.9",
+        "adapters.prior": "{long: {long: 1, short: 3}, short: {long: 1, short: 1}}",
+        "adapters.prior_lr": "0.1",
+        "training.z_loss_weight": "0",
+    },
     "hard": {"adapters.prior": "{long: 2, short: 3}"},
 }
 MIXED = {
@@ -85,11 +90,11 @@ def changes(setting, mode: str, name: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def reference(setting):
-    """Losses and shares of each step, and the weights, of plain torch."""
+    """Losses, shares and priors of each step, and the weights, of plain torch."""
     folder, recipe_file, data, _ = setting
 
     @kept
-    def run(mode: str, last: bool) -> tuple[np.ndarray, np.ndarray, dict]:
+    def run(mode: str, last: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict]:
         (folder / "mixture.json").write_text('{"zero_optimization": {"stage": 0}}')
         some = changes(setting, mode, "last" if last else "")
         alone = Topology(0, 0, 1, torch.device("cpu"))
@@ -101,12 +106,15 @@ def reference(setting):
         for name, place in recipe.adapters.initial_weights.items():
             model.load_state_dict(PeftAdapter(Path(place), plain).state(name), strict=False)
         groups = parameter_groups(model, recipe.optimizer)
-        optimizer = torch.optim.AdamW(groups, lr=1.0, betas=recipe.optimizer.betas, eps=recipe.optimizer.eps)
+        how = {"lr": 1.0, "betas": recipe.optimizer.betas, "eps": recipe.optimizer.eps}
+        optimizer, prior = torch.optim.AdamW(groups, **how), model.lm_head.loss.prior
+        of_prior = torch.optim.Adam([prior.logits], **how)
+        model.lm_head.loss.know(plan.sources)
         state, samples, history = new_state(plan), StepSamples(plan), []
         for step in range(STEPS):
             batches = samples.after(state)
             state.advance(plan.batch.samples, plan.step_tokens, applied=True)
-            keys = ("input_ids", "position_ids", "targets")
+            keys = ("input_ids", "position_ids", "targets", "sources")
             whole = {key: torch.cat([batch[key] for batch in batches]) for key in keys}
             count, shares = sum(batch["num_targets"] for batch in batches), None
             if mode == "hard":
@@ -123,10 +131,15 @@ def reference(setting):
                 group["lr"] = recipe.optimizer.lr * factor
             optimizer.step()
             optimizer.zero_grad()
-            history.append([float(sums[0]) / count, *((sums[1:] if shares is None else shares) / count).tolist()])
+            if mode == "mixture":
+                prior.logits.grad = sums[-4:].view(2, 2) / count
+                of_prior.param_groups[0]["lr"] = recipe.adapters.prior_lr * factor
+                of_prior.step()
+                shares = sums[1:-4].view(2, 2).sum(0)
+            history.append([float(sums[0]) / count, *(shares / count).tolist(), *prior.logits.softmax(-1).flatten()])
         figures = np.array(history)
         weights = {key: p.detach().numpy() for key, p in model.named_parameters() if p.requires_grad}
-        return figures[:, 0], figures[:, 1:], weights
+        return figures[:, 0], figures[:, 1:3], figures[:, 3:], weights
 
     return run
 
@@ -147,7 +160,7 @@ def mixed(setting, on_ranks):
 
 @pytest.mark.parametrize(("mode", "ranks", "name"), RUNS)
 def test_a_step_is_the_same_in_every_layout(mixed, reference, mode, ranks, name):
-    losses, shares, weights = reference(mode, name.endswith("last"))
+    losses, shares, priors, weights = reference(mode, name.endswith("last"))
     assert (shares > 0.1).all(), "both adapters have something to do"
     results = mixed(mode, ranks, name)
     history = results[0]["history"]
@@ -156,6 +169,14 @@ def test_a_step_is_the_same_in_every_layout(mixed, reference, mode, ranks, name)
     np.testing.assert_allclose(found, shares, rtol=1e-5)
     effective = np.exp(-(shares * np.log(shares)).sum(1))
     np.testing.assert_allclose([step["adapters"]["effective_adapters"] for step in history], effective, rtol=1e-5)
+    if mode == "mixture":
+        found = [[list(row.values()) for row in step["adapters"]["adapter_prior"].values()] for step in history]
+        np.testing.assert_allclose(np.reshape(found, priors.shape), priors, rtol=1e-5)
+        assert np.abs(priors[-1] - priors[0]).max() > 0.05, "it is learned"
+    for step in history:
+        shares_of_sources = step["adapters"]["adapter_shares_of_sources"]
+        assert shares_of_sources.keys() <= {"long", "short"}
+        assert all(sum(each.values()) == pytest.approx(1) for each in shares_of_sources.values())
     held = {key: value for rank in results for key, value in rank["weights"].items()}
     assert held.keys() == weights.keys()
     for key, value in weights.items():

@@ -210,7 +210,7 @@ def test_counts_are_those_of_the_model(adapters):
         ({"names": ["a"], "last_layers": 4}, "there are 3 layers"),
         ({"names": ["a", "b"], "mode": "single"}, "single is for one adapter"),
         ({"r": 3}, "without adapters.names"),
-        ({"names": ["a"], "evidence": 0.5}, "prior and evidence are of mode mixture"),
+        ({"names": ["a"], "evidence": 0.5}, "prior, prior_lr and evidence are of mode mixture"),
         ({"names": ["a", "b"], "mode": "mixture", "prior": {"a": 1}}, "prior has to have a value for each"),
         ({"names": ["a", "b"], "mode": "mixture", "prior": {"a": 0, "b": 0}}, "greater than 0"),
     ],

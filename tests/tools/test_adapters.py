@@ -22,6 +22,7 @@ from tools import evaluate, export, generate
 from tools.trained import load_checkpoint
 from training.data import make_batch
 from training.records import read_records
+from training.state import PriorState
 
 NAMES = ("plays", "topics")
 
@@ -118,6 +119,14 @@ def test_no_document_costs_more_than_its_best_adapter_and_a_place_in_the_prior(c
     assert done.code == 0, done.err
     found = json.loads((tmp_path / "scores").read_text())["scores"]
     assert {source: found[source]["loss"] for source in scores} == pytest.approx(scores, rel=1e-5)
+
+
+def test_a_learned_prior_mixes_where_the_run_is_used(run):
+    folder, manifest = find(run)
+    state = PriorState(logits=[[0.0, float(np.log(3))]], exp_avg=[[0, 0]], exp_avg_sq=[[0, 0]], step=1)
+    model = load_checkpoint(folder, manifest.model_copy(update={"prior": state}), torch.float32, "cpu", None)
+    assert model.lm_head.loss.prior.table[0] == pytest.approx([0.25, 0.75])
+    assert load_checkpoint(folder, manifest, torch.float32, "cpu", None).lm_head.loss.prior.table[0] == [0.5, 0.5]
 
 
 def test_the_base_writes_too(command, run):

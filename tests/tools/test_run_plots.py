@@ -58,6 +58,26 @@ def test_every_point_has_its_place_in_tokens_and_hours(tmp_path):
     np.testing.assert_allclose(marks["hours"], [0, 2.5, 2.5], atol=1e-6)
 
 
+def test_adapters_have_panels_of_their_own(tmp_path):
+    """With a gap where a step had nothing for one; a run without adapters has none."""
+    metrics = write_long_run(tmp_path) / METRICS_FILE
+    before = len(Page(page(read_run(tmp_path))).figure().data)
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    for record in records:
+        if "loss" in record:
+            losses = {"plays": 4.0} | ({"manuals": 3.0} if record["step"] % 2 else {})
+            record |= {"adapter_losses": losses, "adapter_shares": {"plays": 0.25, "manuals": 0.75}}
+    metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
+    drawn = Page(page(read_run(tmp_path))).figure()
+    assert len(drawn.data) == before + 4
+    found = {
+        (trace.name, trace.showlegend): numbers(trace.y) for trace in drawn.data if trace.name in ("plays", "manuals")
+    }
+    np.testing.assert_array_equal(found["manuals", True], [3.0, np.nan] * 100)
+    np.testing.assert_array_equal(found["plays", True], 4.0)
+    np.testing.assert_array_equal(found["manuals", False], 0.75)
+
+
 def test_noisy_curves_have_smoothed_ones_and_stay_behind_them(tmp_path):
     drawn = Page(page(read_run(write_long_run(tmp_path)))).figure()
     losses = [trace for trace in drawn.data if trace.name.startswith("training")]

@@ -148,11 +148,13 @@ def measure(
     count = min(dataset.rows_per_source[source], max_samples or dataset.rows_per_source[source])
     full, limited, gains = PositionSums(row_tokens), *({c: PositionSums(row_tokens) for c in limits} for _ in range(2))
     passes = 1 + len(limits)
-    before = sum(dataset.rows_per_source[name] for name in dataset.sources[: dataset.sources.index(source)])
+    number = dataset.sources.index(source)
+    before = sum(dataset.rows_per_source[name] for name in dataset.sources[:number])
+    model.lm_head.loss.know([source])
     with Progress(source, count * passes * row_tokens * TOKEN_BYTES) as progress:
         for first in range(0, count, batch_samples):
             numbers = np.arange(first, min(first + batch_samples, count))
-            batch = make_batch(dataset, np.full(len(numbers), dataset.sources.index(source)), numbers)
+            batch = make_batch(dataset, np.full(len(numbers), number), numbers)
             tokens = len(numbers) * row_tokens
             if masking:
                 full.add(*_masked(model, batch, masking, before + numbers), ahead=0)
@@ -175,7 +177,7 @@ def measure(
 @torch.inference_mode()
 def _losses(model: Llama, input_ids: torch.Tensor, targets: torch.Tensor, documents: Documents) -> np.ndarray:
     """Cross-entropy of every target in nats, float64 [B, T]; the input may go on beyond the targets."""
-    documents.route(None, model.config.adapters.members)
+    documents.route(None, model.config.adapters.members, torch.zeros(len(input_ids), dtype=torch.int64))
     hidden = model.hidden_states(input_ids, documents)[:, : targets.shape[1]]
     cross_entropy = partial(linear_cross_entropy, weight=model.lm_head.weight)
     return model.lm_head.loss.of_tokens(cross_entropy, hidden, documents, targets).double().cpu().numpy()

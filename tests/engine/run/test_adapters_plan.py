@@ -15,7 +15,7 @@ from storage.manifest import read_manifest, save_manifest
 from tests.engine.programs import prepare, zero
 from tests.training.corpus import build
 from training.config import load_recipe
-from training.routing import adapters_of_sources
+from training.routing import labels_of_sources
 
 NAMES = {"adapters.names": "[long, short]", "adapters.r": "4"}
 
@@ -41,7 +41,7 @@ def plan(setting, overrides: dict, ds_config: dict | None = None, ranks: int = 1
 
 def test_rows_find_their_adapters(setting):
     found = plan(setting, {"adapters.names": "[short, long]"})
-    places = adapters_of_sources(found.recipe.adapters, found.dataset)
+    places = labels_of_sources(found.recipe.adapters, found.dataset, found.sources).adapters
     assert [found.recipe.adapters.names[place] for place in places] == found.dataset.sources
 
 
