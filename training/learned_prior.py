@@ -15,7 +15,7 @@ class LearnedPrior:
         assert recipe.adapters.prior_lr is not None
         self._ratio = recipe.adapters.prior_lr / recipe.optimizer.lr
         self._logits, self._betas, self._eps = logits, recipe.optimizer.betas, recipe.optimizer.eps
-        self._moments, self._step = torch.zeros(2, *prior.logits.shape, dtype=torch.float64), 0
+        self._moments, self._step = torch.zeros(2, *logits.shape, dtype=torch.float64), 0
 
     @property
     def size(self) -> int:
