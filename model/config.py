@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -172,24 +173,30 @@ class ModelConfig(BaseModel):
         sees half of it on average. `copies` of each token pass through the blocks, one through the head. Recomputation
         by activation checkpointing is not counted, as is usual for MFU (Chowdhery et al. 2022, PaLM, appendix B; there
         the causal mask is not discounted). A frozen base has no gradients of weights, and below the first adapter no backward
-        pass at all; a token has one adapter.
+        pass at all, not into what the first adapted block reads either. A token has one adapter; of a mixture it has all from
+        the first adapted block on, and passes the head twice; in mode hard it has all without gradients first.
         """
         seen = context / 2 if self.is_causal else self.visibility.pairs(context) / max(context, 1)
         if self.sliding_window is not None and self.sliding_window < context:
             seen = self.sliding_window - self.sliding_window**2 / (2 * context)
         attention = 2 * seen * self.num_attention_heads * self.head_width
-        head, weights = self.vocab_size * self.hidden_size, self._block_parameters()
-        if self.adapters.freeze_base:
-            above = len(self.adapters.adapted_layers(self.num_hidden_layers))
-            below = self.num_hidden_layers - above
-            blocks = below * 2.0 * (weights + attention) + above * (4.0 * weights + 6.0 * attention)
-            head *= 4
-        else:
-            blocks = 6.0 * self.num_hidden_layers * (weights + attention)
-            head *= 6
-        if names := self.adapters.names:
-            blocks += 6.0 * max(self.num_parameters_of_adapter(name) for name in names)
-        return copies * blocks + head
+        head, weights, adapters = self.vocab_size * self.hidden_size, self._block_parameters(), self.adapters
+        of_adapters = [self.num_parameters_of_adapter(name) for name in adapters.names] or [0]
+        above = len(adapters.adapted_layers(self.num_hidden_layers)) or self.num_hidden_layers
+        below = (self.num_hidden_layers - above) * (weights + attention)
+        passes = 4.0 if adapters.freeze_base else 6.0
+        trunk = (2.0 if adapters.freeze_base else 6.0) * below
+        once = above * (passes * weights + 6.0 * attention) + passes * head
+        if adapters.freeze_base:
+            shapes = self._projection_shapes()
+            once -= 2.0 * sum(math.prod(shapes[name]) for name in ("q_proj", "k_proj", "v_proj"))
+        if adapters.mode == "mixture" and adapters.names:
+            return trunk + len(of_adapters) * (once + 2.0 * head) + 6.0 * sum(of_adapters)
+        total = copies * (trunk + once - passes * head) + passes * head + 6.0 * max(of_adapters)
+        if adapters.members:
+            chosen = below + len(of_adapters) * (above * (weights + attention) + head) + sum(of_adapters)
+            total += 2.0 * chosen
+        return total
 
     def _projection_shapes(self) -> dict[str, tuple[int, int]]:
         """Inputs and outputs of the linear maps of a block."""

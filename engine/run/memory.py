@@ -19,6 +19,7 @@ from engine.layout.sequence import sequence_problems
 from engine.layout.slices import cuts_of_layer, slice_of
 from engine.run.plan import RunPlan
 from launch.topology import Topology
+from model.adapter_config import AdaptersConfig
 from model.config import ModelConfig
 from model.llama import Block, Layer, layer_plan
 from training.environment import free_memory_bytes
@@ -167,7 +168,7 @@ def _building(plan: RunPlan, mesh: Mesh, stage: int) -> int:
 
 
 def check_memory(plan: RunPlan, topology: Topology, overcommit: bool = False) -> str:
-    """One line about what a rank needs and this host has.
+    """A line about what a rank needs and this host has, and where there are adapters one about what they cost.
 
     Raises ValueError when it cannot fit, naming the nearest shipped JSON and the number of hosts with which it may; not if
     `overcommit`, for which the line says so.
@@ -187,6 +188,19 @@ def check_memory(plan: RunPlan, topology: Topology, overcommit: bool = False) ->
         f"{rooms} are free here"
         + f", for {ranks} ranks" * (ranks > 1)
         + f"; going on although {shortage}" * bool(shortage)
+        + _arithmetic_of_adapters(plan)
+    )
+
+
+def _arithmetic_of_adapters(plan: RunPlan) -> str:
+    adapters, context = plan.recipe.adapters, plan.stages[0].mean_document_tokens
+    if not adapters.names:
+        return ""
+    plain = plan.recipe.model.model_copy(update={"adapters": AdaptersConfig()}).flops_per_token(context)
+    cost, number = plan.recipe.model.flops_per_token(context), len(adapters.names)
+    return (
+        f"\narithmetic: {number} adapter{'s' if number > 1 else ''} in mode {adapters.mode} take {cost / 1e6:,.2f} MFLOP a "
+        f"token, {cost / plain:.2f} times what training the model without them would"
     )
 
 

@@ -1,10 +1,12 @@
 """What adapters cannot be is said before anything starts."""
 
 import json
+import re
 
 import pytest
 import torch
 
+from engine.run.memory import check_memory
 from engine.run.plan import RunPlan, make_plan
 from launch.topology import Topology
 from model.adapter_config import AdaptersConfig
@@ -108,3 +110,12 @@ def test_a_source_that_only_validation_has_needs_an_adapter_too(tmp_path):
     here = Topology(0, 0, 1, torch.device("cpu"))
     with pytest.raises(ValueError, match="no adapter is called 'rare' as a source of"):
         make_plan(recipe, {"adapters.names": "[long]"}, str(tmp_path / "ds.json"), str(tmp_path / "data"), here)
+
+
+@pytest.mark.parametrize(("mode", "least", "most"), [("routed", 0.66, 1), ("hard", 1.33, 2), ("mixture", 1.33, 3)])
+def test_what_adapters_cost_is_said(setting, mode, least, most):
+    """Of two adapters, against training the whole model: a frozen matrix has no gradient of its own."""
+    more = {"adapters.names": "[short, long]", "adapters.mode": mode, "training.z_loss_weight": "0"}
+    text = check_memory(plan(setting, more), Topology(0, 0, 1, torch.device("cpu")))
+    found = re.search(rf"\narithmetic: 2 adapters in mode {mode} take [\d.]+ MFLOP a token, ([\d.]+) times", text)
+    assert least < float(found[1]) < most
