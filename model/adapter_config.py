@@ -144,6 +144,15 @@ class AdaptersConfig(BaseModel):
         prior = dict(zip(self.prior_sources, rows, strict=True)) if self.prior_sources else rows[0]
         return self.model_copy(update={"prior": prior})
 
+    def of_mixture(self) -> dict[str, Any]:
+        """Those of a mixture as data, which config.json keeps."""
+        kept = self.model_dump(
+            mode="json", include={"names", "evidence", "use_rslora", "target_modules", "last_layers"}
+        )
+        ranks = dict(zip(self.names, map(self.rank, self.names), strict=True))
+        alphas = dict(zip(self.names, map(self.alpha, self.names), strict=True))
+        return kept | {"r": ranks, "lora_alpha": alphas, "mode": "mixture", "prior": self.prior}
+
     def rank(self, name: str) -> int:
         """r of one adapter."""
         return self.r[name] if isinstance(self.r, dict) else self.r

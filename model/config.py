@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
 from .adapter_config import AdaptersConfig
-from .hf.config import CHUNKED_PREFIX, fields_from_hf, read_hf_config
+from .hf.config import CHUNKED_PREFIX, MIXTURE_PREFIX, fields_from_hf, read_hf_config
 from .visibility import Visibility
 
 ROPE_KEYS = {
@@ -24,8 +24,8 @@ ROPE_KEYS = {
     "llama3": ({"factor", "low_freq_factor", "high_freq_factor"}, set()),
     "longrope": ({"short_factor", "long_factor"}, {"factor", "attention_factor"}),
 }
-CUSTOM_MODULE = "modeling_longform"
-"""The file beside this one that has what transformers lacks."""
+MASKED_MODULE, MIXTURE_MODULE = "modeling_longform", "modeling_mixture"
+"""Files in hf/ that have what transformers lacks."""
 ROPE_EXTENDS_ORIGINAL = {"yarn", "llama3", "longrope"}
 """Scalings that take `original_max_position_embeddings` (default, as in transformers: `max_position_embeddings`)."""
 
@@ -244,7 +244,8 @@ class ModelConfig(BaseModel):
         `token_ids`: `bos_token_id`, `eos_token_id`, `pad_token_id` of the tokenizer. The architecture is
         LlamaForCausalLM; with `qk_norm` Qwen3ForCausalLM; with `sliding_window` alone MistralForCausalLM. Of models that
         are not causal, modeling_longform.py, which `hf.weights.save_hf` puts into the folder, makes the first two masked language
-        models, and adds `chunked` attention. Raises ValueError where no architecture has the combination.
+        models, and adds `chunked` attention; modeling_mixture.py mixes adapters that all have a turn. Raises ValueError where
+        no architecture has the combination.
         """
         if self.position_embedding != "rope":
             raise ValueError(
@@ -287,7 +288,13 @@ class ModelConfig(BaseModel):
                 name, model_type = f"Chunked{name}", f"{CHUNKED_PREFIX}{model_type}"
                 architecture, auto["AutoConfig"] = f"{name}ForMaskedLM", f"{name}Config"
             auto["AutoModelForMaskedLM"] = f"{name}ForMaskedLM"
-            fields["auto_map"] = {key: f"{CUSTOM_MODULE}.{value}" for key, value in auto.items()}
+            fields["auto_map"] = {key: f"{MASKED_MODULE}.{value}" for key, value in auto.items()}
+        if self.adapters.members:
+            name, model_type = f"Mixture{architecture.removesuffix('ForCausalLM')}", f"{MIXTURE_PREFIX}{model_type}"
+            architecture, auto = f"{name}ForCausalLM", {"AutoConfig": f"{name}Config"}
+            auto["AutoModelForCausalLM"] = architecture
+            fields["auto_map"] = {key: f"{MIXTURE_MODULE}.{value}" for key, value in auto.items()}
+            fields["adapters"] = self.adapters.of_mixture()
         ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None} | (token_ids or {})
         # keys and values of tokens that will see later ones cannot be kept
         fields |= {"architectures": [architecture], "model_type": model_type, "use_cache": self.is_causal}

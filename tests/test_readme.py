@@ -67,6 +67,8 @@ def test_adapters_step_by_step(own_documents):
     run_block("my_texts", folder)
     base = AutoModelForCausalLM.from_pretrained(folder / "model_hf")
     assert PeftModel.from_pretrained(base, folder / "adapters_peft/manuals").peft_config["default"].r == 16
+    mixture = AutoModelForCausalLM.from_pretrained(folder / "mixture_hf", trust_remote_code=True)
+    assert type(mixture).__name__ == "MixtureLlamaForCausalLM"
     assert AutoModelForCausalLM.from_pretrained(folder / "merged_hf").num_parameters() == base.num_parameters() - sum(
         p.numel() for name, p in base.named_parameters() if "lora" in name
     )

@@ -1,18 +1,19 @@
 """A run as a folder that any `transformers` user can load: weights, config, tokenizer, model card.
 
-    python -m tools.export RUN [--step N] [--adapters separate|merged:NAME] --output HF_DIR
+    python -m tools.export RUN [--step N] [--adapters separate|merged:NAME|mixture] --output HF_DIR
 
 Weights are read from the checkpoint of whatever ZeRO stage one parameter at a time and written as sharded safetensors,
 so memory is bounded by one shard. The folder appears when it is complete. Of a run with adapters, `--adapters separate` makes
 a folder of PEFT's for each; `merged:NAME`, or `merged:NAME=SHARE,NAME=SHARE`, an ordinary model in which they are added to the
-matrices.
+matrices; `mixture` one folder with all of them, and code that mixes their likelihoods.
 """
 
 import contextlib
+import itertools
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -46,7 +47,9 @@ def main() -> None:
         "--dtype", choices=DTYPES, default="bfloat16", help="precision of the weights (default: bfloat16)"
     )
     parser.add_argument(
-        "--adapters", metavar="HOW", help="of a run with adapters: separate, merged:NAME or merged:NAME=SHARE,..."
+        "--adapters",
+        metavar="HOW",
+        help="of a run with adapters: separate, merged:NAME, merged:NAME=SHARE,... or mixture",
     )
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="size of a weights file at most (default: 5.0)")
     arguments = parser.parse_args()
@@ -60,30 +63,52 @@ def main() -> None:
     from engine.checkpoint.folder import find
 
     checkpoint, manifest = find(run, arguments.step)
-    shares = shares_to_merge(arguments.adapters, manifest)
+    form = form_of(arguments.adapters, checkpoint, manifest)
     dtype, max_shard_bytes = getattr(torch, arguments.dtype), int(arguments.max_shard_gb * 1e9)
     if arguments.adapters == "separate":
         export_adapters(run, checkpoint, manifest, output, dtype, max_shard_bytes)
     else:
-        export(run, checkpoint, manifest, output, dtype, max_shard_bytes, shares)
+        export(run, checkpoint, manifest, output, dtype, max_shard_bytes, form)
     print(f"{checkpoint} exported to {output}")
 
 
-def shares_to_merge(how: str | None, manifest: "CheckpointManifest") -> dict[str, float]:
-    """Of `--adapters merged:...`: the share of each adapter that is named. Raises ValueError where `how` does not fit the run."""
-    names = ModelConfig.model_validate(manifest.recipe["model"]).adapters.names
-    if not names:
+class ModelForm(NamedTuple):
+    """What is made of a run's adapters in a model that is exported."""
+
+    weights: "Iterable[tuple[str, torch.Tensor]]"
+    """By names in a `Llama`."""
+    adapters: AdaptersConfig = AdaptersConfig()
+    """Those that the model keeps."""
+    said: str = ""
+    """In the model card."""
+
+
+def form_of(how: str | None, checkpoint: Path, manifest: "CheckpointManifest") -> ModelForm:
+    """What `--adapters` asks for. Raises ValueError where it does not fit the run."""
+    from engine.run.whole_weights import read_adapters, read_base
+    from model.merging import merged
+    from tools.trained import adapters_of
+
+    adapters, base = adapters_of(manifest), read_base(checkpoint, manifest)
+    if not (names := adapters.names):
         if how is not None:
             raise ValueError(f"--adapters {how}: this run has no adapters: leave it out")
-        return {}
-    ways = f"separate, merged:{names[0]}" + f" or merged:{names[0]}=0.5,{names[1]}=0.5" * (len(names) > 1)
+        return ModelForm(base)
+    if how == "mixture":
+        kept = adapters.model_copy(update={"mode": "mixture"})
+        weights = itertools.chain(base, read_adapters(checkpoint, manifest).items())
+        return ModelForm(weights, kept, model_card.mixture(kept))
+    ways = ", ".join(["separate", f"merged:{names[0]}", *[f"merged:{names[0]}=0.5,{names[1]}=0.5"] * (len(names) > 1)])
     if how == "separate":
-        return {}
+        return ModelForm(base)
     if how is None or not how.startswith("merged:"):
         raise ValueError(
-            f"this run has the adapters {', '.join(names)}: say with --adapters what to make of them: {ways}"
+            f"this run has the adapters {', '.join(names)}: say with --adapters what to make of them: {ways} or mixture"
         )
-    return adapter_shares("--adapters", how.removeprefix("merged:"), names)
+    shares = adapter_shares("--adapters", how.removeprefix("merged:"), names)
+    return ModelForm(
+        merged(base, adapters, read_adapters(checkpoint, manifest), shares), said=model_card.merged(shares)
+    )
 
 
 def export(
@@ -93,12 +118,13 @@ def export(
     output: Path,
     dtype: "torch.dtype",
     max_shard_bytes: int,
-    shares: Mapping[str, float] | None = None,
+    form: ModelForm | None = None,
 ) -> None:
-    """Write the Hugging Face folder beside `output` and rename it when it is complete. `shares`: of adapters to merge."""
+    """Write the Hugging Face folder beside `output` and rename it when it is complete. `form`: of a run with adapters."""
+    form = form or form_of(None, checkpoint, manifest)
     with _finished(output) as partial:
-        config, written = _write_model(run, checkpoint, manifest, partial, dtype, max_shard_bytes, shares or {})
-        card = model_card.card(run, checkpoint, manifest, config, output, written, shares)
+        config, written = _write_model(run, checkpoint, manifest, partial, dtype, max_shard_bytes, form)
+        card = model_card.card(run, checkpoint, manifest, config, output, written, form.said)
         write_atomically(partial / "README.md", card.encode())
 
 
@@ -111,14 +137,15 @@ def export_adapters(
     max_shard_bytes: int,
 ) -> None:
     """Write a folder of PEFT's for each adapter, and one of the base where that is no Hugging Face folder already."""
-    from engine.run.whole_weights import read_adapters
+    from engine.run.whole_weights import read_adapters, read_base
     from model.hf.peft import save_peft
 
     config = ModelConfig.model_validate(manifest.recipe["model"])
     base = manifest.recipe["training"].get("initial_weights")
     with _finished(output) as partial:
         if config.adapters.train_base or base is None or not (Path(base) / "config.json").is_file():
-            _write_model(run, checkpoint, manifest, partial / "base", dtype, max_shard_bytes, {})
+            form = ModelForm(read_base(checkpoint, manifest))
+            _write_model(run, checkpoint, manifest, partial / "base", dtype, max_shard_bytes, form)
             base = output / "base"
         place = str(Path(base).resolve())
         state = read_adapters(checkpoint, manifest)
@@ -158,29 +185,26 @@ def _write_model(
     partial: Path,
     dtype: "torch.dtype",
     max_shard_bytes: int,
-    shares: Mapping[str, float],
+    form: ModelForm,
 ) -> tuple[ModelConfig, "Written"]:
     """The model and its tokenizer in a Hugging Face folder; returns what was written of both."""
-    from engine.run.whole_weights import read_adapters, read_base
     from model.hf.weights import save_hf
-    from model.merging import merged
     from tools.hf_tokenizer import write_hf_tokenizer
     from tools.trained import objective_of
     from training.objective import mask_token_id
 
     config, context = exported_config(manifest)
+    config = config.model_copy(update={"adapters": form.adapters})
     info = TokenizerInfo.model_validate(manifest.data["tokenizer"])
     ids = {f"{kind}_token_id": getattr(info, f"{kind}_id") for kind in ("bos", "eos", "pad")}
     objective, mask_id = None, None
     if not config.is_causal:
         objective, mask_id = objective_of(manifest).resolved(), mask_token_id(info, config)
         ids["mask_token_id"] = mask_id
-    weights = read_base(checkpoint, manifest)
-    if shares:
-        adapters = ModelConfig.model_validate(manifest.recipe["model"]).adapters
-        weights = merged(weights, adapters, read_adapters(checkpoint, manifest), shares)
     with Progress("writing weights", config.num_parameters() * dtype.itemsize) as progress:
-        save_hf(config, counted(weights, dtype.itemsize, progress), partial, dtype, max_shard_bytes, ids, objective)
+        save_hf(
+            config, counted(form.weights, dtype.itemsize, progress), partial, dtype, max_shard_bytes, ids, objective
+        )
     texts = training_texts(manifest, run / info.file)
     written = write_hf_tokenizer(info, run / info.file, partial, context, texts, mask_id, config.vocab_size)
     if written.notice:

@@ -5,6 +5,7 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING
 
+from model.adapter_config import AdaptersConfig
 from model.config import ModelConfig
 from storage.manifest import TokenizerInfo
 from training.metrics import METRICS_FILE
@@ -51,6 +52,10 @@ $validation
 """)
 MERGED = Template("""
 What was trained are low-rank adapters, of which these are part of the matrices here, each times its share: $names.""")
+MIXTURE = Template("""
+It holds low-rank adapters, which all read a text; the probabilities of the next token are theirs, mixed by weights that begin
+as $prior and follow from what the text has said so far, of which $evidence is kept from token to token. The logits are
+logarithms of the mixed probabilities. `modeling_mixture.py` in this folder is the code that `trust_remote_code` runs.""")
 ADAPTERS = Template("""# $name
 
 Low-rank adapters that were trained together for $steps optimizer steps, each in a folder of its own:
@@ -73,7 +78,7 @@ NEXT_TOKEN = Template("""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("$folder"$trust)
-model = AutoModelForCausalLM.from_pretrained("$folder")
+model = AutoModelForCausalLM.from_pretrained("$folder"$trust_model)
 ```
 """)
 MASKED = Template("""```python
@@ -102,9 +107,9 @@ def card(
     config: ModelConfig,
     output: Path,
     tokenizer: "Written",
-    shares: Mapping[str, float] | None = None,
+    adapters: str = "",
 ) -> str:
-    """The model card: what the model is, what it saw, how well it predicts, and what made it."""
+    """The model card: what the model is, what it saw, how well it predicts, and what made it. `adapters`: what became of them."""
     data, recipe, state = manifest.data, manifest.recipe, manifest.state
     trained = [stage for stage in data.get("stages", [data]) if stage.get("first_step", 1) <= state.step]
     sets = list({stage["fingerprint"]: stage for stage in trained}.values())
@@ -116,9 +121,7 @@ def card(
     return CARD.substitute(
         name=output.name,
         task="text-generation" if config.is_causal else "fill-mask",
-        merged=MERGED.substitute(names=", ".join(f"{name} ({share:g})" for name, share in shares.items()))
-        if shares
-        else "",
+        merged=adapters,
         usage=_usage(manifest, config, output.name, tokenizer),
         architecture=config.to_hf()["architectures"][0],
         parameters=f"{config.num_parameters():,}",
@@ -144,12 +147,27 @@ def card(
     )
 
 
+def merged(shares: Mapping[str, float]) -> str:
+    """What a card says of adapters that are added to the matrices."""
+    return MERGED.substitute(names=", ".join(f"{name} ({share:g})" for name, share in shares.items()))
+
+
+def mixture(adapters: AdaptersConfig) -> str:
+    """What a card says of adapters that are mixed."""
+    prior = ", ".join(
+        f"{name} ({share:.3g})" for name, share in zip(adapters.names, adapters.prior_shares, strict=True)
+    )
+    return MIXTURE.substitute(prior=prior, evidence="all" if adapters.evidence == 1 else f"{adapters.evidence:g}")
+
+
 def _usage(manifest: "CheckpointManifest", config: ModelConfig, folder: str, tokenizer: "Written") -> str:
     from tools.trained import objective_of
     from training.objective import mask_token_id
 
     if config.is_causal:
-        return NEXT_TOKEN.substitute(folder=folder, trust=TRUST if tokenizer.own_code else "")
+        of_model = TRUST if config.adapters.members else ""
+        of_tokenizer = TRUST if tokenizer.own_code else of_model  # for which transformers looks into config.json, too
+        return NEXT_TOKEN.substitute(folder=folder, trust=of_tokenizer, trust_model=of_model)
     objective = objective_of(manifest)
     low, high = objective.ratios
     share = f"a share of the tokens drawn from [{low:g}, {high:g}]" if objective.drawn else f"{high:.0%} of the tokens"

@@ -54,6 +54,8 @@ def open_source(path: str, full: bool, find_change: FindChange = find_change) ->
     folder = Path(path)
     if (folder / "config.json").is_file():
         model = ModelConfig.from_hf(folder)
+        if model.adapters.names:
+            raise ValueError(f"{folder} is a mixture of adapters: start from an export in which one is merged")
         return WeightSource(model, model.max_position_embeddings, None)
     if (folder / "checkpoints").is_dir():
         found = find(folder, find_change=find_change) if full else newest_good(folder, full=False)

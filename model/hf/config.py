@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-CHUNKED_PREFIX = "chunked_"
-"""What the `model_type`s of modeling_longform.py add to those of transformers."""
+CHUNKED_PREFIX, MIXTURE_PREFIX = "chunked_", "mixture_"
+"""What the `model_type`s of modeling_longform.py and modeling_mixture.py add to those of transformers."""
 _REQUIRED_VALUES = {
     # keys of Hugging Face configs that this model supports with one value only
     "hidden_act": ("silu", "swish"),
@@ -74,6 +74,8 @@ def fields_from_hf(hf: dict[str, Any], known: set[str]) -> dict[str, Any]:
     model_type = hf.get("model_type")
     if isinstance(model_type, str) and hf.get("chunk_size") is not None:
         model_type = model_type.removeprefix(CHUNKED_PREFIX)
+    if isinstance(model_type, str) and hf.get("adapters") is not None:
+        model_type = model_type.removeprefix(MIXTURE_PREFIX)
     if model_type not in ("llama", "mistral", "qwen3"):
         raise ValueError(f"model_type {model_type!r} is not supported; llama, mistral or qwen3 is")
     changing = sorted(

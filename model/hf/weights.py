@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..config import CUSTOM_MODULE, ModelConfig
+from ..config import ModelConfig
 from ..llama import Llama
 
 if TYPE_CHECKING:
@@ -110,8 +110,8 @@ def save_hf(
     token_ids: dict[str, int | None] | None = None,
     objective: dict[str, Any] | None = None,
 ) -> None:
-    """Write a folder that `AutoModelForCausalLM.from_pretrained` loads; of a model that is not causal
-    `AutoModelForMaskedLM` with `trust_remote_code`, by modeling_longform.py, which is put beside the weights.
+    """Write a folder that `AutoModelForCausalLM.from_pretrained` loads, of a mixture of adapters with `trust_remote_code`; of
+    a model that is not causal `AutoModelForMaskedLM` does, with that too. The code is put beside the weights.
 
     `tensors`: (name in `Llama`, tensor on any device) in any order, each once, such as `state_dict().items()`; a tied
     head is left out. One shard of at most `max_shard_bytes` (or one tensor) is in memory at a time. `objective`: what the
@@ -157,8 +157,9 @@ def save_hf(
     if objective is not None:
         written["objective"] = objective
     if "auto_map" in hf_config:
-        code = Path(__file__).with_name(f"{CUSTOM_MODULE}.py")
-        (folder / code.name).write_bytes(code.read_bytes())
+        for module in {place.partition(".")[0] for place in hf_config["auto_map"].values()}:
+            code = Path(__file__).with_name(f"{module}.py")
+            (folder / code.name).write_bytes(code.read_bytes())
     write_json(folder / "config.json", {**hf_config, **written})
     _sync_folder(folder)
 

@@ -10,11 +10,13 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine.checkpoint.folder import find
+from engine.run.initial_weights import open_source
+from model import generation
 from model.adapter_config import AdaptersConfig
 from model.config import ModelConfig
 from model.documents import Documents
 from model.llama import Llama
-from model.loss import linear_cross_entropy
+from model.loss import IGNORED, linear_cross_entropy
 from storage.shards import open_split
 from tests.tools.called import call
 from tests.tools.trained import RECIPE
@@ -129,6 +131,45 @@ def test_a_learned_prior_mixes_where_the_run_is_used(run):
     assert load_checkpoint(folder, manifest, torch.float32, "cpu", None).lm_head.loss.prior.table[0] == [0.5, 0.5]
 
 
+@pytest.fixture(scope="module")
+def mixture(run, tmp_path_factory):
+    output = tmp_path_factory.mktemp("exports") / "mixture"
+    checkpoint, manifest = find(run)
+    form = export.form_of("mixture", checkpoint, manifest)
+    export.export(run, checkpoint, manifest, output, torch.float32, 10**9, form)
+    return output
+
+
+def test_a_mixture_is_one_folder_for_plain_transformers(mixture, run, ids):
+    theirs = AutoModelForCausalLM.from_pretrained(mixture, trust_remote_code=True, dtype=torch.float32)
+    ours = load_checkpoint(*find(run), torch.float32, "cpu", None)
+    targets = torch.cat([ids[:, 1:], ids.new_full((2, 1), IGNORED)], 1)
+    with torch.no_grad():
+        expected = ours(ids, targets=targets)[1][0] / (targets != IGNORED).sum()
+        assert float(theirs(ids, labels=ids).loss) == pytest.approx(float(expected), rel=1e-5)
+    greedy = list(generation.generate(ours, ids[:1], 10, temperature=0))
+    assert theirs.generate(ids[:1], max_new_tokens=10, do_sample=False)[0, 30:].tolist() == greedy
+    assert AutoTokenizer.from_pretrained(mixture, trust_remote_code=True)("Enter").input_ids
+    card = (mixture / "README.md").read_text()
+    assert card.count("trust_remote_code=True") == 2
+    assert "plays (0.5), topics (0.5)" in card
+
+
+def test_a_mixture_is_opened_again(command, mixture, run, trained, tmp_path):
+    found = []
+    for source in ([run, "--adapter", "mixture"], [mixture]):
+        done = command(evaluate, *source, "--data", trained.data, "--json", tmp_path / "scores")
+        assert done.code == 0, done.err
+        scores = json.loads((tmp_path / "scores").read_text())["scores"]
+        written = command(generate, *source, "--prompt", "Enter", "--max-new-tokens", "9", "--seed", "1")
+        assert written.code == 0, written.err
+        found.append(({name: row["loss"] for name, row in scores.items()}, written.out))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    assert found[0][1] == found[1][1]
+    with pytest.raises(ValueError, match="is a mixture of adapters: start from an export"):
+        open_source(str(mixture), full=True)
+
+
 def test_the_base_writes_too(command, run):
     words = ["--prompt", "Enter", "--max-new-tokens", "3", "--seed", "1"]
     texts = [command(generate, run, *words, "--adapter", name) for name in ("base", "plays=0.5,topics=0.5", "mixture")]
@@ -142,7 +183,8 @@ def test_the_base_writes_too(command, run):
     [
         (
             None,
-            "this run has the adapters plays, topics: say with --adapters what to make of them: separate, merged:plays",
+            "this run has the adapters plays, topics: say with --adapters what to make of them: separate, merged:plays, "
+            "merged:plays=0.5,topics=0.5 or mixture",
         ),
         ("merged:poems", "'poems' is not one of plays, topics"),
         ("merged:plays=much", "the share 'much' of plays is not a number"),
