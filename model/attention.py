@@ -133,13 +133,18 @@ class KeyValueCache:
         return keys[:, :end], values[:, :end]
 
 
-def attend_cached(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
-    """New tokens of a row, `q` [B, c, H, d], that all see all cached ones, `k`, `v` [B, n, K, d]: the next token of a
-    causal model or tokens of one chunk. Returns [B, c, H, d]."""
+def attend_cached(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility) -> Tensor:
+    """The last c tokens of a document, `q` [B, c, H, d], over all n of it, `k`, `v` [B, n, K, d]: the next ones of a causal
+    model, or those of one chunk. Returns [B, c, H, d]."""
+    new, window = q.shape[1], visibility.window
     if window is not None:
-        assert q.shape[1] == 1, "windows are for causal attention"
-        k, v = k[:, -window:], v[:, -window:]
-    return _sdpa(q, k, v)
+        k, v = k[:, 1 - window - new :], v[:, 1 - window - new :]
+    if new == 1 or visibility.span != 1:
+        return _sdpa(q, k, v)
+    back = torch.arange(k.shape[1] - new, k.shape[1], device=q.device)[:, None] - torch.arange(
+        k.shape[1], device=q.device
+    )
+    return _sdpa(q, k, v, attn_mask=(back >= 0) & (back < (window or k.shape[1])))
 
 
 def _attend_document(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:

@@ -87,7 +87,7 @@ class Attention(nn.Module):
             k, v = cache.append(k, v)
         if k.shape[1] == q.shape[1]:
             return self.attend(q, k, v, documents, self.config.visibility)
-        return attend_cached(q, k, v, self.config.sliding_window)
+        return attend_cached(q, k, v, self.config.visibility)
 
 
 class FeedForward(nn.Module):

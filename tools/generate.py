@@ -30,6 +30,10 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, help="choose among the k most likely tokens only")
     parser.add_argument("--top-p", type=float, help="choose among the fewest tokens with this share of the probability")
     parser.add_argument("--seed", type=int, help="makes the choices repeatable")
+    member_help = (
+        "of --adapter mixture: one adapter writes a token, drawn by its weight; equal in distribution, and cheaper"
+    )
+    parser.add_argument("--one-member", action="store_true", help=member_help)
     steps_help = "masked models: steps in which a chunk is unmasked; one a token by default"
     parser.add_argument("--unmasking-steps", type=int, help=steps_help)
     arguments = parser.parse_args()
@@ -69,7 +73,9 @@ def new_tokens(trained: "Trained", start: "torch.Tensor", arguments: argparse.Na
         if arguments.unmasking_steps is not None:
             raise ValueError(f"--unmasking-steps is for masked models; {trained.name} predicts the next token")
         length, end = arguments.max_new_tokens, trained.tokenizer.eos_id
-        return generate(trained.model, start, length, *choice, end, generator)
+        return generate(trained.model, start, length, *choice, end, generator, arguments.one_member)
+    if arguments.one_member:
+        raise ValueError(f"--one-member is for a mixture of adapters; {trained.name} predicts masked tokens")
     how = arguments.max_new_tokens, trained.mask_id, arguments.unmasking_steps
     return chain.from_iterable(unmask(trained.model, start, *how, *choice, generator))
 

@@ -138,11 +138,12 @@ def test_a_row_that_starts_inside_a_document_is_still_a_boundary():
     assert documents.lengths == [3, 2, 1]
 
 
+@pytest.mark.parametrize("new", [1, 2, 7])
 @pytest.mark.parametrize("window", [None, 1, 3, 50])
-def test_one_token_over_the_cache_is_the_last_row_of_the_whole(window):
+def test_tokens_over_the_cache_are_the_last_of_the_whole(window, new):
     q, k, v = qkv(2, 20)
     whole = attend(q, k, v, Documents.whole_rows(2, 20), Visibility(1, window))
-    torch.testing.assert_close(attend_cached(q[:, -1:], k, v, window), whole[:, -1:])
+    torch.testing.assert_close(attend_cached(q[:, -new:], k, v, Visibility(1, window)), whole[:, -new:])
 
 
 @pytest.mark.parametrize(

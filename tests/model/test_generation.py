@@ -159,3 +159,61 @@ def test_a_mixture_writes_with_the_probabilities_that_it_is_trained_by(evidence,
         before = torch.cat([prompt, greedy[:place]])
         others = [loss(torch.cat([before, torch.tensor([other])])) for other in range(101)]
         assert others[token] == min(others)
+
+
+DRAWS, REJECTED = 500, 1e-4
+"""Texts that are drawn, and the p-value of a chi-square test below which they are another distribution's."""
+
+
+def p_values(counts: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
+    """Of Pearson's test for counts [..., outcomes]."""
+    expected = probabilities * counts.sum(-1, keepdim=True)
+    statistic = ((counts - expected).square() / expected).sum(-1)
+    return torch.special.gammaincc(torch.tensor((counts.shape[-1] - 1) / 2).double(), statistic / 2)
+
+
+@pytest.mark.parametrize("evidence", [0.0, 1.0])
+def test_drawing_one_member_is_drawing_from_the_mixture(evidence):
+    """Texts of two tokens after a prompt, against the exact mixture. The test would notice, 99 times of 100, texts
+    of one member, or of members that are drawn as the other evidence has it."""
+    adapters = {"names": ("a", "b"), "mode": "mixture", "evidence": evidence, "prior": {"a": 1, "b": 2}}
+    model, prompt = (
+        made(adapters, {"vocab_size": 3, "num_hidden_layers": 2, "initializer_range": 0.3}),
+        torch.tensor([0, 2, 2, 1, 0]),
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter *= 20 if "lora_B" in name else 1
+    texts = torch.cartesian_prod(torch.arange(3), torch.arange(3))
+
+    def exact(other: dict) -> torch.Tensor:
+        """Of the texts [9], by the mixture with these fields."""
+        same = Llama(model.config.model_copy(update={"adapters": model.config.adapters.model_copy(update=other)}))
+        same.double().load_state_dict(model.state_dict())
+        return torch.tensor(continuation_losses(same, prompt, texts.tolist())).double().neg().exp()
+
+    expected = exact({})
+    assert expected.sum() == pytest.approx(1)
+    generator, counts = torch.Generator().manual_seed(1), torch.zeros(9).double()
+    for _ in range(DRAWS):
+        first, second = generate(model, prompt, 2, generator=generator, one_member=True)
+        counts[3 * first + second] += 1
+    assert p_values(counts, expected) > REJECTED
+
+    wrong = [
+        exact({"evidence": 1 - evidence}),
+        exact({"prior": {"a": 1, "b": 1e-9}}),
+        exact({"prior": {"a": 1e-9, "b": 1}}),
+    ]
+    for other in wrong:
+        drawn = torch.multinomial(other, 500 * DRAWS, replacement=True, generator=generator).view(500, DRAWS)
+        found = torch.nn.functional.one_hot(drawn, 9).sum(1).double()
+        assert (p_values(found, expected) < REJECTED).double().mean() > 0.99, other
+
+
+def test_one_member_needs_a_mixture_that_keeps_all_or_nothing():
+    for model in (Llama(tiny()), made({"names": ("a", "b"), "mode": "mixture", "evidence": 0.5})):
+        with pytest.raises(
+            ValueError, match="one member can be drawn from a mixture of adapters whose evidence is 0 or 1"
+        ):
+            generate(model, prompt_of(3), 2, one_member=True)

@@ -173,9 +173,12 @@ def test_a_mixture_is_opened_again(command, mixture, run, trained, tmp_path):
 def test_the_base_writes_too(command, run):
     words = ["--prompt", "Enter", "--max-new-tokens", "3", "--seed", "1"]
     texts = [command(generate, run, *words, "--adapter", name) for name in ("base", "plays=0.5,topics=0.5", "mixture")]
+    texts.append(command(generate, run, *words, "--adapter", "mixture", "--one-member"))
     for done in texts:
         assert done.code == 0, done.err
         assert done.out.startswith("Enter")
+    done = command(generate, run, *words, "--adapter", "plays", "--one-member")
+    assert (done.code, "one member can be drawn from a mixture of adapters" in done.err) == (2, True)
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,9 @@ def test_finished_chunks_are_shown_while_the_next_one_is_made(trained, masked_ex
     opened = open_trained(str(masked_exports["diffusion"]), None, "cpu", "float32")
     read = []
     opened.model.embed_tokens.register_forward_hook(lambda _module, inputs, _output: read.append(inputs[0].shape[1]))
-    how = Namespace(max_new_tokens=30, temperature=0.0, top_k=None, top_p=None, seed=None, unmasking_steps=3)
+    how = Namespace(
+        max_new_tokens=30, temperature=0.0, top_k=None, top_p=None, seed=None, unmasking_steps=3, one_member=False
+    )
     tokens = iter(generate.new_tokens(opened, torch.arange(10, 20), how))
     assert read == []
     for count in (6, 16, 8):  # to the end of the prompt's chunk of 16, a whole one, the rest
