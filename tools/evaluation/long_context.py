@@ -163,11 +163,11 @@ def measure(
             place = batch["position_ids"].numpy(), batch["targets"].numpy() != NO_TARGET
             documents = Documents.from_position_ids(batch["position_ids"], device)
             inputs, targets = batch["input_ids"].to(device), batch["targets"].to(device)
-            losses = _losses(model, inputs, targets, documents)
+            losses = token_losses(model, inputs, targets, documents)
             full.add(*place, losses)
             progress.advance(tokens * TOKEN_BYTES, tokens)
             for c in limits:
-                without = _losses(model, inputs, targets, in_chunks(documents, c))
+                without = token_losses(model, inputs, targets, in_chunks(documents, c))
                 limited[c].add(*place, without)
                 gains[c].add(*place, without - losses)
                 progress.advance(tokens * TOKEN_BYTES, tokens)
@@ -175,7 +175,7 @@ def measure(
 
 
 @torch.inference_mode()
-def _losses(model: Llama, input_ids: torch.Tensor, targets: torch.Tensor, documents: Documents) -> np.ndarray:
+def token_losses(model: Llama, input_ids: torch.Tensor, targets: torch.Tensor, documents: Documents) -> np.ndarray:
     """Cross-entropy of every target in nats, float64 [B, T]; the input may go on beyond the targets."""
     documents.route(None, model.config.adapters.members, torch.zeros(len(input_ids), dtype=torch.int64))
     hidden = model.hidden_states(input_ids, documents)[:, : targets.shape[1]]
@@ -192,7 +192,7 @@ def _masked(
     device, columns = model.embed_tokens.weight.device, slice(places.shape[1])  # of the noised copy
     documents = Documents.from_position_ids(batch["position_ids"], device, batch["copies"])
     targets, weights = batch["targets"][:, columns], batch["target_weights"][:, columns].double().numpy()
-    losses = weights * _losses(model, batch["input_ids"].to(device), targets.to(device), documents)
+    losses = weights * token_losses(model, batch["input_ids"].to(device), targets.to(device), documents)
     return places, eligible if masking.objective.drawn else targets.numpy() != NO_TARGET, losses
 
 
