@@ -111,8 +111,10 @@ class Engine:
 
     def choose(self, batches: list[Batch]) -> list[Batch]:
         """The batches with the adapter of each token, that under which its document is most likely."""
-        chosen = []
-        for batch, places in zip(batches, self.best_adapters(batches), strict=True):
+        chosen, whole = [], [batch.copy() for batch in batches]
+        for batch in whole:
+            batch.pop("seeds", None)  # nothing is dropped here
+        for batch, places in zip(batches, self.best_adapters(whole), strict=True):
             lengths = torch.tensor(documents_of(batch).lengths)
             adapters = places.repeat_interleave(lengths).view(batch["position_ids"].shape)
             chosen.append(batch | {"adapters": adapters})
@@ -129,7 +131,7 @@ class Engine:
         ids, targets = (here[key].to(self.device, non_blocking=True) for key in ("input_ids", "targets"))
         of_rows = {
             key: here[key].to(self.device, non_blocking=True)
-            for key in ("target_weights", "adapters", "sources")
+            for key in ("target_weights", "adapters", "sources", "seeds")
             if key in here
         }
         return self.deepspeed(

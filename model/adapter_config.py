@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, f
 
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PROJECTIONS: tuple[Projection, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-NOT_HERE = ("use_dora", "bias", "modules_to_save", "init_lora_weights", "rank_pattern", "alpha_pattern", "lora_dropout")
+NOT_HERE = ("use_dora", "bias", "modules_to_save", "init_lora_weights", "rank_pattern", "alpha_pattern")
 """Of LoraConfig: what PEFT trains otherwise than here."""
 RESERVED = "base", "mixture"
 """Of `--adapter`; an export has a folder `base`."""
@@ -51,6 +51,8 @@ class AdaptersConfig(BaseModel):
     """The update is multiplied by lora_alpha / r; or of each adapter by its name."""
     use_rslora: bool = False
     """Multiply by lora_alpha / sqrt(r) instead (Kalajdzievski 2023)."""
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of what an adapter reads that is dropped in training."""
     target_modules: tuple[Projection, ...] = PROJECTIONS
     """Linear maps of a block that are adapted."""
     last_layers: PositiveInt | None = None

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from .adapter_config import FACTORS, AdaptersConfig
+from .adapter_config import FACTORS, PROJECTIONS, AdaptersConfig
 from .documents import Documents
+from .dropout import dropped
 from .seeded import Linear, Seed
 
 BLOCK_TOKENS = 64
@@ -68,6 +69,10 @@ class AdaptedLinear(Linear):
         self.weight, self.bias, self.names = base.weight, base.bias, adapters.names
         ranks = [adapters.rank(each) for each in self.names]
         self.scalings = [adapters.scaling(each) for each in self.names]
+        self.dropout = adapters.lora_dropout
+        self.place = len(PROJECTIONS) * seed.layer + PROJECTIONS.index(name.rpartition(".")[2])
+        self.first_input = 0
+        """Place of the first of the inputs that are here."""
         self.of_all: dict[str, Callable[[Tensor], Tensor]] = {}
         """By beginning of the name: what is done to factors of which other ranks have the same, with other gradients."""
         for each, rank in zip(self.names, ranks, strict=True):
@@ -84,6 +89,7 @@ class AdaptedLinear(Linear):
         """`out` [B, T, outputs] of the base and what the adapters add to it, for `x` [B, T, inputs]."""
         if documents is None or (routing := documents.routing) is None:
             return out
+        x = dropped(x, documents, self.dropout, self.place, self.first_input)
         blocks: AdapterBlocks | None = None
         if routing.dim() == 2:
             if documents.blocks is None:

@@ -56,6 +56,8 @@ class Documents:
     """int64 [B]: the adapter of each row, or [B, T] of each token that is here; None: the base computes alone."""
     sources: Tensor | None = None
     """int64 [B]: what the rows come from; None: they do not say."""
+    seeds: Tensor | None = None
+    """int64 [B]: of what is drawn for the rows; None: nothing is."""
     blocks: Any = field(default=None, repr=False)
     """The same of adapters.py, where tokens of a row have several adapters."""
     spread: Documents | None = field(default=None, repr=False)
@@ -90,10 +92,14 @@ class Documents:
         """The same documents where only some columns of the rows are at hand, as under sequence parallelism."""
         return Documents(self.position_ids[:, columns], self.lengths, self.cu_seqlens, columns, self.copies)
 
-    def route(self, adapters: Tensor | None, members: int, sources: Tensor | None = None) -> None:
+    def route(
+        self, adapters: Tensor | None, members: int, sources: Tensor | None = None, seeds: Tensor | None = None
+    ) -> None:
         """Give each row (int64 [B]) or token ([B, T]) its adapter, or all rows to so many `members`, or to the base; and each
-        row its source."""
-        self.sources = None if sources is None else sources.to(self.position_ids.device)
+        row its source and its seed."""
+        self.sources, self.seeds = (
+            None if each is None else each.to(self.position_ids.device) for each in (sources, seeds)
+        )
         self.routing = None if adapters is None else adapters.to(self.position_ids.device)
         if adapters is not None or not members:
             return
@@ -103,6 +109,8 @@ class Documents:
         positions = self.position_ids.repeat(members, 1)
         self.spread = Documents(positions, self.lengths * members, cu_seqlens, self.columns, self.copies)
         self.spread.routing = torch.arange(members, device=positions.device).repeat_interleave(rows)
+        if self.seeds is not None:
+            self.spread.seeds = self.seeds.repeat(members) + self.spread.routing
 
     @property
     def begins(self) -> Tensor:

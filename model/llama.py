@@ -233,19 +233,19 @@ class Llama(nn.Module):
         copies: int = 1,
         adapters: Tensor | None = None,
         sources: Tensor | None = None,
+        seeds: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits [B, T, V]; with `targets` [B, T] objective and sums of `HeadLoss`.
 
-        `input_ids` int64 [B, T]. `position_ids` int64 [B, T] restart at 0 where a document starts (default: a row is one);
-        they may stay on the CPU, which saves a synchronisation. `columns`: the part of every row that `input_ids` and `targets`
-        are, where devices share rows; `position_ids` are those of whole rows. `target_weights` [B, T]: what each target counts.
-        `copies` 2: the first half of every row is a noised copy of the second. `adapters` int64 [B]: places of the rows'
-        adapters in the model's names; without, the mixture's members all have a turn, or the base alone. `sources` int64 [B]."""
+        `input_ids` int64 [B, T]. `position_ids` int64 [B, T] restart at 0 where a document starts (default: a row is one), on the
+        CPU to save a synchronisation. `columns`: the part of every row that `input_ids` and `targets` are, where devices share
+        rows; `position_ids` are whole. `target_weights` [B, T]: what each counts. `copies`, `sources`, `seeds`: see `Documents`.
+        `adapters` int64 [B]: places in the model's names; without, all members of the mixture have a turn, or the base alone."""
         if position_ids is None:
             documents = Documents.whole_rows(len(input_ids), input_ids.shape[1], input_ids.device)
         else:
             documents = Documents.from_position_ids(position_ids, input_ids.device, copies).part(columns)
-        documents.route(adapters, self.config.adapters.members, sources)
+        documents.route(adapters, self.config.adapters.members, sources, seeds)
         return self.lm_head(self.hidden_states(input_ids, documents), documents, targets, z_loss_weight, target_weights)
 
     def embed(self, input_ids: Tensor, documents: Documents) -> Tensor:

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from torch.utils.data import DataLoader, Dataset
 
 from model.visibility import Visibility
@@ -56,7 +57,7 @@ class TrainingData(Dataset):
     """Batches by the samples' places and numbers: `data[sources, rows, samples]`, int64 arrays of equal length.
 
     `visibility`: what the model's tokens see; with it the rows of a step are dealt out by their attention cost. `labels`: what
-    rows have by their source.
+    rows have by their source. `seed`: rows get seeds of their own by it.
     """
 
     def __init__(
@@ -66,7 +67,9 @@ class TrainingData(Dataset):
         masking: Masking | None = None,
         visibility: Visibility | None = None,
         labels: Labels | None = None,
+        seed: int | None = None,
     ) -> None:
+        self.seed = seed
         self.dataset, self.order, self.masking, self.visibility = dataset, order, masking, visibility
         self.labels = labels
         self._source = np.array([dataset.sources.index(name) for name in order.sources])
@@ -74,7 +77,16 @@ class TrainingData(Dataset):
     def __getitem__(self, place: tuple[np.ndarray, np.ndarray, np.ndarray]) -> Batch:
         sources, rows, samples = place
         batch = make_batch(self.dataset, sources, rows, labels=self.labels)
+        if self.seed is not None:
+            batch["seeds"] = torch.from_numpy(self._seeds(sources, rows, samples))
         return self.masking(batch, samples) if self.masking else batch
+
+    def _seeds(self, sources: np.ndarray, rows: np.ndarray, samples: np.ndarray) -> np.ndarray:
+        """By source, row and how often it was read before, whatever else is trained on."""
+        names = [self.dataset.sources[source] for source in sources.tolist()]
+        parts = zip(names, rows.tolist(), self.order.locate_many(samples)[2].tolist(), strict=True)
+        texts = ["\0".join(map(str, (self.seed, *part))) for part in parts]
+        return np.array([xxhash.xxh3_64_intdigest(text.encode()) for text in texts], np.uint64).astype(np.int64)
 
     def places(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Source (index into `dataset.sources`) and row of each sample number, int64 [n]."""

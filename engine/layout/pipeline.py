@@ -38,7 +38,7 @@ Builder = Callable[[Layer, int], nn.Module]
 class KnownDocuments:
     """The documents of the rows that pass through this rank: one tensor of positions goes through all its layers.
 
-    The micro-batches come in one order, so the adapters and sources of their rows wait here in a queue.
+    The micro-batches come in one order, so what their rows have waits here in a queue.
     """
 
     def __init__(self, recipe: Recipe, mesh: Mesh) -> None:
@@ -49,15 +49,15 @@ class KnownDocuments:
 
     def start(self, micro_batches: list[Batch]) -> None:
         """Before the forward passes over these."""
-        self._rows = deque((batch.get("adapters"), batch.get("sources")) for batch in micro_batches)
+        self._rows = deque((batch.get("adapters"), batch.get("sources"), batch.get("seeds")) for batch in micro_batches)
 
     def of(self, position_ids: Tensor) -> Documents:
         """Derived from positions [B, T] of whole rows, once for each tensor."""
         if self._last is None or self._last[0]() is not position_ids:
             whole = Documents.from_position_ids(position_ids, copies=self._copies)
             documents = whole.part(columns_here(whole, self._visibility, self._mesh))
-            adapters, sources = self._rows.popleft()
-            documents.route(adapters, self._members, sources)
+            adapters, sources, seeds = self._rows.popleft()
+            documents.route(adapters, self._members, sources, seeds)
             self._last = weakref.ref(position_ids), documents
         return self._last[1]
 

@@ -89,6 +89,9 @@ def divide_layer(layer: nn.Module, config: ModelConfig, parts: Parts) -> nn.Modu
             for name, linear in module.named_children():
                 if isinstance(linear, AdaptedLinear):
                     linear.of_all[FACTORS[name == last]] = parts.shared
+                    if name == last:
+                        inputs = torch.arange(linear.in_features, device="cpu")
+                        linear.first_input = int(slice_of(inputs, 0, parts.rank, parts.ranks)[0])
             setattr(module, last, RowMap(getattr(module, last), parts))
         for name, norm in module.named_children():
             if isinstance(norm, RMSNorm) and (parts.split_rows or isinstance(module, Attention)):

@@ -76,7 +76,8 @@ class RunPlan(NamedTuple):
         masking = recipe_masking(self.recipe, stage.dataset.manifest, f"training from step {stage.begin}")
         visibility = self.recipe.model.visibility if stage.config.balance_attention else None
         labels = labels_of_sources(self.recipe.adapters, stage.dataset, self.sources)
-        return TrainingData(stage.dataset, order, masking, visibility, labels)
+        seed = self.recipe.training.seed if self.recipe.adapters.lora_dropout else None
+        return TrainingData(stage.dataset, order, masking, visibility, labels, seed)
 
     def learning_rate(self, step: int) -> float:
         """Of the optimizer step with this number, counted from 1."""

@@ -72,7 +72,7 @@ def save_peft(
         "inference_mode": True,
         "r": adapters.rank(adapter),
         "lora_alpha": adapters.alpha(adapter),
-        "lora_dropout": 0.0,
+        "lora_dropout": config.adapters.lora_dropout,
         "use_rslora": adapters.use_rslora,
         "target_modules": list(adapters.target_modules),
         "layers_to_transform": None if len(layers) == config.num_hidden_layers else list(layers),

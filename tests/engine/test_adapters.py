@@ -29,6 +29,7 @@ ON = {
     2: {
         **{f"zero{stage}": (zero(stage), {}) for stage in range(4)},
         "zero2-accumulate-recompute": (zero(2), SPLIT | RECOMPUTE),
+        "zero3-dropout": (zero(3), {"adapters.lora_dropout": "0.2"}),
         "zero3-offload": (zero(3, zero={"offload_optimizer": OFFLOAD, "offload_param": OFFLOAD}), {}),
         "pipeline2-accumulate": (pipeline(2), SPLIT),
         "sequence2-zero1": (zero(1, **SEQUENCE), {}),
@@ -78,8 +79,13 @@ def setting(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(setting):
+    return kept(lambda more: trained_alone(setting, dict(more)))
+
+
+def trained_alone(setting, more: dict[str, str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Losses per step and weights of each adapter trained by plain torch on its own rows, without the other."""
     folder, recipe_file, data, overrides = setting
+    overrides = overrides | more
     (folder / "zero0.json").write_text('{"zero_optimization": {"stage": 0}}')
     plan = make_plan(recipe_file, overrides, str(folder / "zero0.json"), data, Topology(0, 0, 1, torch.device("cpu")))
     recipe, names, weights, losses = plan.recipe, plan.recipe.adapters.names, {}, np.zeros(STEPS)
@@ -95,7 +101,7 @@ def alone(setting):
         for step in range(STEPS):
             batches = samples.after(state)
             state.advance(plan.batch.samples, plan.step_tokens, applied=True)
-            keys = ("input_ids", "position_ids", "targets", "adapters")
+            keys = {"input_ids", "position_ids", "targets", "adapters", "seeds"} & batches[0].keys()
             whole = {key: torch.cat([batch[key] for batch in batches]) for key in keys}
             rows = (whole.pop("adapters") == number).nonzero().flatten()
             if not len(rows):
@@ -130,7 +136,8 @@ def runs(setting, on_ranks):
 
 @pytest.mark.parametrize(("ranks", "name"), FLOAT32_RUNS)
 def test_each_adapter_ends_as_it_would_alone(runs, alone, ranks, name):
-    losses, weights = alone
+    dropout = {key: value for key, value in ON[ranks][name][1].items() if key == "adapters.lora_dropout"}
+    losses, weights = alone(tuple(dropout.items()))
     results = runs(ranks, name)
     found = {key: value for rank in results for key, value in rank["weights"].items()}
     assert found.keys() == weights.keys()

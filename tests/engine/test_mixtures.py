@@ -25,12 +25,13 @@ from training.schedule import lr_factor
 
 MODES = {
     "mixture": {
+        "adapters.lora_dropout": "0.2",
         "adapters.evidence": "0.9",
         "adapters.prior": "{long: {long: 1, short: 3}, short: {long: 1, short: 1}}",
         "adapters.prior_lr": "0.1",
         "training.z_loss_weight": "0",
     },
-    "hard": {"adapters.prior": "{long: 2, short: 3}"},
+    "hard": {"adapters.lora_dropout": "0.2", "adapters.prior": "{long: 2, short: 3}"},
 }
 MIXED = {
     1: {"zero0": (zero(0), {})},
@@ -114,12 +115,12 @@ def reference(setting):
         for step in range(STEPS):
             batches = samples.after(state)
             state.advance(plan.batch.samples, plan.step_tokens, applied=True)
-            keys = ("input_ids", "position_ids", "targets", "sources")
+            keys = ("input_ids", "position_ids", "targets", "sources", "seeds")
             whole = {key: torch.cat([batch[key] for batch in batches]) for key in keys}
             count, shares = sum(batch["num_targets"] for batch in batches), None
             if mode == "hard":
                 with torch.no_grad():
-                    places = model(**whole)[1][3:].long()
+                    places = model(**{key: whole[key] for key in keys if key != "seeds"})[1][3:].long()
                 lengths = torch.tensor(Documents.from_position_ids(whole["position_ids"]).lengths)
                 whole["adapters"] = places.repeat_interleave(lengths).view(whole["input_ids"].shape)
                 shares = torch.bincount(whole["adapters"][whole["targets"] >= 0], minlength=2)
