@@ -135,20 +135,26 @@ def export_adapters(
     output: Path,
     dtype: "torch.dtype",
     max_shard_bytes: int,
+    adapters: AdaptersConfig | None = None,
+    state: "dict[str, torch.Tensor] | None" = None,
+    said: str = "",
 ) -> None:
-    """Write a folder of PEFT's for each adapter, and one of the base where that is no Hugging Face folder already."""
+    """Write a folder of PEFT's for each adapter, and one of the base where that is no Hugging Face folder already. Other
+    `adapters` than the run's may be given with their parameters, and what the model card says of them."""
     from engine.run.whole_weights import read_adapters, read_base
     from model.hf.peft import save_peft
 
     config = ModelConfig.model_validate(manifest.recipe["model"])
+    train_base = config.adapters.train_base
+    config = config.model_copy(update={"adapters": adapters or config.adapters})
     base = manifest.recipe["training"].get("initial_weights")
     with _finished(output) as partial:
-        if config.adapters.train_base or base is None or not (Path(base) / "config.json").is_file():
+        if train_base or base is None or not (Path(base) / "config.json").is_file():
             form = ModelForm(read_base(checkpoint, manifest))
             _write_model(run, checkpoint, manifest, partial / "base", dtype, max_shard_bytes, form)
             base = output / "base"
         place = str(Path(base).resolve())
-        state = read_adapters(checkpoint, manifest)
+        state = state or read_adapters(checkpoint, manifest)
         for name in config.adapters.names:
             save_peft(config, name, state, partial / name, place, manifest.base, dtype)
         names = "\n".join(f"- `{name}`" for name in config.adapters.names)
@@ -158,6 +164,7 @@ def export_adapters(
             base=place,
             first=config.adapters.names[0],
             names=names,
+            merged=said,
             steps=f"{manifest.state.step:,}",
             validation=model_card.validation_table(run, manifest.state.step),
         )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from model.adapter_config import AdaptersConfig
 from model.config import ModelConfig
+from model.merge_ways import WAYS, Choice
 from storage.manifest import TokenizerInfo
 from training.metrics import METRICS_FILE
 from training.records import read_records
@@ -56,9 +57,15 @@ MIXTURE = Template("""
 It holds low-rank adapters, which all read a text; the probabilities of the next token are theirs, mixed by weights that begin
 as $prior and follow from what the text has said so far, of which $evidence is kept from token to token. The logits are
 logarithms of the mixed probabilities. `modeling_mixture.py` in this folder is the code that `trust_remote_code` runs.""")
+MERGED_BY = Template("""
+What was trained are low-rank adapters, here merged by PEFT's way `$way` with the weights $weights$options. What that and other
+ways cost, in bits per byte on each source:
+
+$costs
+""")
 ADAPTERS = Template("""# $name
 
-Low-rank adapters that were trained together for $steps optimizer steps, each in a folder of its own:
+Low-rank adapters that were trained together for $steps optimizer steps, each in a folder of its own:$merged
 
 $names
 
@@ -150,6 +157,19 @@ def card(
 def merged(shares: Mapping[str, float]) -> str:
     """What a card says of adapters that are added to the matrices."""
     return MERGED.substitute(names=", ".join(f"{name} ({share:g})" for name, share in shares.items()))
+
+
+def merged_by(way: str, weights: str, choice: Choice, costs: Mapping[str, Mapping[str, float]]) -> str:
+    """What a card says of adapters that became one; `costs`: the table that was shown."""
+    kind, options = WAYS[way], ""
+    if kind.prune:
+        options += f", density {choice.density:g}" + f", seed {choice.seed}" * (kind.prune == "random")
+    if kind.elects:
+        options += f", signs by {choice.majority_sign}"
+    lines = [["", *next(iter(costs.values()))], ["---"] * (1 + len(next(iter(costs.values()))))]
+    lines += [[name, *(f"{value:.4f}" for value in row.values())] for name, row in costs.items()]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return MERGED_BY.substitute(way=way, weights=weights, options=options, costs=table)
 
 
 def mixture(adapters: AdaptersConfig) -> str:

@@ -50,11 +50,7 @@ def open_trained(source: str, step: int | None, device: str | None, dtype: str, 
     model's matrices (see `tools.model_flags`), "base" for none, or "mixture" for a model that mixes the likelihoods of all.
     Raises ValueError when it is neither, or damaged, or when this machine has no such device.
     """
-    folder, device = Path(source), device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from None
+    folder, device = Path(source), usable(device)
     if (folder / "config.json").is_file():
         if step is not None:
             raise ValueError(f"--step {step} has no meaning for the exported model {folder}")
@@ -70,6 +66,16 @@ def open_trained(source: str, step: int | None, device: str | None, dtype: str, 
         checkpoint_name, objective = checkpoint.name, objective_of(manifest)
         tokenizer = open_tokenizer(folder / manifest.data["tokenizer"]["file"])
     return Trained(model.eval(), tokenizer, name, checkpoint_name, objective)
+
+
+def usable(device: str | None) -> str:
+    """The device that was asked for, or the GPU where there is one; ValueError when this machine has no such."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from None
+    return device
 
 
 def objective_of(manifest: CheckpointManifest) -> ObjectiveConfig:

@@ -8,7 +8,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from model.adapter_config import AdaptersConfig
 from model.hf.peft import peft_name
 from model.llama import Llama
-from model.merging import MERGED, WAYS, Choice, combined, merged
+from model.merge_ways import MERGED, WAYS, Choice
+from model.merging import combined, merged
 from tests.model.hf.test_parity import randomised
 from tests.model.tiny import tiny
 

@@ -20,7 +20,8 @@ from model.adapter_config import AdaptersConfig, adapter_of
 from model.config import ModelConfig
 from model.documents import Documents
 from model.llama import Llama
-from model.merging import Choice, combined
+from model.merge_ways import Choice
+from model.merging import combined
 from storage.shards import ShardedDataset
 from tools.evaluation.long_context import token_losses
 from tools.trained import adapters_of

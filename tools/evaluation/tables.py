@@ -1,5 +1,6 @@
 """The figures of `tools.evaluate` as tables. What is shown is what the JSON holds; nothing is computed here."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
@@ -18,6 +19,14 @@ def score_table(found: dict[str, Any], title: str, kind: str = "loss") -> Table:
         bits = f"{row['bits_per_byte']:.4f}" if "bits_per_byte" in row else ""
         figures = f"{row['loss']:.4f}", f"{row['perplexity']:.2f}", bits
         table.add_row(source, *figures, f"{row['targets']:,}")
+    return table
+
+
+def cost_table(found: Mapping[str, Mapping[str, float]], title: str, caption: str = "") -> Table:
+    """Of each row, bits per byte by source, as `tools.evaluation.domains.bits_per_byte` finds them."""
+    table = Table("", *next(iter(found.values())), title=title, caption=caption or None)
+    for name, row in found.items():
+        table.add_row(name, *(f"{value:.4f}" for value in row.values()))
     return table
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from engine.checkpoint.folder import find
-from model.merging import WAYS, Choice
+from model.merge_ways import WAYS, Choice
 from storage.shards import open_split
 from tests.tools.called import call
 from tools import evaluate
