@@ -68,6 +68,8 @@ def test_adapters_step_by_step(own_documents):
     base = AutoModelForCausalLM.from_pretrained(folder / "model_hf")
     assert PeftModel.from_pretrained(base, folder / "adapters_peft/manuals").peft_config["default"].r == 16
     mixture = AutoModelForCausalLM.from_pretrained(folder / "mixture_hf", trust_remote_code=True)
+    merged_by_ties = AutoModelForCausalLM.from_pretrained(folder / "ties_hf")
+    assert type(merged_by_ties).__name__ == "LlamaForCausalLM"
     assert type(mixture).__name__ == "MixtureLlamaForCausalLM"
     assert AutoModelForCausalLM.from_pretrained(folder / "merged_hf").num_parameters() == base.num_parameters() - sum(
         p.numel() for name, p in base.named_parameters() if "lora" in name
