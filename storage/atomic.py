@@ -1,6 +1,9 @@
 """Files that are there whole or not at all, whatever interrupts their writing."""
 
+import contextlib
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -22,3 +25,17 @@ def publish(temporary: Path, path: Path) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+@contextlib.contextmanager
+def finished_folder(output: Path) -> Iterator[Path]:
+    """A folder to make and fill, which gets the name `output` when the context ends, or vanishes with an error."""
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial
+        publish(partial, output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

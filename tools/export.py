@@ -8,9 +8,7 @@ a folder of PEFT's for each; `merged:NAME`, or `merged:NAME=SHARE,NAME=SHARE`, a
 matrices; `mixture` one folder with all of them, and code that mixes their likelihoods.
 """
 
-import contextlib
 import itertools
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -22,7 +20,7 @@ from console.progress import Progress, say
 from data_prep.tokenizer import open_tokenizer
 from model.adapter_config import AdaptersConfig
 from model.config import ModelConfig
-from storage.atomic import publish, write_atomically
+from storage.atomic import finished_folder, write_atomically
 from storage.manifest import TokenizerInfo
 from storage.shards import open_split
 from tools import model_card
@@ -122,7 +120,7 @@ def export(
 ) -> None:
     """Write the Hugging Face folder beside `output` and rename it when it is complete. `form`: of a run with adapters."""
     form = form or form_of(None, checkpoint, manifest)
-    with _finished(output) as partial:
+    with finished_folder(output) as partial:
         config, written = _write_model(run, checkpoint, manifest, partial, dtype, max_shard_bytes, form)
         card = model_card.card(run, checkpoint, manifest, config, output, written, form.said)
         write_atomically(partial / "README.md", card.encode())
@@ -148,7 +146,7 @@ def export_adapters(
     train_base = config.adapters.train_base
     config = config.model_copy(update={"adapters": adapters or config.adapters})
     base = manifest.recipe["training"].get("initial_weights")
-    with _finished(output) as partial:
+    with finished_folder(output) as partial:
         if train_base or base is None or not (Path(base) / "config.json").is_file():
             form = ModelForm(read_base(checkpoint, manifest))
             _write_model(run, checkpoint, manifest, partial / "base", dtype, max_shard_bytes, form)
@@ -169,20 +167,6 @@ def export_adapters(
             validation=model_card.validation_table(run, manifest.state.step),
         )
         write_atomically(partial / "README.md", text.encode())
-
-
-@contextlib.contextmanager
-def _finished(output: Path) -> Iterator[Path]:
-    """A folder to fill, which gets the name `output` when the context ends, or vanishes with an error."""
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield partial
-        publish(partial, output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _write_model(
