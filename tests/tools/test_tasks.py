@@ -77,7 +77,7 @@ def test_every_way_is_measured_on_every_source(whole):
     work, found = whole
     table = found["domains"].rows
     assert set(DOMAINS) == set(open_split(work / "data/domains", "validation").sources)
-    assert len(table) == 10
+    assert len(table) == 13
     for figures in table.values():
         assert figures.keys() == set(DOMAINS)
         assert all(0 < figure.mean < 20 for figure in figures.values())
@@ -120,9 +120,12 @@ def test_documents_go_to_their_likeliest_member():
     begins = torch.zeros(3, 8, dtype=torch.bool)
     begins[:, 0] = begins[1, 5] = True
     values[:, 2] = 0  # padding
-    found = Likelihoods(values, begins, 16)
+    numbers = torch.tensor([[4] * 8, [7] * 5 + [9] * 3, [-1] * 8])
+    found = Likelihoods(values, begins, numbers, 16)
     pieces = [values[:, 0].sum(1), values[:, 1, :5].sum(1), values[:, 1, 5:].sum(1)]
     assert found.likeliest() == [int(piece.argmax()) for piece in pieces]
+    together = found._replace(documents=torch.where(numbers == 9, 4, numbers))
+    assert together.likeliest() == [int((pieces[0] + pieces[2]).argmax()), int(pieces[1].argmax())]
     assert found.of_members() == pytest.approx([-float(values[0].sum()), -float(values[1].sum())])
     expected = -sum(float(torch.logsumexp(piece, 0)) - log(2) for piece in pieces)
     assert found.mixed(1.0) == pytest.approx(expected)

@@ -8,14 +8,15 @@ from typing import Any
 import torch
 
 from data_prep.tokenizer import open_tokenizer
+from engine.checkpoint.folder import find
 from model.hf.weights import load_model
 from storage.shards import ShardedDataset, open_split
-from tools.specialists.likelihoods import Likelihoods, bits_per_byte, measure, open_members
+from tools.evaluation.domains import open_adapted
+from tools.specialists.likelihoods import Likelihoods, bits_per_byte, device, measure, open_members
 from tools.specialists.metrics import normalised_mutual_information
 from tools.specialists.results import Figure, Results
 from tools.specialists.seeding import write_groups
 from tools.specialists.trainings import RECIPES, Training, Workshop
-from tools.trained import open_trained
 
 CLOSE_ENOUGH = 0.005
 """Bits per byte between the mixture of whole documents and the best single adapter."""
@@ -23,6 +24,14 @@ FOUND = 0.9
 """Normalised mutual information from which on sources count as found."""
 RANK = 8
 HOW = {"r": RANK, "lora_alpha": 2 * RANK}
+MERGES = {
+    "sum": ("cat", 1.0),
+    "mean": ("cat", None),
+    "linear": ("linear", None),
+    "ties": ("ties", None),
+    "dare": ("dare_linear", None),
+}
+"""PEFT's name of the way, and what each adapter counts; None: all of them together 1."""
 WITHOUT_LABELS = "learned without labels, g = 1", "learned without labels, g = 0"
 
 
@@ -51,7 +60,7 @@ def compare(workshop: Workshop, base: Path, data: Path, sources: list[str]) -> R
 
 def trained_without_labels(workshop: Workshop, base: Path, data: Path, adapters: dict[str, Any]) -> list[Path]:
     """A run of mode mixture for each seed, from adapters that a few steps on groups of documents have told apart."""
-    settings, recipe, seeds = workshop.settings, RECIPES / "adapters.yaml", range(1, workshop.settings.seeds + 1)
+    settings, recipe, seeds = workshop.settings, RECIPES / "unlabelled.yaml", range(1, workshop.settings.seeds + 1)
     model, tokenizer, train = (
         load_model(base, torch.float32, "cpu").eval(),
         open_tokenizer(base),
@@ -109,11 +118,12 @@ def figures(dataset: ShardedDataset, routed: Path, single: Path) -> dict[str, di
     for source in dataset.sources:
         found = measure(model, dataset, source, [0])
         note("one of the summed rank", source, found.of_members()[0], found)
-    for way, share in {"merged: mean": 1 / len(names), "merged: sum": 1.0}.items():
-        merged = open_trained(str(routed), None, None, "float32", ",".join(f"{name}={share}" for name in names)).model
+    adapted = open_adapted(*find(routed), torch.float32, device())
+    for way, (kind, share) in MERGES.items():
+        merged = adapted.merged(kind, dict.fromkeys(names, share or 1 / len(names)))
         for source in dataset.sources:
-            found = measure(merged, dataset, source, [None])
-            note(way, source, found.of_members()[0], found)
+            found = measure(merged, dataset, source, [0])
+            note(f"merged: {way}", source, found.of_members()[0], found)
     return table
 
 

@@ -6,7 +6,6 @@ Legend: N members, R rows, T tokens of a row.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +32,9 @@ class Likelihoods(NamedTuple):
     log_likelihoods: Tensor
     """Of each target, float64 [N, R, T]; 0 where there is none."""
     begins: Tensor
-    """bool [R, T]: where documents do."""
+    """bool [R, T]: where pieces of documents do."""
+    documents: Tensor
+    """int64 [R, T]: the number of each token's document; -1 for padding."""
     targets: int
 
     def mixed(self, share: float) -> float:
@@ -47,48 +48,57 @@ class Likelihoods(NamedTuple):
         return (-self.log_likelihoods.sum((1, 2))).tolist()
 
     def likeliest(self) -> list[int]:
-        """Of each document the member that it is most likely under."""
-        document = self.begins.flatten().cumsum(0) - 1
-        of_documents = self.log_likelihoods.new_zeros(len(self.log_likelihoods), int(document[-1]) + 1)
-        of_documents.index_add_(1, document, self.log_likelihoods.flatten(1))
-        carries = torch.zeros(of_documents.shape[1]).index_add_(
-            0, document, (self.log_likelihoods != 0).any(0).flatten().float()
-        )
-        return of_documents.argmax(0)[carries > 0].tolist()  # padding is no document
+        """Of each document the member that it is most likely under, all its pieces together."""
+        numbers, place = self.documents.flatten().unique(return_inverse=True)
+        of_documents = self.log_likelihoods.new_zeros(len(self.log_likelihoods), len(numbers))
+        of_documents.index_add_(1, place, self.log_likelihoods.flatten(1))
+        return of_documents.argmax(0)[numbers >= 0].tolist()
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def open_members(run: Path) -> tuple[Llama, list[str]]:
     """The base of a run with all its adapters, and their names."""
-    model = load_checkpoint(*find(run), torch.float32, "cuda" if torch.cuda.is_available() else "cpu", None).eval()
+    model = load_checkpoint(*find(run), torch.float32, device(), None).eval()
     return model, list(model.config.adapters.names)
 
 
-def batches(dataset: ShardedDataset, source: str) -> Iterator[tuple[Documents, Tensor, Tensor]]:
-    """Documents, inputs and targets of all rows of a source, some rows at a time."""
+def batches(dataset: ShardedDataset, source: str) -> Iterator[tuple[Documents, Tensor, Tensor, Tensor]]:
+    """Pieces, documents' numbers, inputs and targets of all rows of a source, some rows at a time."""
     number = dataset.sources.index(source)
     for first in range(0, dataset.rows_per_source[source], BATCH_ROWS):
         rows = np.arange(first, min(first + BATCH_ROWS, dataset.rows_per_source[source]))
         batch = make_batch(dataset, np.full(len(rows), number), rows)
-        yield Documents.from_position_ids(batch["position_ids"]), batch["input_ids"], batch["targets"]
+        numbers = torch.stack([_document_of_each(dataset, source, row) for row in rows.tolist()])
+        yield Documents.from_position_ids(batch["position_ids"]), numbers, batch["input_ids"], batch["targets"]
+
+
+def _document_of_each(dataset: ShardedDataset, source: str, row: int) -> Tensor:
+    pieces, tokens = dataset.row(source, row), dataset.manifest.seq_length
+    numbers = np.repeat(pieces.seg_doc, pieces.seg_len)[:tokens].astype(np.int64)
+    return torch.from_numpy(np.pad(numbers, (0, tokens - len(numbers)), constant_values=-1))
 
 
 @torch.inference_mode()
 def measure(model: Llama, dataset: ShardedDataset, source: str, members: list[int | None]) -> Likelihoods:
     """`members`: places of adapters; None: the base alone."""
-    device = model.embed_tokens.weight.device
-    found, begins, counted = [], [], 0
-    for documents, inputs, targets in batches(dataset, source):
+    there = model.embed_tokens.weight.device
+    found, begins, numbers, counted = [], [], [], 0
+    for documents, of_documents, inputs, targets in batches(dataset, source):
         of_all = []
         for member in members:
-            there = Documents.from_position_ids(documents.position_ids, device)
-            there.routing = None if member is None else torch.full((len(inputs),), member, device=device)
-            hidden = model.hidden_states(inputs.to(device), there)
-            losses = partial(linear_cross_entropy, weight=model.lm_head.weight)(hidden, targets=targets.to(device))[1]
+            routed = Documents.from_position_ids(documents.position_ids, there)
+            routed.routing = None if member is None else torch.full((len(inputs),), member, device=there)
+            hidden = model.hidden_states(inputs.to(there), routed)
+            losses = linear_cross_entropy(hidden, weight=model.lm_head.weight, targets=targets.to(there))[1]
             of_all.append(-losses.double().cpu())
         found.append(torch.stack(of_all))
         begins.append(documents.begins.cpu())
+        numbers.append(of_documents)
         counted += int((targets >= 0).sum())
-    return Likelihoods(torch.cat(found, 1), torch.cat(begins), counted)
+    return Likelihoods(torch.cat(found, 1), torch.cat(begins), torch.cat(numbers), counted)
 
 
 def bits_per_byte(dataset: ShardedDataset, source: str, loss_sum: float, targets: int) -> float:

@@ -39,12 +39,12 @@ class Settings(NamedTuple):
     seq_length: int = 256
     base_steps: int = 180
     adapter_steps: int = 60
-    mixture_steps: int = 30
+    mixture_steps: int = 24
     grouped_rows: int = 512
     """Rows whose documents tell adapters apart that have no labels."""
-    grouped_steps: int = 12
+    grouped_steps: int = 40
     seeds: int = 2
-    answer_steps: int = 150
+    answer_steps: int = 100
     questions: int = 200
     """Of each kind, answered at the end."""
 
