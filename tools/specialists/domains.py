@@ -60,7 +60,7 @@ def compare(workshop: Workshop, base: Path, data: Path, sources: list[str]) -> R
 
 def trained_without_labels(workshop: Workshop, base: Path, data: Path, adapters: dict[str, Any]) -> list[Path]:
     """A run of mode mixture for each seed, from adapters that a few steps on groups of documents have told apart."""
-    settings, recipe, seeds = workshop.settings, RECIPES / "unlabelled.yaml", range(1, workshop.settings.seeds + 1)
+    settings, seeds = workshop.settings, range(1, workshop.settings.seeds + 1)
     model, tokenizer, train = (
         load_model(base, torch.float32, "cpu").eval(),
         open_tokenizer(base),
@@ -73,12 +73,16 @@ def trained_without_labels(workshop: Workshop, base: Path, data: Path, adapters:
         if not all(file.exists() for file in files):
             files = write_groups(model, tokenizer, train, adapters["names"], settings.grouped_rows, seed, folder)
         groups = workshop.data(f"groups-{seed}", files, "--validation-fraction", 0)
-        beginnings[f"beginnings-{seed}"] = Training(groups, recipe, settings.grouped_steps, adapters, base, seed)
+        beginnings[f"beginnings-{seed}"] = Training(
+            groups, RECIPES / "beginnings.yaml", settings.grouped_steps, adapters, base, seed
+        )
     wanted = {}
     for seed, run in zip(seeds, workshop.trainings(beginnings), strict=True):
         folder = workshop.exported(run, workshop.work / "beginnings" / str(seed), "--adapters", "separate")
         begun = {"mode": "mixture", "initial_weights": {name: str(folder / name) for name in adapters["names"]}}
-        wanted[f"mixture-{seed}"] = Training(data, recipe, settings.mixture_steps, adapters | begun, base, seed)
+        wanted[f"mixture-{seed}"] = Training(
+            data, RECIPES / "mixture.yaml", settings.mixture_steps, adapters | begun, base, seed
+        )
     return workshop.trainings(wanted)
 
 

@@ -39,7 +39,7 @@ class Settings(NamedTuple):
     seq_length: int = 256
     base_steps: int = 180
     adapter_steps: int = 60
-    mixture_steps: int = 24
+    mixture_steps: int = 12
     grouped_rows: int = 512
     """Rows whose documents tell adapters apart that have no labels."""
     grouped_steps: int = 40
