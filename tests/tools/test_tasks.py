@@ -15,7 +15,7 @@ from storage.shards import open_split
 from tests.forks import run_python
 from tests.tools.called import call
 from tools import tasks
-from tools.specialists import packages, trainings
+from tools.specialists import packages, search, trainings
 from tools.specialists.answers import overlap, right_words, shared_words
 from tools.specialists.domains import judged
 from tools.specialists.everything import run_tasks
@@ -252,3 +252,30 @@ def test_a_catalogue_is_read(tmp_path):
     path = Path(tmp_path / "x.mo")
     path.write_bytes(header + b"".join(struct.pack("<2I", *entry) for entry in table) + body)
     assert packages.catalogue(path) == {"file": "Dateï"}
+
+
+def test_sections_look_for_the_page_without_them(whole, monkeypatch):
+    """On pages of the kind that is read, and on the adapters of the other tasks: no command is run."""
+    work, _ = whole
+    names = [name for name in map(str, range(2000)) if is_held_out(name)][:6]
+    begins = "Here begins part {} of page {}."
+    pages = [
+        (name, "".join(f"Title\n=====\n\n{begins.format(part, name)} {'word ' * 40}\n\n" for part in range(5)))
+        for name in names
+    ]
+    open_to_all = next(name for name in map(str, range(2000)) if not is_held_out(name))
+    pairs = search.pairs_of([*pages, (open_to_all, pages[0][1]), ("empty", "no sections")], 9)
+    assert len(pairs.queries) == 9
+    for query, place in zip(pairs.queries, pairs.right, strict=True):
+        _, _, _, part, _, _, name, *_ = query.replace(".", " ").split()
+        assert part in "13"
+        assert [begins.format(part, name) in pairs.documents[place] for part in range(5)] == [True, False] * 2 + [True]
+    monkeypatch.setattr(trainings, "subprocess", None)
+    monkeypatch.setattr(search, "python", lambda _: pages)
+    table = run_tasks(["search"], Workshop(work, TINY))["search"].rows
+    assert table.keys() == {"BM25", "base, mean", "base, last", "adapter, mean", "adapter, last"}
+    for figures in table.values():
+        assert 0 <= figures["recall@1"].mean <= figures["recall@5"].mean <= figures["recall@10"].mean <= 1
+    assert (work / "results/search.md").exists()
+    with pytest.raises(ValueError, match="no page is held out"):
+        search.pairs_of([(open_to_all, pages[0][1])], 5)

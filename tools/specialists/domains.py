@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,11 @@ WITHOUT_LABELS = "learned without labels, g = 1", "learned without labels, g = 0
 def compare(workshop: Workshop, base: Path, data: Path, sources: list[str]) -> Results:
     """Train what is compared and measure it on the validation documents of `data`."""
     settings, recipe = workshop.settings, RECIPES / "adapters.yaml"
-    several = {"names": sources} | HOW
     one = {"names": ["all"], "r": RANK * len(sources), "lora_alpha": 2 * RANK * len(sources), "mode": "single"}
     seeds = range(1, settings.seeds + 1)
     wanted = {}
     for seed in seeds:
-        wanted[f"routed-{seed}"] = Training(data, recipe, settings.adapter_steps, several, base, seed)
+        wanted[f"routed-{seed}"] = routed(workshop, base, data, sources, seed)
         wanted[f"single-{seed}"] = Training(data, recipe, settings.adapter_steps, one, base, seed)
     runs = dict(zip(wanted, workshop.trainings(wanted), strict=True))
     finders = [f"adapter-{number}" for number in range(1, len(sources) + 1)]
@@ -56,6 +56,12 @@ def compare(workshop: Workshop, base: Path, data: Path, sources: list[str]) -> R
         of_seeds[-1] |= ways
         found.append(shared)
     return judged(of_seeds, found, sources)
+
+
+def routed(workshop: Workshop, base: Path, data: Path, sources: Sequence[str], seed: int) -> Training:
+    """An adapter for each source."""
+    adapters = {"names": list(sources)} | HOW
+    return Training(data, RECIPES / "adapters.yaml", workshop.settings.adapter_steps, adapters, base, seed)
 
 
 def trained_without_labels(workshop: Workshop, base: Path, data: Path, adapters: dict[str, Any]) -> list[Path]:

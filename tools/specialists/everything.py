@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from console.progress import say
-from tools.specialists import answers, domains
+from tools.specialists import answers, domains, search
 from tools.specialists.questions import QUESTIONS
 from tools.specialists.results import Results
 from tools.specialists.texts import DOMAINS, write_domain
@@ -24,6 +24,8 @@ def run_tasks(names: Sequence[str], workshop: Workshop) -> dict[str, Results]:
     found: dict[str, Results] = {}
     if "domains" in names:
         keep(results, found, {"domains": domains.compare(workshop, base, data, [path.stem for path in texts])})
+    if "search" in names:
+        keep(results, found, {"search": search.compare(workshop, base, data, [path.stem for path in texts])})
     if asked := [name for name in QUESTIONS if name in names]:
         keep(results, found, answers.compare(workshop, base, asked))
     return found
