@@ -80,7 +80,7 @@ def trained_without_labels(workshop: Workshop, base: Path, data: Path, adapters:
             files = write_groups(model, tokenizer, train, adapters["names"], settings.grouped_rows, seed, folder)
         groups = workshop.data(f"groups-{seed}", files, "--validation-fraction", 0)
         beginnings[f"beginnings-{seed}"] = Training(
-            groups, RECIPES / "beginnings.yaml", settings.grouped_steps, adapters, base, seed
+            groups, RECIPES / "adapters.yaml", settings.grouped_steps, adapters, base, seed
         )
     wanted = {}
     for seed, run in zip(seeds, workshop.trainings(beginnings), strict=True):

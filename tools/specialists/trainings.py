@@ -39,10 +39,10 @@ class Settings(NamedTuple):
     seq_length: int = 256
     base_steps: int = 180
     adapter_steps: int = 60
-    mixture_steps: int = 12
-    grouped_rows: int = 512
+    mixture_steps: int = 16
+    grouped_rows: int = 1536
     """Rows whose documents tell adapters apart that have no labels."""
-    grouped_steps: int = 40
+    grouped_steps: int = 50
     seeds: int = 2
     answer_steps: int = 100
     questions: int = 200
