@@ -107,7 +107,7 @@ def _tokenize(
             accelerated, reason = choose_encoder(encoder, tokenizer, todo, plan.files, fields)
         say(f"{len(plan.units):,} units of work, {len(done):,} done before; encoder: {reason}")
         places = tokens, tokenizer_file, plan.sha256, plan.files
-        work = Work(*places, *fields, plan.options.seed, on_error, accelerated, chat)
+        work = Work(*places, *fields, plan.options.seed, on_error, accelerated, chat, plan.options.source_field)
         with Progress("tokenizing", sum(unit.size for unit in plan.units)) as progress:
             progress.resume_at(sum(plan.units[unit].size for unit in done))
             for ledger in encode_units(work, todo, workers, progress):
@@ -158,6 +158,8 @@ def main() -> None:
         raise ValueError(f"--workers {arguments.workers}: at least 1")
     started = time.monotonic()
     options = options_from(arguments)
+    if options.source_field is not None and arguments.source:
+        raise ValueError("--source-field names the sources by itself: give the files with --input, not with --source")
     tokenizer = open_tokenizer(arguments.tokenizer)
     for notice in tokenizer.notices:
         say(notice)

@@ -29,12 +29,13 @@ def read_unit(
     problems: Problems,
     digest: "hashlib._Hash | None" = None,
     chat: Renderer | None = None,
+    source_field: str | None = None,
 ) -> Iterator[Document]:
     """Yield the unit's documents in order; `digest`, a hashlib object, is fed the unit's input bytes.
 
     `chat` makes the text where records hold conversations; `text_field` is not read then.
     """
-    fields = Fields(text_field, id_field, chat)
+    fields = Fields(text_field, id_field, chat, source_field)
     for file in files[unit.first_file : unit.last_file]:
         if digest is not None:
             digest.update(f"{file.format} {file.size}\n".encode())
@@ -55,8 +56,9 @@ def _check_unchanged(file: InputFile) -> None:
 def _read_content(
     file: InputFile, unit: Unit, fields: Fields, problems: Problems, digest: "hashlib._Hash | None"
 ) -> Iterator[Document]:
-    if file.kind == "text" and fields.chat:
-        problems.report(file.path, "a text file holds no conversations")
+    if file.kind == "text" and (fields.chat or fields.source):
+        lacks = "holds no conversations" if fields.chat else "has no fields (see --source-field)"
+        problems.report(file.path, f"a text file {lacks}")
         return problems.leave_out(file.path, "text without fields", file.size)
     try:
         content = Content(file.path, file.compression)

@@ -21,11 +21,11 @@ from data_prep.chat import ChatFormat
 from data_prep.chat_tokens import ChatEncoder
 from data_prep.documents import read_unit
 from data_prep.ledger import Ledger, unit_path, write_ledger
-from data_prep.records import Conversation, Document, InputFile, Problems, Unit
+from data_prep.records import Conversation, Document, InputFile, Problems, SourcedDocument, Unit
 from data_prep.sources import hash64
-from data_prep.store import DocumentBatch, write_unit
 from data_prep.targets import Spans
 from data_prep.tokenizer import Tokenizer, open_tokenizer
+from data_prep.unit_file import DocumentBatch, write_unit
 
 BATCH_CHARACTERS = 1 << 20
 CHECKED_CHARACTERS = 1 << 11
@@ -185,6 +185,7 @@ class Work(NamedTuple):
     on_error: str
     accelerated: str | None
     chat: ChatFormat | None = None
+    source_field: str | None = None
 
 
 class UnitEncoder:
@@ -207,10 +208,10 @@ class UnitEncoder:
         work, problems, digest = self.work, Problems(self.work.on_error), hashlib.sha256()
         counts = dict.fromkeys(("documents", "text_bytes", "tokens", "unknown", "fallback", "empty"), 0)
         counts |= {"targets": 0} if work.chat else {}
-        documents = read_unit(unit, work.files, work.text_field, work.id_field, problems, digest, work.chat)
-        batches = self._encode(_batches(documents, counts), unit, encoder, counts)
-        path, has_targets = unit_path(work.folder, unit.index), work.chat is not None
-        sha256, size = write_unit(path, self.tokenizer.dtype, batches, has_targets)
+        how = work.text_field, work.id_field, problems, digest, work.chat, work.source_field
+        batches = self._encode(_batches(read_unit(unit, work.files, *how), counts), unit, encoder, counts)
+        path, has = unit_path(work.folder, unit.index), (work.chat is not None, work.source_field is not None)
+        sha256, size = write_unit(path, self.tokenizer.dtype, batches, *has)
         ledger = Ledger(
             unit=unit.index,
             plan_sha256=work.plan_sha256,
@@ -260,6 +261,9 @@ class UnitEncoder:
                 [xxhash.xxh3_128_digest(text) for text in texts],
                 targets,
                 target_bytes,
+                [str(document.source) for document in batch if isinstance(document, SourcedDocument)]
+                if self.work.source_field
+                else None,
             )
             self.report(sum(nbytes), len(ids))
 

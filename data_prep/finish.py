@@ -81,8 +81,7 @@ def _hashes(tokenizer_file: Path, output: Path) -> dict[str, str]:
 
 def _index(plan: PackingPlan, made: Tokenized, tokens: Path) -> tuple[Columns, np.ndarray, np.ndarray]:
     """Decide every document's split (a position in SPLITS, or LEFT_OUT) and write the store's index."""
-    columns = read_columns(tokens, made.unit_sources)
-    names = [source.name for source in plan.sources]
+    columns, names = read_columns(tokens, made.unit_sources, [source.name for source in plan.sources])
     duplicates = find_duplicates(columns)
     split = np.where(columns.key_hash < np.uint64(int(plan.options.validation_fraction * 2**64)), 1, 0).astype(np.uint8)
     if plan.options.deduplicate:
@@ -124,7 +123,7 @@ def _choose_rows(
     breaks = Breaks(token_bytes(tokenizer))
     packings: dict[str, dict[str, Packing]] = {}
     cuts: dict[str, Counter[str]] = {}
-    parts = {(split, source.name): store.documents(split, source.name) for split in SPLITS for source in plan.sources}
+    parts = {(split, source): store.documents(split, source) for split in SPLITS for source in store.sources}
     longer = sum(int(part.length[part.length > policy.row_tokens].sum()) for part in parts.values())
     with Progress("cutting", longer * store.dtype.itemsize * (1 + (policy.cut == "structure"))) as progress:
 
@@ -186,7 +185,7 @@ def _write_rows(
                 rows=packing.rows,
                 targets=packing.targets,
                 target_bytes=int(documents.targets()[1].sum()) if chats else None,
-                weight=weights[source],
+                weight=weights.get(source),
                 shards=shards,
             )
     return splits

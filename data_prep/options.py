@@ -34,6 +34,8 @@ class BuildOptions(BaseModel):
     """field or column with the answer to it"""
     chat_template: str | None = _not_given()
     """Jinja file with the chat template of conversations (default: that of the tokenizer's folder)"""
+    source_field: str | None = _not_given()
+    """field or column that names the source of a document, in the place of --source"""
     validation_fraction: float = Field(default=0.01, ge=0, lt=1)
     """share of the documents for validation, chosen by the hash of their key; 0 for no validation split"""
     deduplicate: bool = False

@@ -177,7 +177,7 @@ AFTER_UNITS = ("packing", "validation_fraction", "deduplicate")
 """What of a plan decides nothing about the units of its token store."""
 
 
-FIELDS = ("text_field", "id_field", "messages_field", "prompt_field", "response_field", "chat_template")
+FIELDS = ("text_field", "id_field", "source_field", "messages_field", "prompt_field", "response_field", "chat_template")
 """What of a plan the sentences about unreadable input advise to change."""
 
 

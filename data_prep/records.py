@@ -1,10 +1,12 @@
 """What every reader of documents shares: the document, the check of one record, and the place for every complaint."""
 
+import re
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 EXAMPLES_KEPT = 20
+SOURCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class InputFile(NamedTuple):
@@ -58,13 +60,24 @@ class Document(NamedTuple):
     text: str
 
 
-class Conversation(Document):
+class SourcedDocument(Document):
+    """A document whose record may name what it is a part of."""
+
+    source: str | None
+
+    def __new__(cls, key: str, text: str, source: str | None) -> Self:
+        self = super().__new__(cls, key, text)
+        self.source = source
+        return self
+
+
+class Conversation(SourcedDocument):
     """A document of which a part carries loss."""
 
     chat: Rendered
 
-    def __new__(cls, key: str, chat: Rendered) -> "Conversation":
-        self = super().__new__(cls, key, chat.text)
+    def __new__(cls, key: str, chat: Rendered, source: str | None = None) -> Self:
+        self = super().__new__(cls, key, chat.text, source)
         self.chat = chat
         return self
 
@@ -84,6 +97,7 @@ class Fields(NamedTuple):
     text: str
     key: str | None
     chat: Renderer | None = None
+    source: str | None = None
 
     @property
     def content(self) -> dict[str, str]:
@@ -93,7 +107,8 @@ class Fields(NamedTuple):
     @property
     def columns(self) -> dict[str, str]:
         """All fields that are read, and the options that name them."""
-        return self.content | ({} if self.key is None or self.key in self.content else {self.key: "--id-field"})
+        others = {self.key: "--id-field", self.source: "--source-field"}
+        return self.content | {name: flag for name, flag in others.items() if name and name not in self.content}
 
 
 class LeftOut(NamedTuple):
@@ -177,7 +192,22 @@ def _document(record: Any, place_key: str, fields: Fields) -> Document:
         key = record.get(fields.key)
         if isinstance(key, bool) or not isinstance(key, str | int) or not _encodable(str(key)):
             raise BadRecord(f"field {fields.key!r} is missing or not usable as an id")
-    return Conversation(str(key), chat) if chat else Document(str(key), text)
+    source = None if fields.source is None else _source(record.get(fields.source), fields.source)
+    if chat:
+        return Conversation(str(key), chat, source)
+    return Document(str(key), text) if source is None else SourcedDocument(str(key), text, source)
+
+
+def _source(value: Any, field: str) -> str:
+    text = str(value)
+    if not isinstance(value, str | int) or isinstance(value, bool) or text == "all" or not SOURCE_NAME.fullmatch(text):
+        said = (
+            "it is missing"
+            if value is None
+            else f"{text[:40]!r}: a name has letters, digits, ., - and _, and is not all"
+        )
+        raise BadRecord(f"field {field!r} names no source", said)
+    return text
 
 
 def _encodable(text: str) -> bool:

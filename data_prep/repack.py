@@ -64,7 +64,8 @@ def repack(data: Path, policy: PackingPolicy, output: Path) -> Manifest:
         foreseen = say_what_is_foreseen(tokenizer)
         tokenizer_file = tokenizer.save(output / TOKENIZER_FOLDER)
         store = TokenStore.open(data / TOKENS_FOLDER)
-        _check_index(store, origin, [source.name for source in plan.sources])
+        by_field = plan.options.source_field is not None
+        _check_index(store, origin, store.sources if by_field else [source.name for source in plan.sources])
         made = Tokenized(
             ledgers=_take_units(store, plan_before, tokens, plan.sha256),
             unit_sources=[source for _, source in store.units],

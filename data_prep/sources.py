@@ -5,17 +5,15 @@ bytes of a large one, and the row counts of tables, so every process and every l
 """
 
 import hashlib
-import re
 from collections.abc import Iterator
 from itertools import pairwise
 
 from data_prep.content import Content
 from data_prep.find import Source, find_files
 from data_prep.formats import TABLES
-from data_prep.records import InputFile, LeftOut, Unit
+from data_prep.records import SOURCE_NAME, InputFile, LeftOut, Unit
 from data_prep.tables import table_groups
 
-SOURCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 UNIT_FILES = 4096
 UNIT_BYTES_LEAST, UNIT_BYTES_MOST, UNITS_WANTED = 1 << 22, 1 << 26, 256
 

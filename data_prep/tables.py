@@ -237,7 +237,7 @@ def _schema_problem(schema: pa.Schema, fields: Fields) -> str | None:
         if flag == "--messages-field":
             if not _holds_lists(kind):
                 return f"column {name!r} holds {kind}, not lists of messages (see {flag})"
-        elif not _holds_text(kind) and not (name == fields.key and pa.types.is_integer(kind)):
+        elif not _holds_text(kind) and not (name in (fields.key, fields.source) and pa.types.is_integer(kind)):
             return f"column {name!r} holds {kind}, not text (see {flag})"
     return None
 

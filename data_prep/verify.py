@@ -25,8 +25,9 @@ from console.command import CommandParser, run_command
 from console.progress import Progress
 from data_prep.ledger import Ledger
 from data_prep.plan import TOKENS_FOLDER
-from data_prep.store import INDEX_FILE, TokenStore, targets_of_unit
+from data_prep.store import INDEX_FILE, TokenStore
 from data_prep.targets import Spans, problem_of
+from data_prep.unit_file import targets_of_unit
 from storage.manifest import Manifest, file_sha256, read_manifest
 from storage.shards import ShardedDataset
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from data_prep.encode import Disagreement, Encoder, UnitEncoder, Work, awkward_texts, choose_encoder
 from data_prep.ledger import unit_path
 from data_prep.sources import parse_sources, plan_units
-from data_prep.store import unit_schema
 from data_prep.tokenizer import open_tokenizer
+from data_prep.unit_file import unit_schema
 from tests.data_prep.builds import ROOT
 from tests.data_prep.texts import DEEPSEEK, MISTRAL, PROSE, awkward, write_prose
 

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from data_prep import store
 from data_prep.ledger import Ledger, read_ledger, unit_path, write_ledger
-from data_prep.store import LEFT_OUT, DocumentBatch, TokenStore, read_columns, write_index, write_unit
+from data_prep.store import LEFT_OUT, TokenStore, read_columns, write_index
+from data_prep.unit_file import DocumentBatch, write_unit
 from tests.properties import examples
 
 
@@ -30,7 +31,7 @@ def write_store(folder, units: list[list[list[list[int]]]], dtype=np.uint16, spl
             number += len(documents)
         write_unit(unit_path(folder, unit), np.dtype(dtype), iter(made))
         counts.append(sum(map(len, batches)))
-    columns = read_columns(folder, [unit % 2 for unit in range(len(units))])
+    columns, _ = read_columns(folder, [unit % 2 for unit in range(len(units))], ["even", "odd"])
     split = np.zeros(number, np.uint8) if split is None else np.array(split)
     write_index(folder, columns, split, counts, ["even", "odd"])
     return TokenStore.open(folder)
