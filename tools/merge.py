@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from console.command import CommandParser, DefaultsInHelp, run_command
+from console.progress import Progress
 from data_prep.tokenizer import open_tokenizer
 from model.merge_ways import MERGED, WAYS, Choice, equal_shares
 from storage.shards import ShardedDataset, open_split
@@ -136,14 +137,23 @@ def measured(
 ) -> dict[str, dict[str, float]]:
     """Bits per byte of each source, by what the adapters are made of."""
     from tools.evaluation.domains import Sample, bits_per_byte
+    from tools.evaluation.long_context import TOKEN_BYTES
 
     sample, choice = Sample(arguments.max_samples, 1 if learned else None), choice_of(arguments)
     how = dataset, sample, arguments.batch_samples
-    costs = {name: bits_per_byte(model, *how) for name, model in adapted.unmerged().items()}
-    for way, of_way in shares.items():
-        costs[way] = bits_per_byte(adapted.merged(way, of_way, choice), *how)
-    if learned:
-        costs[f"cat, {in_words(learned)}"] = bits_per_byte(adapted.merged("cat", learned), *how)
+    unmerged, costs = adapted.unmerged(), {}
+    rows = sum(min(count, arguments.max_samples or count) for count in dataset.rows_per_source.values())
+    tokens = rows * dataset.manifest.seq_length
+    with Progress("measuring", (len(unmerged) + len(shares) + bool(learned)) * tokens * TOKEN_BYTES) as progress:
+        for name, model in unmerged.items():
+            costs[name] = bits_per_byte(model, *how)
+            progress.advance(tokens * TOKEN_BYTES, tokens)
+        for way, of_way in shares.items():
+            costs[way] = bits_per_byte(adapted.merged(way, of_way, choice), *how)
+            progress.advance(tokens * TOKEN_BYTES, tokens)
+        if learned:
+            costs[f"cat, {in_words(learned)}"] = bits_per_byte(adapted.merged("cat", learned), *how)
+            progress.advance(tokens * TOKEN_BYTES, tokens)
     return costs
 
 

@@ -12,6 +12,7 @@ from console.progress import Progress
 from model.merging import combined
 from storage.shards import ShardedDataset
 from tools.evaluation.domains import AdaptedBase, Sample
+from tools.evaluation.long_context import TOKEN_BYTES
 from training.data import NO_TARGET
 
 STEPS = 40
@@ -41,7 +42,8 @@ def learned_shares(
         itertools.cycle(list(itertools.islice(sample.batches(dataset, source, batch_samples), STEPS)))
         for source in dataset.sources
     ]
-    with Progress("learning weights", STEPS * len(rows)) as progress:
+    most = STEPS * len(rows) * batch_samples * dataset.manifest.seq_length * TOKEN_BYTES
+    with Progress("learning weights", most) as progress:
         for _ in range(STEPS):
             optimizer.zero_grad()
             for batches in rows:
@@ -55,7 +57,7 @@ def learned_shares(
                     {"adapters": torch.zeros(len(ids), dtype=torch.int64, device=like.device)},
                 )
                 (total / (targets != NO_TARGET).sum() / len(rows)).backward()
-                progress.advance(1)
+                progress.advance(ids.numel() * TOKEN_BYTES, ids.numel())
             optimizer.step()
             falling.step()
     return {name: share.detach() for name, share in shares.items()}
