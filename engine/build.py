@@ -5,12 +5,14 @@ import io
 import sys
 import threading
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import deepspeed
 import torch
 
 from engine.engine import Engine, PipelineEngine
+from engine.layout.exchange import gather_uneven
 from engine.layout.groups import Groups
 from engine.layout.mesh import EXCHANGE, Mesh
 from engine.layout.names import named_parameters
@@ -23,6 +25,7 @@ from engine.optimizer import Guarded, build_optimizer
 from engine.reduction.compression import compressed_reduction
 from engine.separate import place_groups
 from model.adapter_config import adapter_of
+from model.contrast import TEMPERATURE, Contrast
 from model.llama import Block, Layer, Llama
 from model.positions import resize_positions
 from training.config import Recipe
@@ -106,6 +109,11 @@ def _build_engine(
     )
     if mesh.sequence > 1:
         engine.head_loss.whole_rows = losses_of_whole_rows(groups.sequence)
+    if recipe.objective.name == "contrastive":
+        everyone = torch.distributed.group.WORLD
+        assert everyone is not None
+        of_all = partial(gather_uneven, group=everyone)
+        engine.head_loss.contrast = Contrast(recipe.objective.temperature or TEMPERATURE, of_all)
     if recipe.adapters.prior_lr is not None:
         engine.prior = LearnedPrior(engine.head_loss.prior.logits, recipe)
     if isinstance(optimizer, Muon):

@@ -73,6 +73,8 @@ def weighed(batch: Batch, of_adapters: dict[str, int]) -> Batch:
 def figures(engine: Engine, found: Survey, sums: list[float]) -> dict[str, Any]:
     """What a step says of the adapters, by the names of metrics; `sums`: those of `HeadLoss` for them, over all ranks."""
     adapters, sources = engine.config.adapters, engine.head_loss.sources
+    if engine.head_loss.contrast is not None:
+        return {}
     parts = zip(found.of_adapters.items(), sums, strict=True) if found.of_adapters else ()
     losses = {name: total / count for (name, count), total in parts if count}
     of_losses = {"adapter_losses": losses} if losses else {}

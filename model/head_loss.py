@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .adapter_config import AdaptersConfig
+from .contrast import Contrast
 from .documents import Documents
 from .loss import IGNORED, reported_sums
 from .mixture import Mixed, mixture_cross_entropy
@@ -24,6 +25,8 @@ class HeadLoss:
         self.adapters, self.prior = adapters, Prior(adapters)
         self.sources: tuple[str, ...] = ()
         """Names of what rows come from, by the places that `Documents.sources` has."""
+        self.contrast: Contrast | None = None
+        """Of pairs of texts, where these are what is trained on."""
         self.whole_rows: Callable[[Tensor, Documents], Tensor] = lambda losses, documents: losses
         """Of the losses [N, B, t] of the tokens that are here, where other processes have the rest of the rows: [N, B, T]."""
 
@@ -43,6 +46,9 @@ class HeadLoss:
 
         `cross_entropy`: `linear_cross_entropy` without its weight; `x` [B, T, D], under the mixture [N B, T, D].
         """
+        if self.contrast is not None:
+            loss = self.contrast(x, targets)
+            return loss, torch.cat([loss.detach().double()[None], loss.new_zeros(self.num_sums - 1).double()])
         if documents is not None and documents.spread is not None:
             return self._of_mixture(cross_entropy, x, documents, targets)
         objective, losses = cross_entropy(

@@ -1,5 +1,6 @@
 """What the README tells a newcomer to type works as written, and what it says of files is true."""
 
+import json
 import os
 import re
 import shutil
@@ -65,12 +66,16 @@ def test_adapters_step_by_step(own_documents):
     for name, text in topics.topics.items():
         (folder / f"my_texts/manuals/{name.replace('/', '-')}.txt").write_text(text)
     run_block("my_texts", folder)
+    run_block("adapters_peft", folder)
     base = AutoModelForCausalLM.from_pretrained(folder / "model_hf")
     assert PeftModel.from_pretrained(base, folder / "adapters_peft/manuals").peft_config["default"].r == 16
     mixture = AutoModelForCausalLM.from_pretrained(folder / "mixture_hf", trust_remote_code=True)
     merged_by_ties = AutoModelForCausalLM.from_pretrained(folder / "ties_hf")
     assert type(merged_by_ties).__name__ == "LlamaForCausalLM"
     assert type(mixture).__name__ == "MixtureLlamaForCausalLM"
+    pairs = [{"query": text[:60], "document": text[60:900]} for text in topics.topics.values() if len(text) > 200]
+    (folder / "my_pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    run_block("my_pairs.jsonl", folder)
     assert AutoModelForCausalLM.from_pretrained(folder / "merged_hf").num_parameters() == base.num_parameters() - sum(
         p.numel() for name, p in base.named_parameters() if "lora" in name
     )

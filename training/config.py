@@ -100,7 +100,8 @@ class Recipe(Section):
             return tree
         objective = tree.get("objective") or {}
         name = objective.get("name", "causal") if isinstance(objective, dict) else getattr(objective, "name", "causal")
-        return tree if name == "causal" else tree | {"model": {"is_causal": False} | tree["model"]}
+        both_sides = name in ("masked", "block_diffusion")
+        return tree | {"model": {"is_causal": False} | tree["model"]} if both_sides else tree
 
     @model_validator(mode="before")
     @classmethod
@@ -118,8 +119,10 @@ class Recipe(Section):
     def _adapters_can_be_trained(self) -> Self:
         if self.model.adapters != self.adapters:
             raise ValueError("adapters: give them in their own section, not in model")
-        if self.adapters.names and self.objective.name != "causal":
-            raise ValueError(f"adapters are trained on the objective causal, not {self.objective.name}")
+        if self.adapters.names and self.objective.masks:
+            raise ValueError(
+                f"adapters are trained on the objectives causal and contrastive, not {self.objective.name}"
+            )
         if self.adapters.initial_weights and self.training.initial_weights is None:
             raise ValueError("adapters.initial_weights belong to a base: name it in training.initial_weights")
         if self.adapters.mode == "mixture" and self.training.z_loss_weight:
@@ -131,13 +134,30 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _model_can_do_the_objective(self) -> Self:
         name = self.objective.name
-        if self.model.is_causal != (name == "causal"):
+        if self.model.is_causal == self.objective.masks:
             raise ValueError(
                 f"model.is_causal {self.model.is_causal} contradicts objective.name {name}: leave model.is_causal out"
             )
         if name == "block_diffusion" and self.model.chunk_size is None:
             raise ValueError(
                 "objective.name block_diffusion works in chunks: set model.attention to chunked, and chunk_size"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _contrasts_for_one_adapter(self) -> Self:
+        if self.objective.name != "contrastive":
+            return self
+        if self.adapters.mode != "single" or self.adapters.train_base:
+            raise ValueError(
+                "objective.name contrastive trains one adapter on a base that stays: set adapters.mode to single"
+            )
+        if self.training.z_loss_weight:
+            raise ValueError("training.z_loss_weight has no meaning for the objective contrastive: leave it out")
+        if self.validation.every_steps is not None:
+            raise ValueError(
+                "validation.every_steps: a contrastive loss depends on how many pairs meet, so set it to null, and measure "
+                "retrieval by tools.embed --evaluate"
             )
         return self
 

@@ -16,7 +16,7 @@ identifies.
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from itertools import islice
 from typing import Any
@@ -56,21 +56,21 @@ def training_order(
 class TrainingData(Dataset):
     """Batches by the samples' places and numbers: `data[sources, rows, samples]`, int64 arrays of equal length.
 
-    `visibility`: what the model's tokens see; with it the rows of a step are dealt out by their attention cost. `labels`: what
-    rows have by their source. `seed`: rows get seeds of their own by it.
+    `visibility`: what the model's tokens see; with it the rows of a step are dealt out by their attention cost. `change`: of
+    a batch by the numbers of its samples. `labels`: what rows have by their source. `seed`: rows get seeds of their own by it.
     """
 
     def __init__(
         self,
         dataset: ShardedDataset,
         order: SampleOrder,
-        masking: Masking | None = None,
+        change: Callable[[Batch, np.ndarray], Batch] | None = None,
         visibility: Visibility | None = None,
         labels: Labels | None = None,
         seed: int | None = None,
     ) -> None:
         self.seed = seed
-        self.dataset, self.order, self.masking, self.visibility = dataset, order, masking, visibility
+        self.dataset, self.order, self.change, self.visibility = dataset, order, change, visibility
         self.labels = labels
         self._source = np.array([dataset.sources.index(name) for name in order.sources])
 
@@ -79,7 +79,7 @@ class TrainingData(Dataset):
         batch = make_batch(self.dataset, sources, rows, labels=self.labels)
         if self.seed is not None:
             batch["seeds"] = torch.from_numpy(self._seeds(sources, rows, samples))
-        return self.masking(batch, samples) if self.masking else batch
+        return self.change(batch, samples) if self.change else batch
 
     def _seeds(self, sources: np.ndarray, rows: np.ndarray, samples: np.ndarray) -> np.ndarray:
         """By source, row and how often it was read before, whatever else is trained on."""

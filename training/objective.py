@@ -39,7 +39,7 @@ class Masking:
     def __init__(
         self, objective: ObjectiveConfig, model: ModelConfig, manifest: Manifest, seed: int, purpose: str
     ) -> None:
-        assert objective.name != "causal"
+        assert objective.masks
         tokenizer = manifest.tokenizer
         self.objective, self.chunk_size = objective, model.chunk_size
         self.mask_id = mask_token_id(tokenizer, model)
@@ -104,7 +104,7 @@ class Masking:
 
 
 def recipe_masking(recipe: Recipe, manifest: Manifest, purpose: str, seed: int | None = None) -> Masking | None:
-    """How batches of a data set are masked; None for the causal objective. `seed`: the recipe's by default."""
-    if recipe.objective.name == "causal":
+    """How batches of a data set are masked; None where they are not. `seed`: the recipe's by default."""
+    if not recipe.objective.masks:
         return None
     return Masking(recipe.objective, recipe.model, manifest, recipe.training.seed if seed is None else seed, purpose)

@@ -23,10 +23,15 @@ class DataConfig(BaseModel):
 class ObjectiveConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True, allow_inf_nan=False)
 
-    name: Literal["causal", "masked", "block_diffusion"] = "causal"
+    name: Literal["causal", "masked", "block_diffusion", "contrastive"] = "causal"
     """causal: predict the next token. masked: predict tokens replaced by the mask token, from both sides (with `attention:
     chunked` from their own and earlier chunks). block_diffusion: predict the masked tokens of each chunk from the rest of
-    it and the clean earlier chunks; a row then holds both copies (Arriola et al. 2025)."""
+    it and the clean earlier chunks; a row then holds both copies (Arriola et al. 2025). contrastive: of the conversations in a
+    step, find what answers each question by the mean of its last hidden states (InfoNCE, van den Oord et al. 2018); for
+    semantic search."""
+
+    temperature: PositiveFloat | None = None
+    """Of contrastive: what cosines are divided by; null: 0.05."""
 
     mask_ratio: float | tuple[float, float] | None = None
     """Share of the tokens that is masked. One number: fixed, the loss is the mean over the masked tokens (Devlin et al.
@@ -43,9 +48,18 @@ class ObjectiveConfig(BaseModel):
     @model_validator(mode="after")
     def _makes_sense(self) -> Self:
         set_here = {key for key in ("mask_ratio", "random_ratio", "keep_ratio") if getattr(self, key)}
-        if self.name == "causal":
-            if set_here:
-                raise ValueError(f"{min(set_here)} has no meaning for the objective causal: remove it")
+        if self.temperature is not None and self.name != "contrastive":
+            set_here = {"temperature"}
+        elif self.masks:
+            set_here = set()
+        if set_here:
+            raise ValueError(f"{min(set_here)} has no meaning for the objective {self.name}: remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _masks_make_sense(self) -> Self:
+        set_here = {key for key in ("mask_ratio", "random_ratio", "keep_ratio") if getattr(self, key)}
+        if not self.masks:
             return self
         low, high = self.ratios
         if not 0 <= low <= high <= 1 or not high:
@@ -57,6 +71,11 @@ class ObjectiveConfig(BaseModel):
         if self.random_ratio + self.keep_ratio > 1:
             raise ValueError("random_ratio and keep_ratio are shares of the masked tokens: their sum is at most 1")
         return self
+
+    @property
+    def masks(self) -> bool:
+        """Whether tokens are hidden, and the model sees both sides."""
+        return self.name in ("masked", "block_diffusion")
 
     @property
     def ratios(self) -> tuple[float, float]:

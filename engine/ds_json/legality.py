@@ -24,6 +24,8 @@ def illegal_combinations(
         checks += _compression(config, mesh)
     if recipe.adapters.names:
         checks += _adapters(config, recipe)
+    if recipe.objective.name == "contrastive":
+        checks += _contrast(accumulation, mesh)
     return [sentence for broken, sentence in checks if broken] + tensor_problems(recipe.model, mesh)
 
 
@@ -192,6 +194,21 @@ def _adapters(config: dict[str, Any], recipe: Recipe) -> Checks:
             _stage(config) == 3 and sub_group < largest,
             f"zero_optimization.sub_group_size {sub_group} would divide an adapter of {largest} parameters, which is clipped as "
             "one: raise it above that",
+        ),
+    ]
+
+
+def _contrast(accumulation: int, mesh: Mesh) -> Checks:
+    return [
+        (
+            mesh.data < mesh.world_size,
+            "objective.name contrastive compares the pairs of data-parallel ranks: leave pipeline, tensor and sequence "
+            "parallelism out",
+        ),
+        (
+            accumulation > 1,
+            f"objective.name contrastive compares all pairs of a step, which is divided into {accumulation} micro-batches: raise "
+            "training.micro_batch_samples, or use more ranks",
         ),
     ]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 Pending = Callable[[], Tensor]
@@ -86,6 +87,16 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return scatter(grad, ctx.group)(), None
+
+
+def gather_uneven(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, int]:
+    """[n_i, D] of each rank -> all of them [N, D], with gradients as of `Gather`, and the place of this rank's first."""
+    counts = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(group.size())]
+    dist.all_gather(counts, torch.tensor([len(x)], device=x.device), group=group)
+    numbers = [int(count) for count in counts]
+    whole = Gather.apply(F.pad(x, (0, 0, 0, max(numbers) - len(x)))[None], group)[0]
+    parts = [part[:number] for part, number in zip(whole.chunk(group.size()), numbers, strict=True)]
+    return torch.cat(parts), sum(numbers[: group.rank()])
 
 
 class Scatter(torch.autograd.Function):

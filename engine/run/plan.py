@@ -20,6 +20,7 @@ from storage.shards import ShardedDataset, open_split
 from training.config import Recipe, config_json_notices, load_recipe
 from training.data import TrainingData
 from training.objective import recipe_masking
+from training.pairs import PairedTexts
 from training.routing import idle_problems, labels_of_sources, routing_problems
 from training.sampler import SampleOrder
 from training.schedule import landmarks, lr_factor
@@ -73,11 +74,16 @@ class RunPlan(NamedTuple):
 
     def training_data(self, stage: Stage, order: SampleOrder) -> TrainingData:
         """The batches of a stage in that order, masked if the objective says so, dealt out by attention if the recipe does."""
-        masking = recipe_masking(self.recipe, stage.dataset.manifest, f"training from step {stage.begin}")
+        manifest, pairs = stage.dataset.manifest, self.recipe.objective.name == "contrastive"
+        change = (
+            PairedTexts(manifest)
+            if pairs
+            else recipe_masking(self.recipe, manifest, f"training from step {stage.begin}")
+        )
         visibility = self.recipe.model.visibility if stage.config.balance_attention else None
         labels = labels_of_sources(self.recipe.adapters, stage.dataset, self.sources)
         seed = self.recipe.training.seed if self.recipe.adapters.lora_dropout else None
-        return TrainingData(stage.dataset, order, masking, visibility, labels, seed)
+        return TrainingData(stage.dataset, order, change, visibility, labels, seed)
 
     def learning_rate(self, step: int) -> float:
         """Of the optimizer step with this number, counted from 1."""
@@ -188,6 +194,11 @@ def _open_stages(
     found += idle_problems(recipe.adapters, [stage.dataset for stage in stages])
     for stage in stages:
         found += model_data_problems(recipe.model, stage.dataset, stage.data)
+        if recipe.objective.name == "contrastive" and not stage.dataset.manifest.target_spans:
+            found.append(
+                f"objective.name contrastive needs pairs, and {stage.data} has texts: build it with --prompt-field and "
+                "--response-field"
+            )
         if stage.dataset.manifest.tokenizer.sha256 != first.dataset.manifest.tokenizer.sha256:
             found.append(f"stages: {stage.name}: {stage.data} was built with another tokenizer than {first.folder}")
     problems += [f"{recipe_file}: {problem}" for problem in dict.fromkeys(found)]

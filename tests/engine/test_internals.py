@@ -48,6 +48,7 @@ def set_attributes(tree: ast.AST) -> set[str]:
 ON_OBJECTS_OF_OURS = {
     "engine/build.py": {
         "late.daemon",
+        "engine.head_loss.contrast",
         "engine.head_loss.whole_rows",
         "engine.prior",
         "model.activation_checkpointing",
@@ -56,6 +57,7 @@ ON_OBJECTS_OF_OURS = {
     "engine/checkpoint/transplant.py": {"part.data"},
     "engine/layout/sequence.py": {"documents.exchange", "module.attend"},
     "engine/layout/tensor.py": {
+        "linear.first_input",
         "module.multiply",
         "setattr(owner, leaf, _part(getattr(owner, leaf), dimension, parts))",
         "setattr(module, last, RowMap(getattr(module, last), parts))",

@@ -18,6 +18,7 @@ SHIPPED = sorted(Path("recipes").glob("*.yaml"))
 SIZES_IN_MILLIONS = {
     "tiny": (7, 9),
     "tiny-adapters": (9, 10),
+    "tiny-search": (9, 10),
     "tiny-long": (5, 6),
     "llama-125m": (110, 140),
     "masked-lm-125m": (105, 140),

@@ -57,7 +57,12 @@ def test_rows_find_their_adapters(setting):
             1,
             "'third' has nothing to learn from: the sources of the data are",
         ),
-        ({"objective.name": "masked"}, None, 1, "adapters are trained on the objective causal, not masked"),
+        (
+            {"objective.name": "masked"},
+            None,
+            1,
+            "adapters are trained on the objectives causal and contrastive, not masked",
+        ),
         ({"optimizer.name": "lion"}, None, 1, "adapters are trained by the optimizer adamw, not lion"),
         (
             {"adapters.last_layers": "1"},
