@@ -37,6 +37,7 @@ bench: .venv/installed
 	$(BIN)/python -m bench.loader
 	$(BIN)/python -m bench.model
 	$(BIN)/python -m bench.kernels
+	$(BIN)/python -m bench.adapters
 	$(BIN)/python -m bench.attention
 	$(BIN)/python -m bench.balance
 	$(BIN)/python -m bench.checkpoint

@@ -92,7 +92,7 @@ def compare(rows: int, tokens: int, rounds: int, device_name: str | None) -> Non
     few = {mode: Job(16, 4, tokens, device, mode=mode) for mode in ("mixture", "hard")}
     last = {number: Job(number, rows, tokens, device, last_layers=LAST_LAYERS) for number in (1, 16)}
     share = Job(1, rows // 4, tokens, device)
-    steps: dict[str, Step] = {f"routed, {number} adapters": job.routed for number, job in jobs.items()}
+    steps: dict[str, Step] = {_routed(number): job.routed for number, job in jobs.items()}
     steps["PEFT's mixed batch, 16 adapters"] = pefts_mixed_batch(16, jobs[16])
     steps["a quarter of the rows, 1 adapter"] = share.routed
     steps |= {f"16 adapters in the last {LAST_LAYERS} blocks": last[16].routed}
@@ -115,7 +115,7 @@ def compare(rows: int, tokens: int, rounds: int, device_name: str | None) -> Non
         found = [times * a / b for a, b in zip(took[first], took[second], strict=True)]
         print(f"{what}: {statistics.median(found):.2f} (rounds {', '.join(f'{each:.2f}' for each in found)})")
 
-    one, four, sixteen = (f"routed, {number} adapters" for number in jobs)
+    one, four, sixteen = map(_routed, (1, 4, 16))
     ratio("speed of 4 adapters in one batch, by that of 1", one, four)
     ratio("speed of 16 adapters in one batch, by that of 1", one, sixteen)
     ratio("speed of 16 adapters in one batch, by PEFT's", "PEFT's mixed batch, 16 adapters", sixteen)
@@ -131,6 +131,10 @@ def compare(rows: int, tokens: int, rounds: int, device_name: str | None) -> Non
     print()
     del jobs, few, last, share, steps
     memory(rows, tokens, device)
+
+
+def _routed(adapters: int) -> str:
+    return f"routed, {adapters} adapter{'s' if adapters > 1 else ''}"
 
 
 def _flops(job: Job, tokens: int) -> float:
