@@ -118,15 +118,15 @@ class Sample(NamedTuple):
         for first in range(0, len(rows), batch_samples):
             numbers = np.array(rows[first : first + batch_samples])
             batch = make_batch(dataset, np.full(len(numbers), number), numbers)
-            kept = np.stack([np.isin(_document_of_each(dataset, source, row), counted) for row in numbers])
+            kept = np.stack([np.isin(document_of_each(dataset, source, row), counted) for row in numbers])
             yield batch | {"targets": batch["targets"].masked_fill(~torch.from_numpy(kept), NO_TARGET)}
 
 
-def _document_of_each(dataset: ShardedDataset, source: str, row: int) -> np.ndarray:
+def document_of_each(dataset: ShardedDataset, source: str, row: int) -> np.ndarray:
     """Number of the document that each input of a row lies in, int64 [T]; -1 in padding."""
     pieces, tokens = dataset.row(source, row), dataset.manifest.seq_length
-    numbers = np.repeat(pieces.seg_doc, pieces.seg_len)
-    return np.pad(numbers, (0, max(0, tokens - len(numbers))), constant_values=-1)[:tokens]
+    numbers = np.repeat(pieces.seg_doc, pieces.seg_len)[:tokens].astype(np.int64)
+    return np.pad(numbers, (0, tokens - len(numbers)), constant_values=-1)
 
 
 def bits_per_byte(

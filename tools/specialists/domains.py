@@ -13,11 +13,12 @@ from engine.checkpoint.folder import find
 from model.hf.weights import load_model
 from storage.shards import ShardedDataset, open_split
 from tools.evaluation.domains import open_adapted
-from tools.specialists.likelihoods import Likelihoods, bits_per_byte, device, measure, open_members
+from tools.specialists.likelihoods import Likelihoods, bits_per_byte, measure, open_members
 from tools.specialists.metrics import normalised_mutual_information
 from tools.specialists.results import Figure, Results
 from tools.specialists.seeding import write_groups
 from tools.specialists.trainings import RECIPES, Training, Workshop
+from tools.trained import usable
 
 CLOSE_ENOUGH = 0.005
 """Bits per byte between the mixture of whole documents and the best single adapter."""
@@ -128,7 +129,7 @@ def figures(dataset: ShardedDataset, routed: Path, single: Path) -> dict[str, di
     for source in dataset.sources:
         found = measure(model, dataset, source, [0])
         note("one of the summed rank", source, found.of_members()[0], found)
-    adapted = open_adapted(*find(routed), torch.float32, device())
+    adapted = open_adapted(*find(routed), torch.float32, usable(None))
     for way, (kind, share) in MERGES.items():
         merged = adapted.merged(kind, dict.fromkeys(names, share or 1 / len(names)))
         for source in dataset.sources:

@@ -19,7 +19,8 @@ from model.llama import Llama
 from model.loss import linear_cross_entropy
 from model.mixture import mix
 from storage.shards import ShardedDataset
-from tools.trained import load_checkpoint
+from tools.evaluation.domains import document_of_each
+from tools.trained import load_checkpoint, usable
 from training.data import make_batch
 from training.scores import scores
 
@@ -55,13 +56,9 @@ class Likelihoods(NamedTuple):
         return of_documents.argmax(0)[numbers >= 0].tolist()
 
 
-def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def open_members(run: Path) -> tuple[Llama, list[str]]:
     """The base of a run with all its adapters, and their names."""
-    model = load_checkpoint(*find(run), torch.float32, device(), None).eval()
+    model = load_checkpoint(*find(run), torch.float32, usable(None), None).eval()
     return model, list(model.config.adapters.names)
 
 
@@ -71,14 +68,8 @@ def batches(dataset: ShardedDataset, source: str) -> Iterator[tuple[Documents, T
     for first in range(0, dataset.rows_per_source[source], BATCH_ROWS):
         rows = np.arange(first, min(first + BATCH_ROWS, dataset.rows_per_source[source]))
         batch = make_batch(dataset, np.full(len(rows), number), rows)
-        numbers = torch.stack([_document_of_each(dataset, source, row) for row in rows.tolist()])
+        numbers = torch.from_numpy(np.stack([document_of_each(dataset, source, row) for row in rows.tolist()]))
         yield Documents.from_position_ids(batch["position_ids"]), numbers, batch["input_ids"], batch["targets"]
-
-
-def _document_of_each(dataset: ShardedDataset, source: str, row: int) -> Tensor:
-    pieces, tokens = dataset.row(source, row), dataset.manifest.seq_length
-    numbers = np.repeat(pieces.seg_doc, pieces.seg_len)[:tokens].astype(np.int64)
-    return torch.from_numpy(np.pad(numbers, (0, tokens - len(numbers)), constant_values=-1))
 
 
 @torch.inference_mode()
