@@ -124,3 +124,17 @@ def test_what_adapters_cost_is_said(setting, mode, least, most):
     text = check_memory(plan(setting, more), Topology(0, 0, 1, torch.device("cpu")))
     found = re.search(rf"\narithmetic: 2 adapters in mode {mode} take [\d.]+ MFLOP a token, ([\d.]+) times", text)
     assert least < float(found[1]) < most
+
+
+@pytest.mark.parametrize(
+    ("sources", "sentence"),
+    [
+        (("long",), "adapters.prior has nothing for 'short', a source of"),
+        (("long", "short", "third"), "adapters.prior: there is no 'third': the sources of the data are long, short"),
+    ],
+)
+def test_priors_are_those_of_the_sources(setting, sources, sentence):
+    prior = ", ".join(f"{source}: {{a: 1, b: 2}}" for source in sources)
+    more = {"adapters.names": "[a, b]", "adapters.mode": "mixture", "training.z_loss_weight": "0"}
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        plan(setting, more | {"adapters.prior": f"{{{prior}}}"})
