@@ -91,13 +91,18 @@ def _losses(run: Run) -> list[go.Scatter]:
 
 
 def _of_adapters(run: Run) -> list[Panel]:
-    """What each adapter made of its targets, and how many targets; none where there are no adapters."""
+    """What each adapter made of its targets, and how many targets, of each source too; none where there are no adapters."""
+    shown = [(title, [record.get(key, {}) for record in run.steps], ticks) for title, key, ticks in ADAPTER_PANELS]
+    of_sources = [record.get("adapter_shares_of_sources", {}) for record in run.steps]
+    for source in dict.fromkeys(name for record in of_sources for name in record):
+        title = f"Share of the targets of {html.escape(source)} that each adapter made"
+        shown.append((title, [record.get(source, {}) for record in of_sources], "~%"))
     panels: list[Panel] = []
-    for title, key, ticks in ADAPTER_PANELS:
-        names = dict.fromkeys(name for record in run.steps for name in record.get(key, {}))
+    for title, values, ticks in shown:
         traces = []
+        names = dict.fromkeys(name for of_step in values for name in of_step)
         for number, name in enumerate(names):
-            records = [record | {name: record.get(key, {}).get(name)} for record in run.steps]
+            records = [record | {name: of_step.get(name)} for record, of_step in zip(run.steps, values, strict=True)]
             group = {"color": COLORS[number % len(COLORS)], "legendgroup": name, "showlegend": not panels}
             traces += _curves(name, records, name, **group)
         if names:

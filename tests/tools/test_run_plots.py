@@ -67,15 +67,25 @@ def test_adapters_have_panels_of_their_own(tmp_path):
         if "loss" in record:
             losses = {"plays": 4.0} | ({"manuals": 3.0} if record["step"] % 2 else {})
             record |= {"adapter_losses": losses, "adapter_shares": {"plays": 0.25, "manuals": 0.75}}
+            record["adapter_shares_of_sources"] = {"old <b>": {"plays": 1.0, "manuals": 0.0}} | (
+                {"new": {"plays": 0.125, "manuals": 0.875}} if record["step"] > 100 else {}
+            )
     metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
     drawn = Page(page(read_run(tmp_path))).figure()
-    assert len(drawn.data) == before + 4
-    found = {
-        (trace.name, trace.showlegend): numbers(trace.y) for trace in drawn.data if trace.name in ("plays", "manuals")
-    }
-    np.testing.assert_array_equal(found["manuals", True], [3.0, np.nan] * 100)
-    np.testing.assert_array_equal(found["plays", True], 4.0)
-    np.testing.assert_array_equal(found["manuals", False], 0.75)
+    assert len(drawn.data) == before + 2 * 4
+    found: dict[str, list[np.ndarray]] = {"plays": [], "manuals": []}
+    for trace in drawn.data:
+        if trace.name in found:
+            assert trace.showlegend == (not found[trace.name])
+            found[trace.name].append(numbers(trace.y))
+    _, shares, of_old, of_new = found["manuals"]
+    np.testing.assert_array_equal(found["manuals"][0], [3.0, np.nan] * 100)
+    np.testing.assert_array_equal(found["plays"][0], 4.0)
+    np.testing.assert_array_equal(shares, 0.75)
+    np.testing.assert_array_equal(of_old, 0.0)
+    np.testing.assert_array_equal(of_new, [np.nan] * 100 + [0.875] * 100)
+    titles = [" ".join(title.text.split("<br>")) for title in drawn.layout.annotations]
+    assert "Share of the targets of old &lt;b&gt; that each adapter made" in titles
 
 
 def test_noisy_curves_have_smoothed_ones_and_stay_behind_them(tmp_path):
