@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from model import merge_ways
 from storage.shards import open_split
 from tests.forks import run_python
 from tests.tools.called import call
 from tools import tasks
-from tools.specialists import packages, search, trainings
+from tools.specialists import domains, packages, search, trainings
 from tools.specialists.answers import overlap, right_words, shared_words
 from tools.specialists.domains import judged
 from tools.specialists.everything import run_tasks
@@ -23,7 +24,7 @@ from tools.specialists.likelihoods import Likelihoods
 from tools.specialists.metrics import exact_match, normalised_mutual_information, word_f1
 from tools.specialists.questions import Question, of_page, sections, split, write_questions
 from tools.specialists.results import Figure, Results
-from tools.specialists.seeding import groups_of
+from tools.specialists.seeding import LEAST_TOKENS, frequencies, groups_of
 from tools.specialists.texts import DOMAINS, is_held_out, passages, write_domain
 from tools.specialists.trainings import Settings, Workshop
 
@@ -38,11 +39,19 @@ TINY = Settings(
     mixture_steps=2,
     seeds=1,
     answer_steps=2,
-    questions=3,
+    search_steps=2,
+    questions=9,
 )
 PROSE = "\n\n".join(topics.topics[name] for name in sorted(topics.topics))
 LETTERS = dict(zip(DOMAINS, ("etaoinsh", "αβγδεζηθ", "абвгдежз", "קראטוןםפ"), strict=True))
 """Texts in letters of their own: nobody could mistake one source for another."""
+BEGINS = "Here begins part {} of page {}."
+PAGES = [
+    (name, "".join(f"Title\n=====\n\n{BEGINS.format(part, name)} {'word ' * 16}\n\n" for part in range(5)))
+    for held_out in (True, False)
+    for name in [name for name in map(str, range(2000)) if is_held_out(name) is held_out][:6]
+]
+"""Six that are held out, and six to learn from, of five sections."""
 
 
 def forked(command, stdout, stderr):
@@ -70,14 +79,16 @@ def whole(tmp_path_factory):
         for name in ("translation", "answering"):
             write_questions(questions[3:], work / f"questions/{name}.jsonl")
             write_questions(questions[:3], work / f"questions/{name}.held_out.jsonl")
-        yield work, run_tasks(["domains", "translation", "answering"], workshop)
+        patch.setattr(search, "python", lambda _: PAGES)
+        yield work, run_tasks(["domains", "translation", "answering", "search"], workshop)
 
 
 def test_every_way_is_measured_on_every_source(whole):
     work, found = whole
     table = found["domains"].rows
     assert set(DOMAINS) == set(open_split(work / "data/domains", "validation").sources)
-    assert len(table) == 13
+    assert {way for way in table if way.startswith("merged: ")} == {f"merged: {way}" for way in MERGED}
+    assert len(table) == 8 + len(MERGED)
     for figures in table.values():
         assert figures.keys() == set(DOMAINS)
         assert all(0 < figure.mean < 20 for figure in figures.values())
@@ -107,7 +118,11 @@ def test_only_answers_carry_loss(whole):
 def test_nothing_is_made_twice_and_other_settings_are_refused(whole, monkeypatch):
     work, found = whole
     monkeypatch.setattr(trainings, "subprocess", None)  # no command is run
-    assert run_tasks(["domains"], Workshop(work, TINY))["domains"].rows == found["domains"].rows
+    monkeypatch.setattr(domains, "merges", lambda *_: ())  # seconds
+    again = run_tasks(["domains", "search"], Workshop(work, TINY))
+    assert again["search"].rows == found["search"].rows
+    kept = {way: row for way, row in found["domains"].rows.items() if not way.startswith("merged: ")}
+    assert again["domains"].rows == kept
     with pytest.raises(ValueError, match="was made with other settings"):
         Workshop(work, TINY._replace(seeds=2))
     with pytest.raises(ValueError, match="holds something else"):
@@ -162,6 +177,31 @@ def test_groups_are_those_of_the_points():
     assert normalised_mutual_information(truth.tolist(), groups_of(points, 3, rng).tolist()) == pytest.approx(1)
 
 
+def test_documents_are_grouped_by_their_tokens(whole):
+    """Sources that have letters of their own are told apart without fault, whatever the base has learned in two steps."""
+    work, _ = whole
+    true, grouped = [], []
+    for file in sorted((work / "groups/1").glob("*.jsonl")):
+        for line in file.read_text().splitlines():
+            text = json.loads(line)["text"]
+            true.append(max(LETTERS, key=lambda source: sum(map(text.count, LETTERS[source]))))
+            grouped.append(file.stem)
+    assert set(true) == set(LETTERS)
+    assert normalised_mutual_information(true, grouped) == 1
+
+
+def test_distances_of_documents_are_those_of_hellinger(whole):
+    work, _ = whole
+    dataset = open_split(work / "data/domains", "train")
+    points, pieces = frequencies(dataset, np.arange(0, sum(dataset.rows_per_source.values()), 5))
+    assert len(points) == len(pieces) > 8
+    assert min(map(len, pieces)) >= LEAST_TOKENS
+    for one in (0, len(pieces) - 1):
+        shares = [np.bincount(pieces[place], minlength=TINY.vocab_size) / len(pieces[place]) for place in (one, 3)]
+        overlap = np.sqrt(shares[0] * shares[1]).sum()
+        assert float((points[one] - points[3]).square().sum()) == pytest.approx(2 - 2 * overlap, abs=1e-5)
+
+
 def test_a_statement_that_fails_is_said():
     better, worse = ({way: {"x": value} for way in WAYS} for value in (1.0, 2.0))
     held = judged([better | {"base": {"x": 1.5}}], [0.95], ["x"])
@@ -170,6 +210,8 @@ def test_a_statement_that_fails_is_said():
     assert [statement.rpartition(" ")[2] for statement in failed.statements] == ["NO", "NO", "NO"]
 
 
+MERGED = ["sum", "mean", *(way for way in merge_ways.WAYS if way != "cat")]
+MERGED += [f"a weight for each {what}, learned" for what in ("adapter", "layer")]
 WAYS = ("base", "routed to its own", "best single adapter", "mixture, g = 1")
 
 
@@ -254,28 +296,39 @@ def test_a_catalogue_is_read(tmp_path):
     assert packages.catalogue(path) == {"file": "Dateï"}
 
 
-def test_sections_look_for_the_page_without_them(whole, monkeypatch):
-    """On pages of the kind that is read, and on the adapters of the other tasks: no command is run."""
-    work, _ = whole
-    names = [name for name in map(str, range(2000)) if is_held_out(name)][:6]
-    begins = "Here begins part {} of page {}."
-    pages = [
-        (name, "".join(f"Title\n=====\n\n{begins.format(part, name)} {'word ' * 40}\n\n" for part in range(5)))
-        for name in names
-    ]
-    open_to_all = next(name for name in map(str, range(2000)) if not is_held_out(name))
-    pairs = search.pairs_of([*pages, (open_to_all, pages[0][1]), ("empty", "no sections")], 9)
+def test_sections_look_for_the_page_without_them(whole):
+    work, found = whole
+    pairs = search.pairs_of([*PAGES, ("empty", "no sections")], 9)
     assert len(pairs.queries) == 9
     for query, place in zip(pairs.queries, pairs.right, strict=True):
         _, _, _, part, _, _, name, *_ = query.replace(".", " ").split()
         assert part in "13"
-        assert [begins.format(part, name) in pairs.documents[place] for part in range(5)] == [True, False] * 2 + [True]
-    monkeypatch.setattr(trainings, "subprocess", None)
-    monkeypatch.setattr(search, "python", lambda _: pages)
-    table = run_tasks(["search"], Workshop(work, TINY))["search"].rows
-    assert table.keys() == {"BM25", "base, mean", "base, last", "adapter, mean", "adapter, last"}
+        assert is_held_out(name)
+        assert [BEGINS.format(part, name) in pairs.documents[place] for part in range(5)] == [True, False] * 2 + [True]
+    table = found["search"].rows
+    assert table.keys() == {
+        "BM25",
+        "base, mean",
+        "base, last",
+        "adapter that predicts, mean",
+        "adapter that predicts, last",
+        "adapter that searches, mean",
+    }
     for figures in table.values():
         assert 0 <= figures["recall@1"].mean <= figures["recall@5"].mean <= figures["recall@10"].mean <= 1
     assert (work / "results/search.md").exists()
     with pytest.raises(ValueError, match="no page is held out"):
-        search.pairs_of([(open_to_all, pages[0][1])], 5)
+        search.pairs_of(PAGES[6:], 5)
+
+
+def test_sections_that_follow_one_another_are_learned_as_pairs(whole):
+    work, _ = whole
+    learned = list(search.pairs_to_learn(PAGES))
+    assert len(learned) == 2 * 6
+    for number, question in enumerate(learned):
+        assert not is_held_out(question.page)
+        part = number % 2 * 2
+        assert question.response.startswith(BEGINS.format(part, question.page))
+        assert question.prompt.startswith(BEGINS.format(part + 1, question.page))
+    manifest = json.loads((work / "data/pairs/manifest.json").read_text())
+    assert manifest["splits"]["train"]["python"]["documents"] == len(learned)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,11 @@ import torch
 
 from data_prep.tokenizer import open_tokenizer
 from engine.checkpoint.folder import find
-from model.hf.weights import load_model
+from model.llama import Llama
+from model.merge_ways import WAYS, equal_shares
 from storage.shards import ShardedDataset, open_split
-from tools.evaluation.domains import open_adapted
+from tools.evaluation.domains import AdaptedBase, Sample, open_adapted
+from tools.evaluation.learned_shares import learned_shares
 from tools.specialists.likelihoods import Likelihoods, bits_per_byte, measure, open_members
 from tools.specialists.metrics import normalised_mutual_information
 from tools.specialists.results import Figure, Results
@@ -26,14 +28,8 @@ FOUND = 0.9
 """Normalised mutual information from which on sources count as found."""
 RANK = 8
 HOW = {"r": RANK, "lora_alpha": 2 * RANK}
-MERGES = {
-    "sum": ("cat", 1.0),
-    "mean": ("cat", None),
-    "linear": ("linear", None),
-    "ties": ("ties", None),
-    "dare": ("dare_linear", None),
-}
-"""PEFT's name of the way, and what each adapter counts; None: all of them together 1."""
+LEARNING_ROWS = 40
+"""Of each source's training rows, on which weights of a merge are learned."""
 WITHOUT_LABELS = "learned without labels, g = 1", "learned without labels, g = 0"
 
 
@@ -49,10 +45,10 @@ def compare(workshop: Workshop, base: Path, data: Path, sources: list[str]) -> R
     runs = dict(zip(wanted, workshop.trainings(wanted), strict=True))
     finders = [f"adapter-{number}" for number in range(1, len(sources) + 1)]
     mixtures = trained_without_labels(workshop, base, data, {"names": finders} | HOW)
-    dataset = open_split(data, "validation")
+    dataset, train = open_split(data, "validation"), open_split(data, "train")
     of_seeds, found = [], []
     for seed, mixture in zip(seeds, mixtures, strict=True):
-        of_seeds.append(figures(dataset, runs[f"routed-{seed}"], runs[f"single-{seed}"]))
+        of_seeds.append(figures(dataset, train, runs[f"routed-{seed}"], runs[f"single-{seed}"]))
         ways, shared = figures_without_labels(dataset, mixture)
         of_seeds[-1] |= ways
         found.append(shared)
@@ -68,17 +64,13 @@ def routed(workshop: Workshop, base: Path, data: Path, sources: Sequence[str], s
 def trained_without_labels(workshop: Workshop, base: Path, data: Path, adapters: dict[str, Any]) -> list[Path]:
     """A run of mode mixture for each seed, from adapters that a few steps on groups of documents have told apart."""
     settings, seeds = workshop.settings, range(1, workshop.settings.seeds + 1)
-    model, tokenizer, train = (
-        load_model(base, torch.float32, "cpu").eval(),
-        open_tokenizer(base),
-        open_split(data, "train"),
-    )
+    tokenizer, train = open_tokenizer(base), open_split(data, "train")
     beginnings = {}
     for seed in seeds:
         folder = workshop.work / "groups" / str(seed)
         files = [folder / f"{name}.jsonl" for name in adapters["names"]]
         if not all(file.exists() for file in files):
-            files = write_groups(model, tokenizer, train, adapters["names"], settings.grouped_rows, seed, folder)
+            files = write_groups(tokenizer, train, adapters["names"], settings.grouped_rows, seed, folder)
         groups = workshop.data(f"groups-{seed}", files, "--validation-fraction", 0)
         beginnings[f"beginnings-{seed}"] = Training(
             groups, RECIPES / "adapters.yaml", settings.grouped_steps, adapters, base, seed
@@ -108,7 +100,7 @@ def figures_without_labels(dataset: ShardedDataset, run: Path) -> tuple[dict[str
     return table, normalised_mutual_information(true, chosen)
 
 
-def figures(dataset: ShardedDataset, routed: Path, single: Path) -> dict[str, dict[str, float]]:
+def figures(dataset: ShardedDataset, train: ShardedDataset, routed: Path, single: Path) -> dict[str, dict[str, float]]:
     """Bits per byte by way and source, of one seed."""
     table: dict[str, dict[str, float]] = {}
 
@@ -129,13 +121,24 @@ def figures(dataset: ShardedDataset, routed: Path, single: Path) -> dict[str, di
     for source in dataset.sources:
         found = measure(model, dataset, source, [0])
         note("one of the summed rank", source, found.of_members()[0], found)
-    adapted = open_adapted(*find(routed), torch.float32, usable(None))
-    for way, (kind, share) in MERGES.items():
-        merged = adapted.merged(kind, dict.fromkeys(names, share or 1 / len(names)))
+    for way, merged in merges(open_adapted(*find(routed), torch.float32, usable(None)), train):
         for source in dataset.sources:
             found = measure(merged, dataset, source, [0])
             note(f"merged: {way}", source, found.of_members()[0], found)
     return table
+
+
+def merges(adapted: AdaptedBase, train: ShardedDataset) -> Iterator[tuple[str, Llama]]:
+    """Models that all the adapters have become, by the way; each adapter counts 1 in a sum, 1 / N in the others or what it has
+    learned to."""
+    names = adapted.adapters.names
+    yield "sum", adapted.merged("cat", dict.fromkeys(names, 1.0))
+    for way in WAYS:
+        yield "mean" if way == "cat" else way, adapted.merged(way, equal_shares(names, way))
+    for what, by_layer in (("adapter", False), ("layer", True)):
+        start, rows = equal_shares(names, "cat"), Sample(LEARNING_ROWS)
+        shares = learned_shares(adapted, train, rows, start, by_layer, batch_samples=1)
+        yield f"a weight for each {what}, learned", adapted.merged("cat", shares)
 
 
 def judged(of_seeds: list[dict[str, dict[str, float]]], found: list[float], sources: list[str]) -> Results:

@@ -1,11 +1,11 @@
 """Where adapters begin that have to find out by themselves what they are for.
 
 Adapters with B = 0 are the base, all of them: whichever learns a little first is best at everything, and takes all documents.
-So some documents are grouped by what the base makes of them, the mean of its last hidden states (k-means), and each adapter
-begins with a few steps on one group; from then on likelihoods decide. No document says where it is from. (Documents in groups
-for an expert each: Gururangan et al. 2023, cluster-branch-train-merge, by words there.)
+So some documents are grouped by the tokens that they consist of (k-means), and each adapter begins with a few steps on one
+group; from then on likelihoods decide. No document says where it is from. (Documents in groups for an expert each: Gururangan
+et al. 2023, cluster-branch-train-merge, by tf-idf of their words.)
 
-Legend: D documents, M width, N groups.
+Legend: D documents, V tokens that occur, N groups.
 """
 
 from __future__ import annotations
@@ -19,23 +19,18 @@ from torch import Tensor
 
 from data_prep.tokenizer import Tokenizer
 from model.documents import Documents
-from model.llama import Llama
 from storage.atomic import write_atomically
 from storage.shards import ShardedDataset
 from training.data import make_batch
 
 ROUNDS, BEGINNINGS = 50, 8
 LEAST_TOKENS = 64
-"""Of a piece of a document whose mean says something."""
+"""Of a piece of a document whose frequencies say something."""
 
 
 def groups_of(points: Tensor, groups: int, generator: np.random.Generator) -> Tensor:
-    """int64 [D]: k-means of the directions of `points` [D, M] from their mean, each column over its deviation first.
-
-    The best of several beginnings, far apart as in Arthur and Vassilvitskii 2007 (k-means++).
-    """
-    points = (points - points.mean(0)) / points.std(0).clamp_min(1e-12)
-    points = points / points.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    """int64 [D]: k-means of `points` [D, V]. The best of several beginnings, far apart as in Arthur and Vassilvitskii 2007
+    (k-means++)."""
     best, least = torch.zeros(len(points), dtype=torch.int64), float("inf")
     for _ in range(BEGINNINGS):
         centres = _far_apart(points, groups, generator)
@@ -58,30 +53,31 @@ def _far_apart(points: Tensor, groups: int, generator: np.random.Generator) -> T
     return points[chosen]
 
 
-@torch.inference_mode()
-def states(model: Llama, dataset: ShardedDataset, rows: np.ndarray) -> tuple[Tensor, list[list[int]]]:
-    """Of the pieces of documents in some rows, by their places in all of the split: mean hidden states [D, M] and tokens."""
+def frequencies(dataset: ShardedDataset, rows: np.ndarray) -> tuple[Tensor, list[list[int]]]:
+    """Of the pieces of documents in some rows, by their places in all of the split: what share of them each token is, as square
+    roots, so that distances are Hellinger's, float32 [D, V]; and their tokens."""
     bounds = np.cumsum([0, *(dataset.rows_per_source[name] for name in dataset.sources)])
-    means, pieces = [], []
-    for chosen in np.array_split(rows, -(-len(rows) // 32)):
-        sources = np.searchsorted(bounds, chosen, side="right") - 1
-        batch = make_batch(dataset, sources, chosen - bounds[sources])
-        documents = Documents.from_position_ids(batch["position_ids"])
-        hidden = model.hidden_states(batch["input_ids"], documents).flatten(0, 1).split(documents.lengths)
-        for state, ids in zip(hidden, batch["input_ids"].flatten().split(documents.lengths), strict=True):
-            if len(ids) >= LEAST_TOKENS and len(ids.unique()) > 1:  # else it is padding
-                means.append(state.mean(0))
-                pieces.append(ids.tolist())
-    return torch.stack(means), pieces
+    sources = np.searchsorted(bounds, rows, side="right") - 1
+    batch = make_batch(dataset, sources, rows - bounds[sources])
+    lengths = Documents.from_position_ids(batch["position_ids"]).lengths
+    pieces = [
+        ids
+        for ids in batch["input_ids"].flatten().split(lengths)
+        if len(ids) >= LEAST_TOKENS and len(ids.unique()) > 1  # else it is padding
+    ]
+    occur, columns = torch.cat(pieces).unique(return_inverse=True)
+    counts = [part.bincount(minlength=len(occur)) for part in columns.split([len(ids) for ids in pieces])]
+    shares = torch.stack(counts).float() / torch.tensor([len(ids) for ids in pieces])[:, None]
+    return shares.sqrt(), [ids.tolist() for ids in pieces]
 
 
 def write_groups(
-    model: Llama, tokenizer: Tokenizer, dataset: ShardedDataset, names: list[str], rows: int, seed: int, folder: Path
+    tokenizer: Tokenizer, dataset: ShardedDataset, names: list[str], rows: int, seed: int, folder: Path
 ) -> list[Path]:
     """A file of documents for each of the names, from so many random rows of the split."""
     generator = np.random.default_rng(seed)
     total = sum(dataset.rows_per_source.values())
-    points, pieces = states(model, dataset, generator.choice(total, min(rows, total), replace=False))
+    points, pieces = frequencies(dataset, generator.choice(total, min(rows, total), replace=False))
     of_pieces = groups_of(points, len(names), generator).tolist()
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{name}.jsonl" for name in names]

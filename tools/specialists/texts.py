@@ -13,7 +13,7 @@ from pathlib import Path
 from storage.atomic import write_atomically
 from tools.specialists.packages import json_strings, of_debian, of_npm, of_pip
 
-PASSAGE_BYTES = 600
+PASSAGE_BYTES = 2400
 HELD_OUT = 10
 """One page in so many."""
 
@@ -46,7 +46,7 @@ def manual(work: Path) -> Iterator[Page]:
     for path in sorted({path.resolve() for path in folder.glob("man?/*.gz")}):  # many have several names
         lines = gzip.decompress(path.read_bytes()).decode(errors="replace").splitlines()
         text = "\n".join(line for line in lines if not line.startswith((r".\"", r"'\"")))
-        if len(text) > PASSAGE_BYTES // 2:  # else another page's name
+        if len(text) > PASSAGE_BYTES // 2:  # else hardly a passage, or another page's name
             yield path.stem, text
 
 

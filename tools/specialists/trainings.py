@@ -24,6 +24,8 @@ TEMPLATE = """{%- for message in messages %}
 {%- else %}{% generation %}{{- ' ' + message['content'] + eos_token }}{% endgeneration %}{%- endif %}
 {%- endfor %}"""
 """A question, an arrow, its answer and the end."""
+TOGETHER_TOKENS = 4096
+"""Of the rows of a micro-batch."""
 AT_ONCE = 2
 """Trainings side by side: each is small enough for one core."""
 
@@ -36,15 +38,16 @@ class Settings(NamedTuple):
     texts_bytes: int = 1_000_000
     """Of each domain."""
     vocab_size: int = 4096
-    seq_length: int = 256
+    seq_length: int = 1024
     base_steps: int = 180
     adapter_steps: int = 60
-    mixture_steps: int = 16
-    grouped_rows: int = 1536
+    mixture_steps: int = 32
+    grouped_rows: int = 512
     """Rows whose documents tell adapters apart that have no labels."""
     grouped_steps: int = 50
     seeds: int = 2
     answer_steps: int = 100
+    search_steps: int = 60
     questions: int = 200
     """Of each kind, answered at the end."""
 
@@ -144,7 +147,11 @@ class Training(NamedTuple):
     def recipe(self, settings: Settings) -> dict[str, Any]:
         """What the file has, and what is this run's alone."""
         tree = yaml.safe_load(self.recipe_file.read_text(encoding="utf-8"))
-        tree["training"] |= {"max_steps": self.steps, "seed": self.seed}
+        tokens = tree["training"]["global_batch_tokens"]
+        if "objective" not in tree:  # else all pairs of a step are compared
+            tokens = min(tokens, TOGETHER_TOKENS)
+        rows = max(1, tokens // settings.seq_length)
+        tree["training"] |= {"max_steps": self.steps, "seed": self.seed, "micro_batch_samples": rows}
         if self.base is None:
             tree["model"]["vocab_size"] = settings.vocab_size
             tree["schedule"]["decay_steps"] = max(1, self.steps // 3)
