@@ -10,6 +10,7 @@ from deepspeed import comm as dist
 from torch import Tensor, nn
 
 from engine import internals
+from engine.gate import Gate, Judge
 from engine.layout.deal import columns_here
 from engine.layout.mesh import Mesh
 from engine.layout.pipeline import KnownDocuments, QueuedLoss
@@ -38,6 +39,8 @@ class Engine:
         """Digest of the given weights that are not trained; None where all are, or they follow from the recipe's seed."""
         self.prior: LearnedPrior | None = None
         """Of a mixture whose prior is learned."""
+        self.gate = Gate(self.base_optimizer, lambda: float(self.optimizer._global_grad_norm), reduction)
+        self._found = torch.zeros(0)
         if self.zero_stage in (1, 2):
             internals.leave_out_module_weights(deepspeed)
 
@@ -89,13 +92,22 @@ class Engine:
 
         `weight`: of the objective's sum in the loss that DeepSpeed averages.
         """
-        sums = torch.zeros(1 + self.head_loss.num_sums, dtype=torch.float64, device=self.device)
+        self._found = torch.zeros(1 + self.head_loss.num_sums, dtype=torch.float64, device=self.device)
         for batch in micro_batches:
             objective_sum, loss_sums = self.forward(batch, z_loss_weight)
-            sums += torch.cat([objective_sum.detach()[None], loss_sums])
+            self._found += torch.cat([objective_sum.detach()[None], loss_sums])
             self.deepspeed.backward(objective_sum * weight)
             self.deepspeed.step()
-        return sums
+        return self._found
+
+    @property
+    def found(self) -> Tensor:
+        """What `update` is about to return, by the micro-batches so far."""
+        return self._found
+
+    def judge_by(self, judge: Judge | None, targets: int) -> None:
+        """Let `judge` refuse the next step, which has so many targets over all ranks, or nobody."""
+        self.gate.expect(judge and (lambda norm: judge(self.sum_over_tokens(self.found.tolist())[1] / targets, norm)))
 
     def evaluate(self, batches: list[Batch]) -> float:
         """This rank's sum of the cross-entropy over batches of one shape, without gradients."""
@@ -206,6 +218,11 @@ class PipelineEngine(Engine):
         self.loss.start(here, z_loss_weight, weight)
         self.known.start(here)
         self.deepspeed.train_batch(_items(here))
+        return self.found
+
+    @property
+    def found(self) -> Tensor:
+        """As in `Engine`; zeros on all ranks but the last of the pipeline."""
         nothing = torch.zeros(1 + self.head_loss.num_sums, dtype=torch.float64)
         return torch.stack(self.loss.found).sum(0) if self.loss.found else nothing
 

@@ -32,8 +32,8 @@ class Internal(NamedTuple):
 READ_IN = {"deepspeed": "0.19.8", "torch": "2.13.0"}
 """The releases in which the list was read."""
 
-RESUME, LAYOUTS, NONFINITE, ADAPTERS = (
-    f"tests/engine/test_{name}.py" for name in ("resume", "layouts", "nonfinite", "adapters")
+RESUME, LAYOUTS, NONFINITE, ADAPTERS, SPIKES = (
+    f"tests/engine/test_{name}.py" for name in ("resume", "layouts", "nonfinite", "adapters", "spikes")
 )
 TRANSPLANT, FILES = "engine/checkpoint/transplant.py", "engine/checkpoint/deepspeed_files.py"
 HELD = "engine/layout/held.py"
@@ -73,6 +73,7 @@ INTERNALS = [
         ("stage_id", "deepspeed.runtime.pipe.module", "engine/layout/pipeline.py", "own bounds", LAYOUTS),
         ("tied_comms", "deepspeed.runtime.pipe.module", "engine/layout/pipeline.py", "nothing to sum", ADAPTERS),
         ("_global_grad_norm", ENGINE, "engine/optimizer.py", "the norm that the engine reports", LAYOUTS),
+        ("_global_grad_norm", STAGES_1_AND_2, "engine/engine.py", "the norm before the update", SPIKES),
         ("overflow", ENGINE, "engine/optimizer.py", "whether the step was skipped", NONFINITE),
         ("averaged_gradients", STAGES_1_AND_2, "engine/optimizer.py", "sums of a skipped step", NONFINITE),
         ("_foreach_mul_", "torch", "engine/optimizer.py", "clipping", LAYOUTS),

@@ -1,5 +1,7 @@
 """The optimizer object that a DeepSpeed engine is given: the recipe's, in the form its JSON needs."""
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,16 +28,19 @@ class Guarded(torch.optim.Optimizer):
         self.max_grad_norm = max_grad_norm
         self.groups: Groups | None = None
         """Of the mesh, where ranks hold parts of the parameters."""
+        self.refuses: Callable[[float], bool] = lambda norm: False
+        """Asked before every update, with the norm of the whole gradient."""
         self.overflow = False
         self._global_grad_norm: torch.Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # nobody has one
-        """Update unless the norm of all gradients is not finite; all ranks find the same norm and agree."""
+        """Update unless the norm of all gradients is not finite or refused; all ranks find the same norm and agree."""
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         gradients = _gradients(parameters)
         self._global_grad_norm = _total_norm(parameters, self.groups)
-        self.overflow = not bool(torch.isfinite(self._global_grad_norm))
+        norm = float(self._global_grad_norm)
+        self.overflow = not math.isfinite(norm) or self.refuses(norm)
         if self.overflow:
             return
         if self.max_grad_norm > 0:

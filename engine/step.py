@@ -7,6 +7,7 @@ micro-batches before the first backward pass. So it depends neither on how a ste
 from typing import Any, NamedTuple
 
 from engine.engine import Engine
+from engine.gate import Judge
 from engine.optimizer import drop_sums
 from engine.survey import figures, prepare
 from training.batch import Batch
@@ -21,7 +22,7 @@ class StepResult(NamedTuple):
     grad_norm: float
     """Norm of the whole gradient before clipping; not finite when the step was skipped for it."""
     applied: bool
-    """False when the loss or the gradient was not finite: the weights are untouched."""
+    """False when the loss or the gradient was not finite, or refused: the weights are untouched."""
     attention_imbalance: float
     """How many more (query, key) pairs the busiest rank attended over than the average one, as a share."""
     wire_bytes: int | None
@@ -30,18 +31,25 @@ class StepResult(NamedTuple):
     """See `engine.survey.figures`."""
 
 
-def train_step(engine: Engine, micro_batches: list[Batch], learning_rate: float, z_loss_weight: float) -> StepResult:
-    """Forward, backward and update over this rank's micro-batches of one optimizer step, equally many on every rank."""
+def train_step(
+    engine: Engine, micro_batches: list[Batch], learning_rate: float, z_loss_weight: float, judge: Judge | None = None
+) -> StepResult:
+    """Forward, backward and update over this rank's micro-batches of one optimizer step, equally many on every rank.
+
+    `judge` may refuse the update.
+    """
     engine.fit(micro_batches[0]["input_ids"].shape, len(micro_batches))
     found, micro_batches = prepare(engine, micro_batches)
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
         group["targets"] = found.of_adapters.get(group.get("adapter"), found.targets)
+    engine.judge_by(judge, max(found.targets, 1))
     # DeepSpeed averages over the ranks that hold other tokens and divides by the accumulation steps; both are undone here.
     weight = engine.mesh.data * engine.mesh.sequence * len(micro_batches) / max(found.targets, 1)
     sums = engine.sum_over_tokens(engine.update(micro_batches, z_loss_weight, weight).tolist())
     objective, loss = (total / max(found.targets, 1) for total in sums[:2])
-    norm, applied = engine.deepspeed.get_global_grad_norm(), engine.deepspeed.was_step_applied()
+    norm = engine.deepspeed.get_global_grad_norm()
+    applied = engine.deepspeed.was_step_applied() and not engine.gate.refused
     if not applied:
         drop_sums(engine.optimizer)
     if engine.prior and applied:

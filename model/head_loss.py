@@ -27,6 +27,8 @@ class HeadLoss:
         """Names of what rows come from, by the places that `Documents.sources` has."""
         self.contrast: Contrast | None = None
         """Of pairs of texts, where these are what is trained on."""
+        self.of_documents = False
+        """Whether losses and targets of each document are asked for, instead of sums over all."""
         self.whole_rows: Callable[[Tensor, Documents], Tensor] = lambda losses, documents: losses
         """Of the losses [N, B, t] of the tokens that are here, where other processes have the rest of the rows: [N, B, T]."""
 
@@ -46,6 +48,10 @@ class HeadLoss:
 
         `cross_entropy`: `linear_cross_entropy` without its weight; `x` [B, T, D], under the mixture [N B, T, D].
         """
+        if self.of_documents:
+            assert documents is not None
+            losses = self.of_tokens(cross_entropy, x, documents, targets)
+            return losses.sum(), sums_of_documents(losses, targets, documents)
         if self.contrast is not None:
             loss = self.contrast(x, targets)
             return loss, torch.cat([loss.detach().double()[None], loss.new_zeros(self.num_sums - 1).double()])
@@ -113,3 +119,13 @@ class HeadLoss:
             documents.columns,
             lambda losses: self.whole_rows(losses, documents),
         )
+
+
+def sums_of_documents(losses: Tensor, targets: Tensor, documents: Documents) -> Tensor:
+    """float64 [2 * documents]: first the sums of the losses [B, t] of the tokens that are here, then the numbers of targets."""
+    of_rows = documents.tokens().document.view(len(targets), -1)
+    place = of_rows[:, documents.columns].flatten()
+    sums = losses.new_zeros(2, len(documents.lengths), dtype=torch.float64)
+    sums[0].index_add_(0, place, losses.double().flatten())
+    sums[1].index_add_(0, place, (targets != IGNORED).double().flatten())
+    return sums.flatten()

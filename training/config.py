@@ -19,6 +19,7 @@ from model.hf.config import left_out, read_hf_config
 from training.foreign_names import TRANSFORMERS_NAMES
 from training.schedule import ScheduleConfig
 from training.sections import DataConfig, MetricsConfig, ObjectiveConfig, OptimizerConfig, StageConfig
+from training.spikes import SpikesConfig
 from training.yaml_files import read_yaml, yaml_value
 
 
@@ -49,7 +50,10 @@ class TrainingConfig(Section):
     compile: bool = False
     """torch.compile each block, attention excepted: a minute or more at the start, then less memory traffic on GPUs."""
     max_consecutive_skipped_steps: int = Field(default=10, ge=1)
-    """Give up after this many steps in a row whose loss or gradient was not finite."""
+    """Give up after this many steps in a row that were not applied: their loss or gradient was not finite, or a spike."""
+    spikes: SpikesConfig | None = None
+    """What is done about steps whose loss or gradient norm stands out or is not finite: `policy` skip, rewind or reorder,
+    `window_steps`, `threshold`, `max_decisions`. null: what is not finite is skipped, the rest is applied."""
     collective_timeout_minutes: float = Field(default=30.0, gt=0)
     """End when a rank has waited this long for another: longer than any rank may compute or read while the others wait."""
 

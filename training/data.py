@@ -16,7 +16,7 @@ identifies.
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import islice
 from typing import Any
@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from model.visibility import Visibility
 from storage.shards import ShardedDataset
+from training.amendments import Amendment
 from training.balance import deal, row_costs
 from training.batch import Batch
 from training.objective import NO_TARGET, Masking
@@ -40,17 +41,21 @@ LOOKUP_SAMPLES = 4096
 
 
 def training_order(
-    dataset: ShardedDataset, config: DataConfig, seed: int, drawn: Mapping[str, Drawn] | None = None
+    dataset: ShardedDataset,
+    config: DataConfig,
+    seed: int,
+    drawn: Mapping[str, Drawn] | None = None,
+    amendments: Sequence[Amendment] = (),
 ) -> SampleOrder:
     """The order of a run over a split: weights from the recipe if it has any, else from the data.
 
-    `drawn`: what earlier stages have taken of each source (see training/stages.py).
+    `drawn`: what earlier stages have taken of each source (see training/stages.py). `amendments`: what was decided about it.
     """
     weights: Mapping[str, float | None] | None = config.weights
     if weights is None:
         sources = dataset.manifest.splits[dataset.split]
         weights = {name: sources[name].weight for name in dataset.sources}
-    return SampleOrder(dataset.rows_per_source, weights, dataset.manifest.fingerprint, seed, drawn)
+    return SampleOrder(dataset.rows_per_source, weights, dataset.manifest.fingerprint, seed, drawn, amendments)
 
 
 class TrainingData(Dataset):
@@ -79,7 +84,10 @@ class TrainingData(Dataset):
         batch = make_batch(self.dataset, sources, rows, labels=self.labels)
         if self.seed is not None:
             batch["seeds"] = torch.from_numpy(self._seeds(sources, rows, samples))
-        return self.change(batch, samples) if self.change else batch
+        if self.change:
+            batch = self.change(batch, samples)
+        batch["samples"] = torch.from_numpy(samples)
+        return batch
 
     def _seeds(self, sources: np.ndarray, rows: np.ndarray, samples: np.ndarray) -> np.ndarray:
         """By source, row and how often it was read before, whatever else is trained on."""

@@ -27,6 +27,7 @@ class Sink(Protocol):
     """Takes each record of a run once, in order, and then the exit code."""
 
     def write(self, record: dict[str, Any]) -> None: ...
+    def go_back(self, step: int) -> None: ...
     def close(self, exit_code: int) -> None: ...
 
 
@@ -133,6 +134,11 @@ class MetricsLogger:
         """
         self._write(step, {"event": event, **details})
 
+    def go_back(self, step: int) -> None:
+        """The steps after this one will be done, and reported, again."""
+        for sink in self._sinks:
+            sink.go_back(step)
+
     def summary(self) -> dict[str, Any]:
         """The last logged step, the median speed, and the best validation of each set, of this launch."""
         if not self._last:
@@ -176,6 +182,9 @@ class Console:
             cells += self._metrics_cells(record)
         with contextlib.suppress(BrokenPipeError):
             print(" | ".join(cells), flush=True)
+
+    def go_back(self, step: int) -> None:
+        """What was printed stays."""
 
     def close(self, exit_code: int) -> None:
         """Nothing to close."""

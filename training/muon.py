@@ -160,7 +160,7 @@ class Muon(torch.optim.Optimizer):
                 self._step(group)
         rates = {id(p): group["lr"] for group in others for p in group["params"]}
         for holder, elements, rate in self.decayed():
-            if id(holder) in rates:
+            if id(holder) in rates and holder.grad is not None:
                 holder.data.view(-1)[elements].mul_(1 - rates[id(holder)] * rate)
         self.adamw.state, self.adamw.param_groups = self.state, others  # loading a checkpoint replaces these objects
         self.adamw.step()

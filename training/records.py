@@ -45,6 +45,12 @@ class RecordFile:
                 "command again"
             ) from None
 
+    def go_back(self, step: int) -> None:
+        """Remove the records of later steps."""
+        self._file.close()
+        drop_records_after(self._path, step)
+        self._file = self._path.open("ab", buffering=0)
+
     def close(self, exit_code: int) -> None:
         os.fsync(self._file.fileno())
         self._file.close()

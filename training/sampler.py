@@ -20,10 +20,12 @@ arbitrary finite domains"): an image outside the domain is mapped again until it
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+from training.amendments import Amendment, original, passed
 
 WEIGHT_BITS = 20
 """Weights are rounded to multiples of 2^-20, so that all quotas are exact in 64-bit integers."""
@@ -47,6 +49,7 @@ class SampleOrder:
     `weights` are shares relative to each other; without any, a source's share is its number of rows. A weight of 0
     leaves the source out. `sources` lists the others, in the order that `locate_many` numbers them. `drawn` (by source)
     is what earlier orders of the same data and seed took, which this one does not take again before its epoch is over.
+    `amendments`, the oldest first, are what was decided about this order since.
     """
 
     def __init__(
@@ -56,11 +59,13 @@ class SampleOrder:
         fingerprint: str,
         seed: int,
         drawn: Mapping[str, Drawn] | None = None,
+        amendments: Sequence[Amendment] = (),
     ) -> None:
         shares = _shares(rows_per_source, weights)
         self.sources = sorted(shares)
         self.rows = [rows_per_source[name] for name in self.sources]
         self._drawn: dict[str, Drawn] = dict(drawn or {})
+        self.amendments = list(amendments)
         identity = {
             "version": 1,
             "fingerprint": fingerprint,
@@ -70,6 +75,8 @@ class SampleOrder:
         if drawn:
             left = {name: hashlib.sha256(taken.left.tobytes()).hexdigest() for name, taken in drawn.items()}
             identity["drawn"] = [[name, drawn[name].end, left[name]] for name in sorted(drawn)]
+        if amendments:
+            identity["amendments"] = [amendment.identity for amendment in amendments]
         self.digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
         """Equal digests, equal orders: what a checkpoint must remember beside the samples consumed."""
         self._ends = np.cumsum([0] + [shares[name] for name in self.sources])  # P_s * 2^WEIGHT_BITS
@@ -85,7 +92,7 @@ class SampleOrder:
 
     def locate_many(self, ks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Index into `sources`, row and epoch, int64 [n] each, of the samples `ks` (int64 [n], any order)."""
-        ks = np.asarray(ks, np.int64)
+        ks = original(np.asarray(ks, np.int64), self.amendments)
         source, draw = self._draw(ks)
         row, epoch = np.empty_like(ks), np.empty_like(ks)
         for s in range(len(self.sources)):
@@ -96,6 +103,7 @@ class SampleOrder:
 
     def drawn_after(self, samples: int) -> dict[str, Drawn]:
         """What has been drawn of every source when the first `samples` samples of this order have been used."""
+        samples = passed(samples, self.amendments)
         bits = self._block_bits if len(self.sources) > 1 else 0
         blocks = -(-samples >> bits)  # begun
         unused, draw = self._draw(np.arange(samples, blocks << bits))

@@ -11,17 +11,24 @@ from collections.abc import Sequence
 
 from storage.shards import ShardedDataset
 from training.data import training_order
+from training.decisions import Decision, amendments_of
 from training.sampler import Drawn, SampleOrder
 from training.sections import DataConfig
 
 
-def stage_order(parts: Sequence[tuple[ShardedDataset, DataConfig]], used: Sequence[int], seed: int) -> SampleOrder:
-    """The order of the last of `parts`, given how many samples each of the earlier ones used."""
+def stage_order(
+    parts: Sequence[tuple[ShardedDataset, DataConfig]],
+    used: Sequence[int],
+    seed: int,
+    decisions: Sequence[Decision] = (),
+) -> SampleOrder:
+    """The order of the last of `parts`, given how many samples each of the earlier ones used, and what was decided."""
     assert len(parts) == len(used) + 1
     drawn: dict[str, dict[str, Drawn]] = {}
-    for (dataset, config), samples in zip(parts, used, strict=False):
+    for stage, ((dataset, config), samples) in enumerate(zip(parts, used, strict=False)):
         fingerprint = dataset.manifest.fingerprint
-        order = training_order(dataset, config, seed, drawn.get(fingerprint))
+        order = training_order(dataset, config, seed, drawn.get(fingerprint), amendments_of(decisions, stage))
         drawn[fingerprint] = order.drawn_after(samples)
     dataset, config = parts[-1]
-    return training_order(dataset, config, seed, drawn.get(dataset.manifest.fingerprint))
+    amendments = amendments_of(decisions, len(used))
+    return training_order(dataset, config, seed, drawn.get(dataset.manifest.fingerprint), amendments)

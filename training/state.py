@@ -2,6 +2,8 @@
 
 from pydantic import BaseModel, ConfigDict
 
+from training.decisions import Decision
+
 
 class TrainState(BaseModel):
     """Advanced after each optimizer step and stored in every checkpoint.
@@ -27,6 +29,10 @@ class TrainState(BaseModel):
     """The totals' history: so many steps of so many samples and tokens each, then so many of others; since it is kept."""
     skipped_steps: int = 0
     consecutive_skipped_steps: int = 0
+    window: list[tuple[float, float]] = []
+    """Losses and gradient norms of the last steps of this stage that were applied, where the recipe watches for spikes."""
+    decisions: list[Decision] = []
+    """All that are known of this run, of later steps too where it is repeated."""
     wandb_id: str
 
     @property
@@ -39,6 +45,7 @@ class TrainState(BaseModel):
         assert len(self.stage_samples) <= stage, "a stage that has ended cannot be entered again"
         while len(self.stage_samples) < stage:
             self.stage_samples.append(self.consumed_in_stage)
+            self.window = []
         self.data_fingerprint = fingerprint
 
     def advance(self, samples: int, tokens: int, applied: bool) -> None:
@@ -52,6 +59,10 @@ class TrainState(BaseModel):
             self.batches.append((1, samples, tokens))
         self.skipped_steps += not applied
         self.consecutive_skipped_steps = 0 if applied else self.consecutive_skipped_steps + 1
+
+    def remember(self, loss: float, grad_norm: float, steps: int) -> None:
+        """Those of a step that was applied, for as many steps as given."""
+        self.window = [*self.window, (loss, grad_norm)][-steps:]
 
 
 class PriorState(BaseModel):

@@ -142,6 +142,9 @@ class WandbRun:
         except Exception as error:
             self._give_up(error)
 
+    def go_back(self, step: int) -> None:
+        """Rows that are closed stay: W&B takes no step back."""
+
     def close(self, exit_code: int) -> None:
         """Wait a while for W&B to take the rest; what it does not take then, the next launch sends."""
         try:

@@ -69,6 +69,8 @@ class CompressedReduction:
         }
         self.residuals: dict[str, torch.Tensor] = {}
         """By name, in the parameter's shape: what this rank still owes."""
+        self._kept: tuple[dict[str, torch.Tensor], Any] | None = None
+        """Copies of the residuals and of the compressor's state before the step, where it may be refused."""
         self.wire_bytes = 0
         """Bytes that this rank handed to the last reduction's calls (see `engine.reduction.wire`)."""
         self._average = internals.replace_average(engine, self.reduce)
@@ -111,6 +113,19 @@ class CompressedReduction:
             self.residuals[name] = torch.sub(gradient, sent.view_as(gradient), out=before.get(name))
             gradient.copy_(mean.view_as(gradient))
         return True
+
+    def keep(self, copy: bool) -> None:
+        """Before a step: whether `go_back` may be called after its reduction, for which a copy of the residuals is needed."""
+        self._kept = None
+        if copy:
+            device = next(iter(self._parameters.values())).device
+            self._kept = _onto(self.residuals, device), _onto(self._compressor.state(), device)
+
+    def go_back(self) -> None:
+        """To what was before the step."""
+        assert self._kept is not None
+        self.residuals = self._kept[0]
+        self._compressor.load(self._kept[1], True)
 
     def save(self, folder: Path) -> None:
         """Write this rank's file. Collective: on return the files of all ranks are there."""

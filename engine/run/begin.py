@@ -15,6 +15,7 @@ from engine.run.initial_weights import Fingerprinted, adapters_at_start, read_in
 from engine.run.loop import TrainingLoop, new_state
 from engine.run.plan import RunPlan
 from engine.run.resume import restore
+from engine.run.rewind import recall_decisions
 
 
 class Beginning(NamedTuple):
@@ -33,14 +34,18 @@ def begin(plan: RunPlan) -> TrainingLoop:
 def begin_or_continue(plan: RunPlan, run: Path, resume_step: int | None = None) -> Beginning:
     """`resume_step`: go back to this one. Collective over all ranks."""
     found, damaged = agree_on_checkpoint(run, resume_step)
-    if found is None:
-        return Beginning(begin(plan), None, damaged)
+    loop = begin(plan) if found is None else _continue(plan, found, resume_step)
+    loop.state.decisions = recall_decisions(plan, loop.state, run)
+    return Beginning(loop, found, damaged)
+
+
+def _continue(plan: RunPlan, found: tuple[Path, CheckpointManifest], resume_step: int | None) -> TrainingLoop:
     frozen = plan.recipe.adapters.freeze_base
     engine = _engine_of(plan, read_initial_weights(plan.recipe) if frozen else None)
     state = restore(engine, *found)
     if resume_step is not None:
         state = state.model_copy(update={"wandb_id": new_state(plan).wandb_id})  # W&B takes no step back
-    return Beginning(TrainingLoop(engine, plan, state), found, damaged)
+    return TrainingLoop(engine, plan, state)
 
 
 def _engine_of(plan: RunPlan, weights: Iterator[tuple[str, Tensor]] | None, fresh: bool = False) -> Engine:

@@ -2,21 +2,22 @@
 
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 from engine.engine import Engine
 from engine.run.outputs import Outputs
 from engine.run.plan import RunPlan
+from engine.run.rewind import settle
+from engine.run.samples import StepSamples
+from engine.run.spike_watch import SpikeWatch
 from engine.run.stages import Stage
 from engine.run.stopping import agree_to_stop, give_up_after_skips
 from engine.run.validation import validate_all
 from engine.step import StepResult, train_step
 from launch.signals import StopSignal
 from training.batch import Batch
-from training.data import train_loader
-from training.stages import stage_order
 from training.state import TrainState
 
 
@@ -27,39 +28,8 @@ class Step(NamedTuple):
     micro_batches: list[Batch]
     learning_rate: float
     result: StepResult
-
-
-class StepSamples:
-    """This rank's micro-batches of any optimizer step, read ahead as long as the steps follow one another."""
-
-    def __init__(self, plan: RunPlan, pin_memory: bool = False) -> None:
-        self._plan, self._pin_memory = plan, pin_memory
-        self._expected: tuple[int, int] | None = None
-        self._batches: Iterator[list[Batch]] = iter(())
-
-    def after(self, state: TrainState) -> list[Batch]:
-        """Those of the step that comes after `state`, which enters the stage of that step."""
-        stage = self._plan.stage_of(state.step + 1)
-        number = self._plan.stages.index(stage)
-        state.enter(number, stage.dataset.manifest.fingerprint)
-        if self._expected != (number, state.consumed_in_stage):
-            self._batches = self._open(stage, number, state)
-        self._expected = number, state.consumed_in_stage + stage.batch.samples
-        return next(self._batches)
-
-    def _open(self, stage: Stage, number: int, state: TrainState) -> Iterator[list[Batch]]:
-        plan, parts = self._plan, [(part.dataset, part.config) for part in self._plan.stages[: number + 1]]
-        order = stage_order(parts, state.stage_samples, plan.recipe.training.seed)
-        return train_loader(
-            plan.training_data(stage, order),
-            stage.config,
-            consumed=state.consumed_in_stage,
-            micro_batch_samples=stage.batch.micro_batch_samples,
-            accumulation=stage.batch.accumulation,
-            world_size=plan.mesh.data,
-            rank=plan.mesh.data_rank,
-            pin_memory=self._pin_memory,
-        )
+    spike: str | None
+    """Why it was refused and is still to be decided about."""
 
 
 class TrainingLoop:
@@ -74,9 +44,12 @@ class TrainingLoop:
         stage, learning_rate = self.plan.stage_of(self.state.step + 1), self.plan.learning_rate(self.state.step + 1)
         with waiting():
             micro_batches = self._samples.after(self.state)
-        result = train_step(self.engine, micro_batches, learning_rate, self.plan.recipe.training.z_loss_weight)
+        watch = SpikeWatch(self.plan, self.state)
+        result = train_step(
+            self.engine, micro_batches, learning_rate, self.plan.recipe.training.z_loss_weight, watch.judge
+        )
         self.state.advance(stage.batch.samples, self.plan.step_tokens, result.applied)
-        return Step(stage, micro_batches, learning_rate, result)
+        return Step(stage, micro_batches, learning_rate, result, watch.after(result))
 
 
 def new_state(plan: RunPlan) -> TrainState:
@@ -105,6 +78,11 @@ def train(loop: TrainingLoop, outputs: Outputs, stop: StopSignal) -> int:
             outputs.announce(stage, state.step)
         done = loop.step(outputs.clock.waiting_for_data)
         outputs.report(done.result, done.learning_rate, state)
+        if done.spike:
+            decision, loop.state = settle(engine, plan, state, done.micro_batches, done.spike, outputs.run)
+            outputs.decided(decision, loop.state.step)
+            if decision.checkpoint is not None:
+                continue
         give_up_after_skips(state, recipe.training.max_consecutive_skipped_steps)
 
         last = state.step == plan.total_steps

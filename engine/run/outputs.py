@@ -14,6 +14,7 @@ from engine.run.stages import Stage
 from engine.step import StepResult
 from launch.signals import StopSignal
 from launch.topology import wandb_mode
+from training.decisions import Decision
 from training.environment import peak_memory_bytes
 from training.metrics import MetricsLogger
 from training.state import TrainState
@@ -91,6 +92,13 @@ class Outputs:
                 wire_bytes=result.wire_bytes,
                 adapters=result.adapters,
             )
+
+    def decided(self, decision: Decision, step: int) -> None:
+        """About a spike; `step`: the last that is still done. Records of those that will be done again are taken back."""
+        self.logger.go_back(step)
+        named = [f"{each.document} of {each.source}" for each in decision.suspects[:4]]
+        told = {"spike_step": decision.step, "action": decision.action, "reason": decision.reason, "documents": named}
+        self.logger.log_event(step, "spike", **told, left_out=len(decision.samples))
 
     def validated(self, scores: dict[str, dict[str, float]] | None, step: int) -> None:
         if scores:

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from engine.run.loop import StepSamples, new_state
+from engine.run.loop import new_state
 from engine.run.plan import make_plan
+from engine.run.samples import StepSamples
 from launch.topology import Topology
 from model.adapter_config import adapter_of
 from model.hf.peft import save_peft

@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from engine.run.loop import StepSamples, new_state
+from engine.run.loop import new_state
 from engine.run.plan import make_plan
+from engine.run.samples import StepSamples
 from launch.topology import Topology
 from model.documents import Documents
 from model.hf.weights import load_hf, save_hf

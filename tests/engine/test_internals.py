@@ -65,7 +65,11 @@ ON_OBJECTS_OF_OURS = {
     },
     "engine/reduction/compression.py": {"parameter.grad"},
     "engine/reduction/wire.py": {"traffic.calls", "traffic.bytes", "traffic.ring_bytes"},
-    "engine/run/begin.py": {"engine.base"},
+    "engine/document_losses.py": {"engine.head_loss.of_documents"},
+    "engine/gate.py": {"optimizer.refuses", "holder.grad"},
+    "engine/run/begin.py": {"engine.base", "loop.state.decisions"},
+    "engine/run/loop.py": {"loop.state"},
+    "engine/run/rewind.py": {"state.decisions"},
     "engine/run/outputs.py": {"self.clock.flops_per_token"},
     "engine/run/stopping.py": {"stop.name"},
 }

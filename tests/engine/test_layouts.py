@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from engine.run.loop import StepSamples, new_state
+from engine.run.loop import new_state
 from engine.run.plan import make_plan
+from engine.run.samples import StepSamples
 from launch.topology import Topology
 from model.hf.weights import save_hf
 from model.llama import Llama

@@ -1,6 +1,6 @@
 """Small packed data sets for tests: documents whose every token tells where it came from."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,16 +19,20 @@ def document_tokens(doc: int, length: int, vocab_size: int) -> np.ndarray:
     return (4 + mixed * np.uint64(0x9E3779B97F4A7C15) % np.uint64(vocab_size - 4)).astype(token_dtype(vocab_size))
 
 
+Make = Callable[[int, int, int], np.ndarray]
+"""Of a document's number, its length and the size of the vocabulary: its ids."""
+
+
 class MadeDocuments:
     """Documents numbered from `first`, as the token store would hand them to packing."""
 
-    def __init__(self, lengths: Sequence[int], vocab_size: int, first: int = 0):
+    def __init__(self, lengths: Sequence[int], vocab_size: int, first: int = 0, make: Make = document_tokens):
         self.length = np.array(lengths, np.int64)
         self.doc = first + np.arange(len(lengths))
-        self.vocab_size = vocab_size
+        self.vocab_size, self.make = vocab_size, make
 
     def tokens(self, i: int) -> np.ndarray:
-        return document_tokens(int(self.doc[i]), int(self.length[i]), self.vocab_size)
+        return self.make(int(self.doc[i]), int(self.length[i]), self.vocab_size)
 
 
 def build(
@@ -42,6 +46,7 @@ def build(
     splits: Sequence[str] = ("train",),
     rows_per_shard: int | None = None,
     masks: Mapping[str, Sequence[np.ndarray]] | None = None,
+    make: Make = document_tokens,
     **policy,
 ) -> Manifest:
     """A data set of the documents `lengths[source]`, the same in every split; `masks`: which of their tokens carry loss."""
@@ -50,7 +55,7 @@ def build(
     for split in splits:
         entries[split], first = {}, 0
         for source, of_source in lengths.items():
-            documents = MadeDocuments(of_source, vocab_size, first)
+            documents = MadeDocuments(of_source, vocab_size, first, make)
             first += len(of_source)
             packing = pack(documents.length, packing_policy.row_tokens, packing_policy, seed)
             if masks is not None:

@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from engine.checkpoint.folder import find
 from engine.checkpoint.manifest import MANIFEST, seal, steps, unseal
 from engine.run.initial_weights import open_source
-from engine.run.loop import StepSamples, new_state
+from engine.run.loop import new_state
 from engine.run.plan import make_plan
+from engine.run.samples import StepSamples
 from launch.topology import Topology
 from model.config import ModelConfig
 from model.hf.weights import to_hf_state

@@ -1,0 +1,246 @@
+"""One corrupt document in the data: noticed in its step, named, left out, and all of it done again where a run is done again."""
+
+import contextlib
+import functools
+import io
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from engine.checkpoint.manifest import read_manifest
+from engine.run.rewind import recall_decisions, settle
+from engine.run.samples import order_of
+from engine.run.validation import validate_all
+from storage.manifest import token_dtype
+from storage.shards import open_split
+from tests.engine.programs import BF16, RECIPE, Run, shipped, zero
+from tests.engine.test_nonfinite import MISSING_DEVICE, held
+from tests.processes import ROOT, run_cli
+from tests.training.corpus import build
+from training.data import training_order
+from training.decisions import DECISIONS_FILE
+from training.records import read_records
+from training.sections import DataConfig
+
+STEPS, SAVED_EVERY, SAMPLES = 40, 8, 8
+SPIKES = {"window_steps": 16, "threshold": 8.0, "max_decisions": 3}
+ON_TWO, ON_FOUR = ({name: c for name, (on, c) in shipped().items() if on == ranks} for ranks in (2, 4))
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+TWO = {
+    **{name: (config, {}) for name, config in ON_TWO.items()},
+    "zero2-muon": (ON_TWO["zero2"], {"optimizer.name": "muon"}),
+    "zero1-offload": (zero(1, zero=OFFLOAD, **BF16), {}),
+}
+OTHER_OPTIMIZERS = ("zero2-muon",)
+FOUR = {name: (config, {}) for name, config in ON_FOUR.items()}
+
+
+def compressing(config: dict) -> dict:
+    """The same JSON, compressing before the document comes."""
+    section = config.get("gradient_compression")
+    return config | ({"gradient_compression": section | {"warmup_steps": 20}} if section else {})
+
+
+def noisy_count(doc: int, length: int, vocab_size: int) -> np.ndarray:
+    """Upwards by one, but for every fourth token, which is anything below 20."""
+    rng = np.random.default_rng(doc)
+    ids = 4 + (doc + np.arange(length)) % 16
+    return np.where(rng.random(length) < 0.25, rng.integers(4, 20, length), ids).astype(token_dtype(vocab_size))
+
+
+def corrupting(corrupt: int):
+    def make(doc: int, length: int, vocab_size: int) -> np.ndarray:
+        if doc != corrupt:
+            return noisy_count(doc, length, vocab_size)
+        return np.random.default_rng(doc).integers(20, vocab_size, length).astype(token_dtype(vocab_size))
+
+    return make
+
+
+def lengths() -> dict[str, list[int]]:
+    rng = np.random.default_rng(0)
+    return {"long": rng.integers(40, 120, 200).tolist(), "short": rng.integers(16, 60, 200).tolist()}
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory) -> tuple[Path, str, str, str, int]:
+    """Folder, recipe, data with a corrupt document in the second half of the steps, data without, the document."""
+    folder = tmp_path_factory.mktemp("spikes")
+    tokenizer = "tokenizer/tokenizer.model"
+    options = {"vocab_size": 256, "weights": {"long": 3, "short": 1}}
+    build(folder / "clean", lengths(), 64, splits=("train", "validation"), make=noisy_count, **options)
+    for corrupt in range(100):
+        data = folder / f"corrupt-{corrupt}"
+        build(data, lengths(), 64, splits=("train", "validation"), make=corrupting(corrupt), **options)
+        dataset = open_split(data, "train")
+        order = training_order(dataset, DataConfig(), RECIPE["training"]["seed"])
+        places = [order.locate(k) for k in range(STEPS * SAMPLES)]
+        found = [k for k, (source, row, _) in enumerate(places) if corrupt in dataset.row(source, row).seg_doc]
+        if found and found[0] > 24 * SAMPLES and found[-1] < 32 * SAMPLES:
+            break
+    else:
+        raise AssertionError("no document comes where it is wanted")
+    for path in (data, folder / "clean"):
+        (path / "tokenizer").mkdir()
+        (path / tokenizer).write_bytes(b"stands for a tokenizer")
+    recipe = RECIPE | {
+        "training": RECIPE["training"] | {"max_steps": STEPS},
+        "validation": {"every_steps": STEPS, "sets": {"clean": str(folder / "clean")}},
+        "optimizer": {"lr": 1e-2, "max_grad_norm": 0.5},
+        "schedule": {"schedule": "wsd", "warmup_steps": 4, "decay_steps": 20},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder, str(folder / "recipe.yaml"), str(data), str(folder / "clean"), corrupt
+
+
+def train_through(run: Run, until: int = STEPS) -> list[dict]:
+    """As `engine.run.loop.train` does: the figures of the steps that count, in the end."""
+    history: dict[int, dict] = {}
+    run.loop.state.decisions = recall_decisions(run.plan, run.state, run.folder)
+    while run.state.step < until:
+        done = run.loop.step()
+        result = done.result._asdict()
+        history[run.state.step] = {key: result[key] for key in ("loss", "grad_norm", "applied")}
+        if done.spike:
+            decision, run.loop.state = settle(
+                run.engine, run.plan, run.state, done.micro_batches, done.spike, run.folder
+            )
+            if decision.checkpoint is not None:
+                continue
+        if run.state.step % SAVED_EVERY == 0:
+            run.save()
+    return [history[step] for step in sorted(history)]
+
+
+def spiked(folder: Path, recipe: str, data: str, config: dict, overrides: dict, policy: str) -> dict:
+    """A run that meets the document, a second with its decisions, and one continued from a checkpoint before them."""
+    config = compressing(config)
+    overrides = overrides | {"training.spikes": json.dumps(SPIKES | {"policy": policy})}
+    try:
+        run = Run(recipe, data, config, folder / "first", overrides)
+    except ValueError as error:
+        return {"refused": str(error)}
+    first = train_through(run)
+    decisions = [each.model_dump() for each in run.state.decisions]
+    result = {"decisions": decisions, "state": run.state.model_dump(), "first": first}
+    result["loss"] = validate_all(run.engine, run.plan)["clean"]["loss"]
+    result["rows"] = [order_of(run.plan, run.state).locate(k) for k in range(run.state.consumed_samples)]
+    end = held(run)
+    run.close()
+
+    text = (folder / "first" / DECISIONS_FILE).read_bytes()
+    given = folder / "second"
+    given.mkdir(exist_ok=True)
+    (given / DECISIONS_FILE).write_bytes(text)
+    second = Run(recipe, data, config, given, overrides)
+    result |= {"second": train_through(second), "same": held(second) == end}
+    result["same_decisions"] = (given / DECISIONS_FILE).read_bytes() == text
+    second.close()
+    return result
+
+
+def quietly(*arguments) -> dict:
+    with contextlib.redirect_stdout(io.StringIO()):
+        return spiked(*arguments)
+
+
+def clean(folder: Path, recipe: str, data: str, config: dict, overrides: dict) -> float:
+    with contextlib.redirect_stdout(io.StringIO()):
+        run = Run(recipe, data, compressing(config), folder, overrides)
+        run.steps(STEPS)
+        loss = validate_all(run.engine, run.plan)["clean"]["loss"]
+        run.close()
+    return loss
+
+
+@pytest.fixture(scope="module")
+def clean_loss(setting, on_ranks) -> Callable[[str], float]:
+    """Of a run over the data without the document, on the first layout that computes as the given one does."""
+    folder, recipe, _, without, _ = setting
+
+    @functools.cache
+    def measure(name: str) -> float:
+        return on_ranks(2, clean, folder / f"without-{name}", recipe, without, *TWO[name])[0]
+
+    def of(name: str, config: dict) -> float:
+        alone = "gradient_compression" in config or name in OTHER_OPTIMIZERS
+        half = any(config.get(key, {}).get("enabled") for key in ("bf16", "fp16", "torch_autocast"))
+        return measure(name if alone else "zero2" if half else "zero0_fp32")
+
+    return of
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_a_corrupt_document_is_left_out(setting, on_ranks, clean_loss, name):
+    folder, recipe, data, _, corrupt = setting
+    ranks = on_ranks(2, quietly, folder / name, recipe, data, *TWO[name], "rewind")
+    check(ranks, "leave_out", corrupt, lambda: clean_loss(name, TWO[name][0]))
+
+
+@pytest.mark.parametrize("name", FOUR)
+def test_a_corrupt_document_is_left_out_by_ranks_that_share_rows(setting, on_ranks, clean_loss, name):
+    folder, recipe, data, _, corrupt = setting
+    ranks = on_ranks(4, quietly, folder / name, recipe, data, *FOUR[name], "rewind")
+    check(ranks, "leave_out", corrupt, lambda: clean_loss(name, FOUR[name][0]))
+
+
+@pytest.mark.parametrize("policy", ["skip", "reorder"])
+@pytest.mark.parametrize("name", ["zero0_fp32", "zero2", "zero3", "pipeline"])
+def test_other_policies(setting, on_ranks, clean_loss, name, policy):
+    folder, recipe, data, _, corrupt = setting
+    ranks = on_ranks(2, quietly, folder / f"{name}-{policy}", recipe, data, *TWO[name], policy)
+    check(ranks, policy, corrupt, lambda: clean_loss(name, TWO[name][0]))
+
+
+def check(ranks: list[dict], action: str, corrupt: int, clean_loss: Callable[[], float]) -> None:
+    if reason := ranks[0].get("refused"):
+        assert MISSING_DEVICE.search(reason), reason
+        pytest.skip(reason)
+    for result in ranks:
+        assert result["decisions"] == ranks[0]["decisions"]
+        decision = result["decisions"][0]
+        assert decision["action"] == action
+        assert decision["suspects"][0]["document"] == corrupt
+        assert decision["checkpoint"] == (
+            None if action == "skip" else (decision["step"] - 1) // SAVED_EVERY * SAVED_EVERY
+        )
+        assert result["first"] == result["second"]
+        assert result["same"]
+        assert result["same_decisions"]
+        assert result["loss"] == pytest.approx(clean_loss(), rel=5e-3)
+
+
+def test_train_py_rewinds_and_says_so(setting, tmp_path):
+    """The command itself, on one rank: the decision, the records of the steps that count, and a second run that is given it."""
+    _, recipe, data, _, corrupt = setting
+    for name in ("first", "second"):
+        output = tmp_path / name
+        if name == "second":
+            output.mkdir()
+            (output / DECISIONS_FILE).write_bytes((tmp_path / "first" / DECISIONS_FILE).read_bytes())
+        options = {
+            "training.spikes": json.dumps(SPIKES | {"policy": "rewind"}),
+            "checkpoint.every_steps": str(SAVED_EVERY),
+        }
+        flags = [word for key, value in options.items() for word in (f"--{key}", value)]
+        config = ["--deepspeed_config", "ds_configs/zero0_fp32.json", "--data", data, "--output", str(output)]
+        done = run_cli([sys.executable, "train.py", "--recipe", recipe, *config, *flags], cwd=ROOT, timeout=240)
+        assert done.returncode == 0, done.stdout + done.stderr
+    records = [read_records(tmp_path / name / "metrics.jsonl") for name in ("first", "second")]
+    figures = [[(r["step"], r["loss"], r["grad_norm"]) for r in of_run if "loss" in r] for of_run in records]
+    assert figures[0] == figures[1]
+    assert [step for step, *_ in figures[0]] == list(range(1, STEPS + 1))
+    (told,) = [r for r in records[0] if r.get("event") == "spike"]
+    assert told["documents"][0].startswith(f"{corrupt} of ")
+    assert told["step"] == (told["spike_step"] - 1) // SAVED_EVERY * SAVED_EVERY
+    assert not [r for r in records[1] if r.get("event") == "spike"]
+    newest = [tmp_path / name / "checkpoints" / f"step-{STEPS:08d}" for name in ("first", "second")]
+    weights = [read_manifest(folder).files for folder in newest]
+    assert weights[0].keys() == weights[1].keys()
+    ends = [read_manifest(folder).state.model_dump(exclude={"wandb_id"}) for folder in newest]
+    assert ends[0] == ends[1]
