@@ -1,4 +1,4 @@
-"""One pair of hosts for all tests here; skipped with the reason where a machine cannot have them."""
+"""The same hosts for all tests here; skipped with the reason where a machine cannot have them."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,9 +27,17 @@ def cluster() -> Iterator[Cluster]:
         yield cluster
 
 
+@pytest.fixture(autouse=True)
+def restored(request) -> Iterator[None]:
+    """After each test every host is there again."""
+    yield
+    if "cluster" in request.fixturenames:
+        request.getfixturevalue("cluster").restore_all()
+
+
 @pytest.fixture(scope="session")
 def shared(cluster) -> Path:
-    """A folder that both hosts see, with the repository, `data`, `recipe.yaml` and a hostfile."""
+    """A folder that all hosts see, with the repository, `data`, `recipe.yaml` and a hostfile of two."""
     folder = cluster.folder / "shared"
     folder.mkdir()
     prepare(folder)

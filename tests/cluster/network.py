@@ -1,7 +1,8 @@
-"""Two hosts on one machine: namespaces with an address, a name, a hosts file and an sshd each, joined by one cable.
+"""Three hosts on one machine: namespaces with an address, a name, a hosts file and an sshd each, at one switch.
 
 `Cluster` starts this module as a keeper process, which makes everything, and takes it away again when its standard input
 ends: when the test run closes it, and also when the test run is killed. What a killed keeper leaves is swept by the next one.
+A host can be taken from the others (its link cut or slowed, or all of it killed) and given back.
 Nothing is written to ~/.ssh. Names contain the keeper's process id, so two test runs do not meet.
 """
 
@@ -14,37 +15,46 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import psutil
 
 from tests.processes import ROOT, RunningCommand, clean_environment, start_cli
 
-HOSTS = {"node1": "10.77.0.1", "node2": "10.77.0.2"}
+HOSTS = {"node1": "10.77.0.1", "node2": "10.77.0.2", "node3": "10.77.0.3"}
 INTERFACE = "eth0"
+SWITCH = "switch"  # a namespace with a bridge, whose ports have the names of the hosts
+BRIDGE = "bridge0"
+SSHD_TITLE = "sshd: /"  # the one that listens, not those of its sessions
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 HOSTS_FILES = Path("/etc/netns")  # `ip netns exec NAME` shows /etc/netns/NAME/hosts as /etc/hosts
-NAMESPACE = re.compile(r"longform-(\d+)-(node\d)")
+NAMESPACE = re.compile(rf"longform-(\d+)-(node\d|{SWITCH})")
 
 
 def missing_device() -> str | None:
-    """What this machine lacks to hold the two hosts, in words."""
+    """What this machine lacks to hold the hosts, in words."""
     if os.geteuid() != 0:
         return "network namespaces need root"
-    programs = ("ip", "unshare", "hostname", "sshd", "ssh", "ssh-keygen", "pdsh", "pkill")
+    programs = ("ip", "tc", "unshare", "hostname", "sshd", "ssh", "ssh-keygen", "pdsh", "pkill")
     if missing := [name for name in programs if not _program(name)]:
         return f"not installed: {', '.join(missing)}"
     name = f"longform-{os.getpid()}-node0"
-    made = subprocess.run([_program("ip"), "netns", "add", name], capture_output=True, text=True)
-    if made.returncode:
-        return f"`ip netns add` fails: {made.stderr.strip()}"
-    subprocess.run([_program("ip"), "netns", "delete", name], check=True)
-    return None
+    needed = [["netns", "add", name], ["-n", name, "link", "add", BRIDGE, "type", "bridge"]]
+    try:
+        for words in needed:
+            made = subprocess.run([_program("ip"), *words], capture_output=True, text=True)
+            if made.returncode:
+                return f"`ip {' '.join(words)}` fails: {made.stderr.strip()}"
+        slowed = ["-n", name, "qdisc", "add", "dev", "lo", "root", *_rate(1)]
+        made = subprocess.run([_program("tc"), *slowed], capture_output=True, text=True)
+        return f"`tc qdisc add ... tbf` fails: {made.stderr.strip()}" if made.returncode else None
+    finally:
+        subprocess.run([_program("ip"), "netns", "delete", name], capture_output=True)
 
 
 class Cluster:
-    """The two hosts, for as long as the `with` block lasts; `run` and `start` act on one of them as its user would."""
+    """The three hosts, for as long as the `with` block lasts; `run` and `start` act on one of them as its user would."""
 
     def __enter__(self) -> "Cluster":
         command = [sys.executable, "-m", "tests.cluster.network"]
@@ -53,13 +63,17 @@ class Cluster:
         self._keeper = subprocess.Popen(command, cwd=ROOT, env=clean_environment(), start_new_session=True, **pipes)
         answer = self._keeper.stdout.readline().strip()
         if not answer:
-            raise RuntimeError(f"the two hosts could not be made (exit code {self._keeper.wait()}), see stderr")
+            raise RuntimeError(f"the hosts could not be made (exit code {self._keeper.wait()}), see stderr")
         self.folder = Path(answer)
+        self._disturbed: set[str] = set()
+        self._booted: list[subprocess.Popen] = []
         return self
 
     def __exit__(self, *_) -> None:
         self._keeper.stdin.close()
         self._keeper.wait(30)
+        for sshd in self._booted:
+            sshd.wait(30)
 
     def namespace(self, host: str) -> str:
         return f"longform-{self._keeper.pid}-{host}"
@@ -73,6 +87,38 @@ class Cluster:
                     found.append(process)
         return found
 
+    def cut(self, host: str) -> None:
+        """Pulls the host's cable: packets vanish, connections stay open on both sides until somebody gives up."""
+        self._disturbed.add(host)
+        _ip("-n", self.namespace(SWITCH), "link", "set", host, "down")
+
+    def slow(self, host: str, mbit: float) -> None:
+        """Lets no more than `mbit` megabits a second from and to the host (a token bucket at both ends of its cable)."""
+        self._disturbed.add(host)
+        for namespace, device in ((host, INTERFACE), (SWITCH, host)):
+            _tc("-n", self.namespace(namespace), "qdisc", "replace", "dev", device, "root", *_rate(mbit))
+
+    def kill(self, host: str) -> None:
+        """Takes the host's power: nothing runs there any more, and nobody is told (no connection is closed)."""
+        self.cut(host)
+        _kill_all_in(self.namespace(host))
+
+    def restore(self, host: str) -> None:
+        """The host is there again at full speed with its sshd, whatever was done to it; a killed one as after booting."""
+        if not any(_listens(process) for process in _processes_in(self.namespace(host))):
+            self._booted.append(_start_sshd(self._keeper.pid, self.folder, host))
+        for namespace, device in ((host, INTERFACE), (SWITCH, host)):
+            if "tbf" in _tc("-n", self.namespace(namespace), "qdisc", "show", "dev", device):
+                _tc("-n", self.namespace(namespace), "qdisc", "delete", "dev", device, "root")
+        _ip("-n", self.namespace(SWITCH), "link", "set", host, "up")
+        self._disturbed.discard(host)
+
+    def restore_all(self) -> None:
+        if disturbed := sorted(self._disturbed):
+            for host in disturbed:
+                self.restore(host)
+            _wait_until_reachable(self._keeper.pid, self.folder)
+
     @contextlib.contextmanager
     def start(
         self,
@@ -81,7 +127,7 @@ class Cluster:
         env: Mapping[str, str | None] | None = None,
         host: str = "node1",
     ) -> Iterator[RunningCommand]:
-        """Starts a command; when the block ends, nothing that it started runs on either host."""
+        """Starts a command; when the block ends, nothing that it started runs on any host."""
         variables = {
             "PATH": os.pathsep.join([str(self.folder / "bin"), str(Path(sys.executable).parent), SYSTEM_PATH]),
             "HOME": str(self.folder / "home"),
@@ -95,7 +141,7 @@ class Cluster:
                 yield running
         finally:
             for each in HOSTS:
-                _kill_all_in(self.namespace(each), spare="sshd: /")
+                _kill_all_in(self.namespace(each), spare=_listens)
 
     def run(self, command: Sequence[str | os.PathLike[str]], cwd: Path, timeout: float = 120, **options):
         """Runs a command to its end, whatever its exit code."""
@@ -109,6 +155,14 @@ def _program(name: str) -> str | None:
 
 def _ip(*words: str) -> str:
     return subprocess.run([_program("ip"), *words], check=True, capture_output=True, text=True).stdout
+
+
+def _tc(*words: str) -> str:
+    return subprocess.run([_program("tc"), *words], check=True, capture_output=True, text=True).stdout
+
+
+def _rate(mbit: float) -> list[str]:
+    return ["tbf", "rate", f"{mbit:g}mbit", "burst", "64kb", "latency", "200ms"]
 
 
 def _on(namespace: str, host: str) -> list[str]:
@@ -126,15 +180,21 @@ def _processes_in(namespace: str) -> list[psutil.Process]:
     return found
 
 
-def _kill_all_in(namespace: str, spare: str | None = None) -> None:
-    """Kills what runs on a host, except processes whose title begins with `spare`."""
+def _listens(process: psutil.Process) -> bool:
+    """Whether this is a host's sshd, and not one of its sessions."""
+    with contextlib.suppress(psutil.Error):
+        return " ".join(process.cmdline()).startswith(SSHD_TITLE)
+    return False
+
+
+def _kill_all_in(namespace: str, spare: Callable[[psutil.Process], bool] = lambda process: False) -> None:
+    """Kills what runs on a host, except what is to be spared."""
     deadline = time.monotonic() + 5
     while time.monotonic() < deadline:
         alive = 0
         for process in _processes_in(namespace):
             with contextlib.suppress(psutil.Error):
-                title = " ".join(process.cmdline())
-                if process.status() != psutil.STATUS_ZOMBIE and not (spare and title.startswith(spare)):
+                if process.status() != psutil.STATUS_ZOMBIE and not spare(process):
                     process.kill()
                     alive += 1
         if not alive:
@@ -186,20 +246,23 @@ def _wrap(wrapper: Path, options: str) -> None:
 
 
 def _make_hosts(pid: int, folder: Path) -> None:
-    """Namespaces, the cable between them, their /etc/hosts, and what node2 sees in two of the shared folders."""
+    """Namespaces, the switch between them, their /etc/hosts, and two folders that not all of them see."""
     lines = ["127.0.0.1 localhost", *(f"{address} {host}" for host, address in HOSTS.items())]
-    first, second = (f"longform-{pid}-{host}" for host in HOSTS)
-    for namespace in (first, second):
+    switch = f"longform-{pid}-{SWITCH}"
+    _ip("netns", "add", switch)
+    _ip("-n", switch, "link", "add", BRIDGE, "up", "type", "bridge", "stp_state", "0")
+    for host, address in HOSTS.items():
+        namespace = f"longform-{pid}-{host}"
         files = HOSTS_FILES / namespace
         files.mkdir(parents=True)
         (files / "hosts").write_text("\n".join(lines) + "\n")
         (files / "resolv.conf").write_text("nameserver 127.0.0.1\n")  # nobody answers there: unknown names fail at once
         _ip("netns", "add", namespace)
-    _ip("link", "add", INTERFACE, "netns", first, "type", "veth", "peer", "name", INTERFACE, "netns", second)
-    for namespace, address in zip((first, second), HOSTS.values(), strict=True):
+        _ip("link", "add", INTERFACE, "netns", namespace, "type", "veth", "peer", "name", host, "netns", switch)
         _ip("-n", namespace, "address", "add", f"{address}/24", "dev", INTERFACE)
         for device in ("lo", INTERFACE):
             _ip("-n", namespace, "link", "set", device, "up")
+        _ip("-n", switch, "link", "set", host, "up", "master", BRIDGE)
     for name in ("home", "only_node1", "differs", "differs_node2"):
         (folder / name).mkdir()
 
@@ -207,11 +270,13 @@ def _make_hosts(pid: int, folder: Path) -> None:
 def _start_sshd(pid: int, folder: Path, host: str) -> subprocess.Popen:
     """sshd in the host's namespaces: `ip netns exec` gives it mounts of its own, which its sessions inherit."""
     script = ["mount -t tmpfs tmpfs /run", "mkdir /run/sshd"]
+    if host != "node1":
+        script += [f"mount -t tmpfs tmpfs {folder}/only_node1"]
     if host == "node2":
-        script += [f"mount -t tmpfs tmpfs {folder}/only_node1", f"mount --bind {folder}/differs_node2 {folder}/differs"]
+        script += [f"mount --bind {folder}/differs_node2 {folder}/differs"]
     script += [f"exec {_program('sshd')} -D -e -f {folder}/sshd_config"]
     command = [*_on(f"longform-{pid}-{host}", host), "sh", "-ec", "; ".join(script)]
-    with (folder / f"sshd-{host}.log").open("wb") as log:
+    with (folder / f"sshd-{host}.log").open("ab") as log:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
 
 

@@ -3,18 +3,13 @@
 import contextlib
 import json
 import re
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from engine.checkpoint.manifest import read_manifest, steps
-from tests.cluster.network import HOSTS_FILES, missing_device
-from tests.processes import ROOT, free_port, run_cli
+from tests.processes import free_port, run_cli
 from tests.test_readme import README
 from training.records import read_records
 
@@ -148,26 +143,6 @@ def test_a_rank_that_fails_alone_ends_all_hosts(cluster, shared):
     assert done.returncode == 2, done.stdout + done.stderr
     assert "node1: error: --output file is a file" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_nothing_is_left_of_a_killed_test_run(tmp_path):
-    if reason := missing_device():
-        pytest.skip(reason)
-    script = (
-        "import time; from tests.cluster.network import Cluster\n"
-        "with Cluster() as c:\n print(c.folder, flush=True)\n time.sleep(600)"
-    )
-    user = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    folder = Path(user.stdout.readline().strip())
-    keeper = psutil.Process(int(folder.name.rpartition("-")[2]))
-    assert folder.is_dir()
-    assert (HOSTS_FILES / f"{folder.name}-node1").is_dir()
-    user.send_signal(signal.SIGKILL)
-    user.communicate()
-    psutil.wait_procs([keeper], timeout=30)
-    assert not folder.exists()
-    assert not list(HOSTS_FILES.glob(f"{folder.name}-*"))
-    assert folder.name not in subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
 
 
 def test_a_rank_killed_on_one_host_is_named_on_the_other(cluster, shared):
