@@ -5,6 +5,7 @@ import warnings
 
 from engine import internals
 from engine.safe_load import force_everywhere
+from launch.links import watch_links
 from launch.rank import PRESENT, meet
 from launch.topology import Topology, fill_environment
 
@@ -31,3 +32,5 @@ def start_process_group(topology: Topology, collective_timeout_minutes: float = 
     if roll_call:
         roll_call.read_places()
         PRESENT.append(roll_call)
+    if topology.world_size > topology.local_size:
+        watch_links()

@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 import psutil
 import torch.distributed as dist
 
+from launch.links import connections
+
 FAILED_COLLECTIVE = re.compile(
     r"Read error \S+ Connection reset by peer|Connection closed by peer \S+[^\s.]|Connection reset by peer"
     r"|[Cc]onnection closed|Broken pipe|[Tt]imed out waiting|No route to host|Connection refused|Connection timed out"
@@ -92,7 +94,7 @@ class RollCall:
                 if not silent:
                     return "no rank said why: see the messages of all"
                 has = "has" if len(silent) == 1 else "have"
-                return f"{self._named(silent)} {has} not arrived there and said nothing: killed, stopped or hanging"
+                return f"{self._named(silent)} {has} not arrived there and said nothing: killed, stopped, hanging or cut off"
             time.sleep(0.5)
 
     def _state_here(self, rank: int) -> str | None:
@@ -122,11 +124,10 @@ class RollCall:
 
 def _break_connections(store_port: int) -> None:
     """So that the others, who wait in a collective, notice while the store still stands."""
-    for connection in psutil.Process().net_connections("tcp"):
-        ports = {connection.laddr.port, *([connection.raddr.port] if connection.raddr else [])}
-        if connection.status == psutil.CONN_ESTABLISHED and store_port not in ports:
-            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(connection.fd)) as ours:
-                ours.shutdown(socket.SHUT_RDWR)
+    for connection, ports in connections():
+        if store_port not in ports:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
 
 def named(ranks: Sequence[int], hosts: Sequence[str]) -> str:

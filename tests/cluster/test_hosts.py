@@ -86,6 +86,41 @@ def test_stopped_on_all_hosts_and_continued_on_one(stopped, cluster, shared):
     assert sorted(losses(output)) == list(range(1, last + 3))
 
 
+def test_a_host_that_is_cut_off_is_named_and_the_other_goes_on(cluster, shared):
+    """Its link is down and nobody says so: no connection is closed."""
+    output = shared / "run_cut"
+    command = readme_block("--hostfile hosts train.py", "--checkpoint.every_steps", "5")
+    command[-1] = command[-1].replace("--output run", "--output run_cut")
+    with cluster.start(command, cwd=shared) as running:
+        running.wait_for(
+            lambda: (output / "metrics.jsonl").exists() and max(losses(output), default=0) >= 8, timeout=240
+        )
+        cluster.cut("node2")
+        done = running.finish(90)
+        before = losses(output)
+        assert done.returncode not in (0, 2, 75), done.stdout + done.stderr
+        assert re.search(
+            r"^node1: error: a collective failed: node2 \(rank 1\) has not arrived .* or cut off$",
+            done.stderr,
+            re.MULTILINE,
+        ), done.stderr
+        assert "Traceback" not in done.stderr
+        deadline = time.monotonic() + 60
+        while any(cluster.processes(host, "train.py") for host in ("node1", "node2")):
+            assert time.monotonic() < deadline, "ranks are left over"
+            time.sleep(0.1)
+    newest = read_manifest(steps(output)[0]).state.step
+    assert newest >= max(before) - 5
+    rest = ["--data", "data", "--output", "run_cut", "--training.max_steps", str(newest + 5)]
+    command = ["deepspeed", "--num_gpus", "1", "train.py", "--recipe", "recipe.yaml", *rest]
+    done = cluster.run([*command, "--deepspeed_config", "ds_configs/zero3_fp32.json"], cwd=shared, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    after = losses(output)
+    assert sorted(after) == list(range(1, newest + 6))
+    assert len(before) > newest, "no step was done twice"
+    assert {step: after[step] for step in before} == pytest.approx(before, rel=1e-5)
+
+
 def test_torchrun_on_both_hosts(undivided, cluster, shared):
     output, command = shared / "run_torchrun", readme_block("torchrun --nnodes 2", "--training.max_steps", "3")
     command[-1] = command[-1].replace("--output run", "--output run_torchrun")
