@@ -1,18 +1,16 @@
 """Says what would go wrong with a launch over several hosts, before it does; without a hostfile, describes this machine.
 
-python -m tools.doctor [--hostfile hosts [--tensor N]]
+python -m tools.doctor [--hostfile hosts] [--recipe R --deepspeed_config J --data DATA] [--output RUN] [--json]
 
-Run it where you will start `deepspeed`: it logs into every host as the launcher does and compares what it finds there.
+Run it where you will start `deepspeed`: it logs into every host as the launcher does, compares what it finds there, and
+measures how fast the hosts exchange data. Given what `train.py` will be given, it says too what the run needs of them.
 """
 
+import argparse
 import contextlib
-import ipaddress
 import json
-import shlex
 import shutil
-import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,72 +18,167 @@ from typing import Any
 
 from console.command import CommandParser, run_command
 from tools import host_facts
+from tools.ask_hosts import MASTER_PORT, MOST_HOSTS_AT_ONCE, ROOT, clock_difference, facts_of_hosts, keeps_alive, run_on
+from tools.findings import Findings
 
-ROOT = Path(__file__).resolve().parent.parent
-MASTER_PORT = 29500  # the launcher's default
 NOT_FORWARDED = ("CUDA_", "DEEPSPEED_", "GLOO_", "HF_", "LD_LIBRARY_PATH", "NCCL_", "OMP_", "TORCH_", "WANDB_")
-SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
-ANSWER_SECONDS = 120  # torch may be imported from a cold shared file system
-MOST_HOSTS_AT_ONCE = 64
-
-
-class Findings:
-    """What was found, printed at once as it comes; problems make the launch fail, notes may surprise."""
-
-    def __init__(self) -> None:
-        self.problems = 0
-
-    def problem(self, sentence: str) -> None:
-        self.problems += 1
-        print(f"problem: {sentence}", flush=True)
-
-    def note(self, sentence: str) -> None:
-        print(f"note: {sentence}", flush=True)
+MOST_PAIRS_SHOWN = 10
+NOTED_CLOCK_SECONDS, WRONG_CLOCK_SECONDS = 1.0, 60.0
+STALE_SECONDS = 600
+"""No build of DeepSpeed's takes longer."""
 
 
 def main() -> None:
     parser = CommandParser(prog="python -m tools.doctor", description=__doc__)
     parser.add_argument("--hostfile", type=Path, help="check a launch on these hosts (default: describe this machine)")
-    parser.add_argument("--tensor", type=int, default=1, metavar="N", help="ranks of a tensor group, for --hostfile")
+    parser.add_argument("--recipe", help="the run's: say what memory and disk it needs")
+    parser.add_argument("--deepspeed_config", help="the run's; needs --recipe and --data")
+    parser.add_argument("--data", help="the run's: check that all hosts have the same")
+    parser.add_argument("--output", help="the run's: check that all hosts share it, and that checkpoints will fit")
+    for axis in ("pipeline", "tensor", "sequence"):
+        flag = "--pipeline_stages" if axis == "pipeline" else f"--{axis}"
+        parser.add_argument(flag, dest=axis, type=int, metavar="N", help=f"ranks of a {axis} group")
+    parser.add_argument("--json", action="store_true", help="print one JSON object: problems, notes, facts")
     arguments = parser.parse_args()
-    findings = Findings()
-    if arguments.hostfile is None:
-        from tools.machine_report import machine_report
+    of_run = [arguments.recipe, arguments.deepspeed_config]
+    if any(of_run) and not (all(of_run) and arguments.data):
+        raise ValueError(
+            "--recipe and --deepspeed_config describe a run only together, and with --data: give all three"
+        )
+    findings = Findings(silent=arguments.json)
+    # Libraries may print to where the JSON is to stand alone.
+    with contextlib.redirect_stdout(sys.stderr) if arguments.json else contextlib.nullcontext():
+        rooms = check_launch(arguments, findings) if arguments.hostfile else describe_machine(findings)
+        if all(of_run) and rooms:
+            check_run(arguments, rooms, findings)
+    if arguments.json:
+        print(json.dumps({"problems": findings.problems, "notes": findings.notes, "facts": findings.facts}, indent=1))
+    if count := len(findings.problems):
+        raise ValueError(f"{count} problem{'s' * (count > 1)} to solve, see above")
+    if not arguments.json:
+        print("no problem found" if arguments.hostfile is None else "every host is ready for the launch")
 
-        for name, value in machine_report(findings.problem, findings.note):
-            print(f"{name:<15}{value}")
-    else:
-        check_launch(arguments.hostfile, arguments.tensor, findings)
-    if findings.problems:
-        raise ValueError(f"{findings.problems} problem{'s' * (findings.problems > 1)} to solve, see above")
-    print("no problem found" if arguments.hostfile is None else "every host is ready for the launch")
+
+def describe_machine(findings: Findings) -> dict[str, Any]:
+    """What this machine is; and, by its name, what it has for a run with a process a GPU."""
+    from launch.topology import shell_environment
+    from tools.machine_report import machine_report
+
+    findings.facts["machine"] = {}
+    for name, value in machine_report(findings.problem, findings.note):
+        findings.line(name, value)
+        findings.facts["machine"][name] = value
+    locks = host_facts.build_locks(shell_environment().get("TORCH_EXTENSIONS_DIR", ""))
+    _report_locks(locks, "", findings)
+    names, device_memory, _ = host_facts.devices()
+    return {"this machine": (max(1, len(names)), host_facts.free_memory(), device_memory)}
 
 
-def check_launch(hostfile: Path, tensor: int, findings: Findings) -> None:
-    """Examine the hostfile, `.deepspeed_env` and every host."""
+def check_run(arguments: argparse.Namespace, rooms: dict[str, Any], findings: Findings) -> None:
+    """`rooms`: by host, the fields of a `tools.foreseen_needs.Room`."""
+    from launch.topology import choose_accelerator
+
+    choose_accelerator()
+
+    from tools.foreseen_needs import Room, foresee
+
+    needs = foresee(arguments, {host: Room(*room) for host, room in rooms.items()})
+    findings.facts["run"] = needs.facts
+    for name, text in needs.lines:
+        findings.line(name, text)
+    for problem in needs.problems:
+        findings.problem(problem)
+
+
+def _report_locks(locks: list, where: str, findings: Findings) -> None:
+    for path, age in locks:
+        sentence = f"{where}{path} is the lock of a build of C++ code, {age / 60:.0f} minutes old: "
+        if age > STALE_SECONDS:
+            findings.problem(f"{sentence}the build was killed and every later one waits for it; delete the file")
+        else:
+            findings.note(f"{sentence}a build is going on, or was killed")
+
+
+def check_launch(arguments: argparse.Namespace, findings: Findings) -> dict[str, Any]:
+    """Examine the hostfile, `.deepspeed_env` and every host. What each has for its ranks; nothing unless all answer."""
     from launch.hostfile import across_hosts, read_hostfile
     from launch.topology import shell_environment
 
-    hosts, problems = read_hostfile(hostfile)
+    hosts, problems = read_hostfile(arguments.hostfile)
     for problem in problems:
         findings.problem(problem)
-    if sentence := across_hosts(tensor, list(hosts.values())):
+    if sentence := across_hosts(arguments.tensor or 1, list(hosts.values())):
         findings.note(sentence)
     forwarded = check_forwarded(shell_environment(), findings)
     if missing := [name for name in ("ssh", "pdsh")[: 1 + (len(hosts) > 1)] if shutil.which(name) is None]:
         findings.problem(f"not installed here: {', '.join(missing)} (Debian, Ubuntu: apt install openssh-client pdsh)")
     if not hosts or "ssh" in missing:
-        return
-    here, there = facts_of_hosts(list(hosts), findings)
+        return {}
+    here, there = facts_of_hosts(list(hosts), arguments, findings)
+    findings.facts["hosts"] = {host: facts | {"code": None} for host, facts in there.items()}
     first = next(iter(hosts))
     for host, slots in hosts.items():
         if host in there:
             facts = there[host]
             for problem in host_problems(slots, facts, here, forwarded, first):
                 findings.problem(f"{host}: {problem}")
+            _report_locks(facts["locks"], f"{host}: ", findings)
             devices = f"{len(facts['devices'])} x {facts['devices'][0]}" if facts["devices"] else "no GPU"
-            print(f"{host:<15} slots={slots}, {devices}, Python {facts['python']}, torch {facts['packages']['torch']}")
+            findings.line(
+                host, f"slots={slots}, {devices}, Python {facts['python']}, torch {facts['packages']['torch']}"
+            )
     check_between_hosts(there, findings)
+    check_clocks(list(there), findings)
+    if len(hosts) > 1:
+        options = shell_environment().get("PDSH_SSH_ARGS_APPEND", "")
+        if deaf := [host for host in there if not keeps_alive(host, options)]:
+            findings.note(
+                f"`deepspeed` would not notice that {', '.join(deaf)} is lost: set PDSH_SSH_ARGS_APPEND to "
+                '"-o ServerAliveInterval=5", or ServerAliveInterval in ~/.ssh/config'
+            )
+        check_bandwidth(there, here["first_address"], forwarded, findings)
+    rooms = {host: (hosts[host], facts["free_memory"], facts["device_memory"]) for host, facts in there.items()}
+    return rooms if len(rooms) == len(hosts) else {}
+
+
+def check_clocks(hosts: list[str], findings: Findings) -> None:
+    """How far each host's clock is from this machine's, less the time that asking took: none where it may be right."""
+    with ThreadPoolExecutor(MOST_HOSTS_AT_ONCE) as pool:
+        differences = dict(zip(hosts, pool.map(clock_difference, hosts), strict=True))
+    findings.facts["clock_differences"] = differences
+    for host, seconds in differences.items():
+        tell = findings.problem if abs(seconds) > WRONG_CLOCK_SECONDS else findings.note
+        if abs(seconds) > NOTED_CLOCK_SECONDS:
+            way = "ahead of" if seconds > 0 else "behind"
+            tell(f"{host}: its clock is {abs(seconds):,.0f} s {way} this machine's; let NTP set both")
+
+
+def check_bandwidth(there: dict[str, dict], address: str, forwarded: Mapping[str, str], findings: Findings) -> None:
+    """Let the hosts exchange data, and say how fast each pair is."""
+    from tools import bandwidth
+
+    if findings.problems:
+        findings.note("how fast the hosts exchange data is measured once there is no problem")
+        return
+    if any(facts["port"] == "in use" for facts in there.values()):
+        findings.note("how fast the hosts exchange data is not measured beside a run")
+        return
+    backend = "nccl" if all(facts["devices"] for facts in there.values()) else "gloo"
+    try:
+        found = bandwidth.measure(list(there), address, MASTER_PORT, backend, forwarded, run_on)
+    except ValueError as error:
+        for sentence in str(error).splitlines():
+            findings.problem(f"the hosts cannot exchange data over {backend}: {sentence}")
+        return
+    findings.facts["bandwidth"] = found
+    slowest = sorted(found["pairs"].items(), key=lambda pair: pair[1])
+    findings.line("all-reduce", f"{bandwidth.in_words(found['all_reduce'])} over all hosts ({backend}, of the bus)")
+    for pair, rate in slowest[:MOST_PAIRS_SHOWN]:
+        findings.line("point to point", f"{bandwidth.in_words(rate)} {pair}")
+    if len(slowest) > MOST_PAIRS_SHOWN:
+        findings.line("", f"{len(slowest) - MOST_PAIRS_SHOWN} faster pairs, up to {bandwidth.in_words(slowest[-1][1])}")
+    for sentence in bandwidth.notes(found):
+        findings.note(sentence)
 
 
 def check_forwarded(shell: Mapping[str, str], findings: Findings) -> dict[str, str]:
@@ -106,73 +199,6 @@ def check_forwarded(shell: Mapping[str, str], findings: Findings) -> dict[str, s
     return variables
 
 
-def facts_of_hosts(hosts: list[str], findings: Findings) -> tuple[dict, dict[str, dict]]:
-    """The facts of this machine, and of every host that answers; for the others a problem is reported."""
-    address = _first_address(hosts[0], findings)
-    question: dict[str, Any] = {
-        "code": str(ROOT),
-        "folder": str(Path.cwd()),
-        "first_address": address,
-        "port": MASTER_PORT,
-    }
-    source = Path(host_facts.__file__).read_text()
-    with tempfile.NamedTemporaryFile(dir=".", prefix=".longform-doctor-") as token:
-        question["token"] = Path(token.name).name
-        command = f"{shlex.quote(sys.executable)} - {shlex.quote(json.dumps(question))}"
-        with ThreadPoolExecutor(MOST_HOSTS_AT_ONCE) as pool:
-            answers = [pool.submit(_run_on, host, command, source) for host in hosts]
-            here = host_facts.collect(**question)
-            there = {}
-            for host, answer in zip(hosts, answers, strict=True):
-                try:
-                    there[host] = _facts(host, answer.result())
-                except ValueError as error:
-                    findings.problem(str(error))
-    return here | {"first_address": question["first_address"]}, there
-
-
-def _first_address(host: str, findings: Findings) -> str:
-    """What DeepSpeed would take for MASTER_ADDR: the first word that `hostname -I` prints there."""
-    words = _run_on(host, "hostname -I").stdout.split()
-    for word in words:
-        with contextlib.suppress(ValueError):
-            address = str(ipaddress.ip_address(word))
-            if word != words[0]:
-                findings.problem(
-                    f"{host}: its login shell prints {words[0]!r}, which DeepSpeed would take for the address of this host: "
-                    "make ~/.bashrc silent, or give the launcher --master_addr"
-                )
-            return address
-    return host
-
-
-def _run_on(host: str, command: str, source: str = "") -> subprocess.CompletedProcess[str]:
-    try:
-        return subprocess.run(
-            [*SSH, host, command],
-            input=source,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=ANSWER_SECONDS,
-        )
-    except subprocess.TimeoutExpired:
-        return subprocess.CompletedProcess(host, -1, "", f"no answer within {ANSWER_SECONDS} s")
-
-
-def _facts(host: str, done: subprocess.CompletedProcess[str]) -> dict:
-    """The facts in the answer. Raises ValueError with why there are none."""
-    for line in done.stdout.splitlines():
-        if line.startswith(host_facts.MARK):
-            return json.loads(line.removeprefix(host_facts.MARK))
-    last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    if done.returncode == 255:
-        raise ValueError(f"{host}: `ssh {host}` must work without a password or a question, but says: {last}")
-    if done.returncode in (126, 127):
-        raise ValueError(f"{host}: {sys.executable} must be at the same path on every host, but ssh says: {last}")
-    raise ValueError(f"{host}: {sys.executable} fails there: {last}")
-
-
 def host_problems(slots: int, facts: dict, here: dict, forwarded: Mapping[str, str], first: str) -> list[str]:
     """What is wrong with one host, given this machine's facts and the name of the first host."""
     problems = []
@@ -189,12 +215,16 @@ def host_problems(slots: int, facts: dict, here: dict, forwarded: Mapping[str, s
         names = list(dict.fromkeys(different))
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         problems.append(f"other code in {ROOT}: {', '.join(names[:3])}{more}")
-    if not facts["folder"]:
-        problems.append(f"no folder {Path.cwd()}; start the launch in a folder that all hosts share")
-    elif not facts["token"]:
-        problems.append(
-            f"its {Path.cwd()} is another folder; data and --output must be on a file system that all hosts share"
-        )
+    for folder in here["folders"]:
+        if folder not in facts["folders"]:
+            problems.append(f"no folder {folder}; start the launch in a folder that all hosts share")
+        elif not facts["folders"][folder]:
+            problems.append(
+                f"its {folder} is another folder; data and --output must be on a file system that all hosts share"
+            )
+    if facts["data"] != here["data"]:
+        what = "no data set" if facts["data"] is None else "another or an incomplete data set"
+        problems.append(f"{what} in the folder of --data, where this machine has one; let all hosts share it")
     if facts["devices"] and slots > len(facts["devices"]):
         problems.append(f"slots={slots} but it has {len(facts['devices'])} GPUs")
     if facts["port"].startswith("no answer"):

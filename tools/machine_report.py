@@ -37,7 +37,7 @@ def machine_report(problem: Callable[[str], None], note: Callable[[str], None]) 
     disk = shutil.disk_usage(".")
     yield "disk", f"{disk.free / 1e9:.0f} GB free of {disk.total / 1e9:.0f} GB in {Path.cwd()}"
     if disk.free < LITTLE_DISK_BYTES:
-        note(f"{disk.free / 1e9:.1f} GB of disk are little: a checkpoint takes 12 to 16 bytes a parameter")
+        note(f"{disk.free / 1e9:.1f} GB of disk are little: under AdamW a checkpoint takes 12 bytes a parameter")
 
 
 def _accelerators(names: list[str]) -> str:

@@ -97,17 +97,14 @@ def rank_need(plan: RunPlan, rank: int) -> Need:
     """What the rank with this number has to hold."""
     config, mesh, recipe = plan.ds_config, plan.mesh._replace(rank=rank), plan.recipe
     zero, bf16 = config.get("zero_optimization", {}), config.get("bf16", {})
-    stage, half = zero.get("stage", 0), any(config.get(key, {}).get("enabled") for key in ("bf16", "fp16"))
+    stage, half = zero.get("stage", 0), _half(plan)
     sizes = parameter_sizes(recipe.model, plan.pipeline_bounds, mesh)
     among, number = mesh.data * mesh.sequence, mesh.data_rank * mesh.sequence + mesh.sequence_rank
     everything, parameters = (sum(size.numel for size in sizes if size.trained or frozen) for frozen in (True, False))
     part = share(parameters, among, number)
 
-    width = 2 if half else 4
+    width, master_width, state_width = widths(plan)
     sum_width = {"fp32": 4, None: width}.get(config.get("data_types", {}).get("grad_accum_dtype"), 2)
-    moments = 2 if recipe.optimizer.name in ("adamw", "normuon") else 1  # at least: under Muon some parameters have two
-    state_width = moments * (2 if bf16.get("bf16_optimizer_states") else 4)
-    master_width = 2 if bf16.get("bf16_master_weights_and_grads") else 4
     to_host = {key: _share_on(zero, key, "cpu") for key in ("offload_optimizer", "offload_param")}
     kept = {key: 1.0 - _share_on(zero, key, "nvme") for key in to_host}
 
@@ -133,6 +130,36 @@ def rank_need(plan: RunPlan, rank: int) -> Need:
     if plan.batch.accumulation == 1:  # gradients come as activations go
         activations = max(0, activations - gradients)
     return Need(weights, gradients, optimizer, activations, int(offloaded), _building(plan, mesh, stage))
+
+
+class Widths(NamedTuple):
+    """Bytes of a trained parameter."""
+
+    weight: int
+    master: int
+    """Of the copy by which the optimizer goes."""
+    moments: int
+    """At least: under Muon some parameters have two."""
+
+
+def widths(plan: RunPlan) -> Widths:
+    bf16, moments = plan.ds_config.get("bf16", {}), 2 if plan.recipe.optimizer.name in ("adamw", "normuon") else 1
+    return Widths(
+        weight=2 if _half(plan) else 4,
+        master=2 if bf16.get("bf16_master_weights_and_grads") else 4,
+        moments=moments * (2 if bf16.get("bf16_optimizer_states") else 4),
+    )
+
+
+def _half(plan: RunPlan) -> bool:
+    """Whether the weights are; under torch_autocast they are not."""
+    return any(plan.ds_config.get(key, {}).get("enabled") for key in ("bf16", "fp16"))
+
+
+def checkpoint_bytes(plan: RunPlan) -> int:
+    """What a checkpoint takes on disk, at least: the weights as the optimizer has them, and moments."""
+    width = widths(plan)
+    return plan.recipe.model.num_trained_parameters() * (width.master + width.moments)
 
 
 def largest_need(plan: RunPlan) -> Need:
@@ -174,11 +201,10 @@ def check_memory(plan: RunPlan, topology: Topology, overcommit: bool = False) ->
     `overcommit`, for which the line says so.
     """
     need, free = largest_need(plan), free_memory(topology.device)
-    shortage = _shortage(plan, topology, free)
+    shortage = shortage_of(plan, topology, free)
     if shortage and not overcommit:
         raise ValueError(f"{shortage}: {remedy(plan, topology, free)}, or go on with --allow_overcommit")
-    parts = [f"{name} {_gib(getattr(need, name))}" for name in ("weights", "gradients", "optimizer", "activations")]
-    peak = f"{_gib(need.training)} ({', '.join(parts)}), and {_gib(need.building)} of the host while the model is built"
+    peak = f"{in_words(need)}, and {_gib(need.building)} of the host while the model is built"
     rooms = " and ".join(f"{_gib(room)} of {place}" for place, room in free.items())
     ranks = len(_ranks_here(topology))
     trained = plan.recipe.model.num_trained_parameters()
@@ -190,6 +216,11 @@ def check_memory(plan: RunPlan, topology: Topology, overcommit: bool = False) ->
         + f"; going on although {shortage}" * bool(shortage)
         + _arithmetic_of_adapters(plan)
     )
+
+
+def in_words(need: Need) -> str:
+    parts = [f"{name} {_gib(getattr(need, name))}" for name in ("weights", "gradients", "optimizer", "activations")]
+    return f"{_gib(need.training)} ({', '.join(parts)})"
 
 
 def _arithmetic_of_adapters(plan: RunPlan) -> str:
@@ -209,7 +240,7 @@ def remedy(plan: RunPlan, topology: Topology, free: dict[str, int]) -> str:
     fitting = []
     for file in sorted(SHIPPED.glob("*.json")):
         other = _with_config(plan, file, topology)
-        if other is not None and not _shortage(other, topology, free):
+        if other is not None and not shortage_of(other, topology, free):
             changes = len(_leaves(other.ds_config) ^ _leaves(plan.ds_config))
             fitting.append((other.mesh != plan.mesh, other.half_precision != plan.half_precision, changes, file.name))
     words = [f"take ds_configs/{min(fitting)[-1]}"] if fitting else []
@@ -222,7 +253,7 @@ def remedy(plan: RunPlan, topology: Topology, free: dict[str, int]) -> str:
         ends = [
             replace(topology, rank=first, local_rank=0, world_size=hosts * ranks) for first in (0, (hosts - 1) * ranks)
         ]
-        if not any(_shortage(wider, end, free) for end in ends):
+        if not any(shortage_of(wider, end, free) for end in ends):
             words.append(f"start {hosts} hosts like this one with {ranks} rank{'s' if ranks > 1 else ''} each")
             break
     return ", or ".join(words or ["take a smaller model: no shipped DeepSpeed config fits, on any number of hosts"])
@@ -254,7 +285,7 @@ def _ranks_here(topology: Topology) -> range:
     return range(first, min(first + topology.local_size, topology.world_size))
 
 
-def _shortage(plan: RunPlan, topology: Topology, free: dict[str, int]) -> str:
+def shortage_of(plan: RunPlan, topology: Topology, free: dict[str, int]) -> str:
     """A clause about what cannot fit; empty if all may."""
     here, device = _ranks_here(topology), topology.device
     needs = {rank: rank_need(plan, rank) for rank in here}

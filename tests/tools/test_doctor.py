@@ -1,12 +1,15 @@
 """The doctor against a stand-in for ssh; `tests/cluster` has the real one."""
 
+import itertools
+import json
 import os
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.tools.called import call
-from tools import doctor, host_facts, machine_report
+from tools import bandwidth, doctor, host_facts, machine_report
 
 SSH = """#!/bin/sh
 while [ "$1" = -o ]; do shift 2; done
@@ -15,6 +18,8 @@ case $host in
     localhost) exec sh -c "$*" ;;
     localhost.localdomain) echo "welcome to $host"; exec sh -c "$*" ;;
     other) echo "sh: 1: $1: not found" >&2; exit 127 ;;
+    ahead) case "$*" in date*) echo $(($(date +%s) + 100)) ;; *) exec sh -c "$*" ;; esac ;;
+    late) case "$*" in date*) echo $(($(date +%s) - 20)) ;; *) exec sh -c "$*" ;; esac ;;
     broken) echo "Traceback"  >&2; echo "SyntaxError: invalid syntax" >&2; exit 1 ;;
     *) echo "Warning: added" >&2; echo "$host: Permission denied (publickey)." >&2; exit 255 ;;
 esac
@@ -39,7 +44,7 @@ def command(capsys, monkeypatch, tmp_path):
                 (programs / tool).symlink_to(f"/bin/{tool}")
         monkeypatch.setenv("PATH", str(programs) + ("" if not pdsh else os.pathsep + os.environ["PATH"]))
         if hostfile is None:
-            return call(doctor.main, capsys, monkeypatch)
+            return call(doctor.main, capsys, monkeypatch, *flags)
         Path("hosts").write_text(hostfile)
         return call(doctor.main, capsys, monkeypatch, "--hostfile", "hosts", *flags)
 
@@ -104,8 +109,11 @@ def facts(**changes) -> dict:
         "devices": [],
         "torch_problem": None,
         "code": {"train.py": "1", "engine/step.py": "2"},
-        "folder": True,
-        "token": True,
+        "folders": {"/run": True},
+        "data": "1",
+        "locks": [],
+        "device_memory": 0,
+        "free_memory": None,
         "interfaces": ["lo", "eth0", "ib0"],
         "port": "refused",
         "machine": "a",
@@ -121,8 +129,14 @@ def facts(**changes) -> dict:
         ({"code": None}, {}, "the code must be at the same path on every host"),
         ({"code": {"train.py": "1"}}, {}, "engine/step.py"),
         ({"code": {"train.py": "9", "engine/step.py": "2"}}, {}, "train.py"),
-        ({"folder": False, "token": False}, {}, "start the launch in a folder that all hosts share"),
-        ({"token": False}, {}, "is another folder; data and --output must be on a file system that all hosts share"),
+        ({"folders": {}}, {}, "start the launch in a folder that all hosts share"),
+        (
+            {"folders": {"/run": False}},
+            {},
+            "its /run is another folder; data and --output must be on a file system that all hosts share",
+        ),
+        ({"data": None}, {}, "no data set in the folder of --data"),
+        ({"data": "2"}, {}, "another or an incomplete data set in the folder of --data"),
         ({"devices": ["H100"]}, {}, "slots=2 but it has 1 GPUs"),
         ({"port": "no answer (timed out)"}, {}, "cannot reach 10.0.0.1, the address by which DeepSpeed knows node1"),
         ({}, {"GLOO_SOCKET_IFNAME": "eth"}, "GLOO_SOCKET_IFNAME=eth but its network interfaces are lo, eth0, ib0"),
@@ -156,7 +170,7 @@ def test_comparing_hosts(capsys):
     there = {"a": facts(devices=["H100"]), "b": facts(), "c": facts(machine="c", port="in use", devices=["H100"])}
     doctor.check_between_hosts(there, findings)
     said = capsys.readouterr().out
-    assert findings.problems == 2
+    assert len(findings.problems) == 2
     assert "a and b are one machine" in said
     assert "b: no GPU that torch can use, but a, c has" in said
     assert "note: port 29500 of the first host is in use" in said
@@ -168,9 +182,9 @@ def test_facts_are_collected_with_the_standard_library_only(tmp_path):
     (tmp_path / "train.py").write_text("x")
     (tmp_path / "engine/step.py").write_text("y")
     (tmp_path / "token").touch()
-    found = host_facts.collect(str(tmp_path), str(tmp_path), "token", "127.0.0.1", 1)
+    found = host_facts.collect(str(tmp_path), {str(tmp_path): "token", "/absent": "token"}, None, "127.0.0.1", 1)
     assert sorted(found["code"]) == ["engine/layout/mesh.py", "engine/step.py", "train.py"]
-    assert (found["folder"], found["token"], found["port"]) == (True, True, "refused")
+    assert (found["folders"], found["port"]) == ({str(tmp_path): True}, "refused")
     assert host_facts.code_hashes(tmp_path / "absent") is None
     lines = Path(host_facts.__file__).read_text().splitlines()
     ours = ("from console", "from data_prep", "from engine", "from launch", "from model", "from tools", "from training")
@@ -201,3 +215,76 @@ def test_other_versions_than_required_are_said(command, monkeypatch, tmp_path):
     assert "note: requirements.txt has torch 0.1.0, here is 2." in done.out
     assert "problem: requirements.txt has no-such-package 3.0, here is none" in done.out
     assert done.out.count("requirements.txt has") == 2
+
+
+def test_clocks_that_differ(command):
+    done = command("ahead slots=1\nlate slots=1\n")
+    assert done.code == 2
+    (problem,) = [line for line in done.out.splitlines() if "problem: ahead: its clock is " in line]
+    assert "s ahead of this machine's; let NTP set both" in problem
+    assert "note: late: its clock is " in done.out
+    assert "s behind this machine's" in done.out
+
+
+def test_locks_of_killed_builds(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "builds"))
+    for name, age in (("old", 3600), ("new", 10)):
+        lock = tmp_path / "builds" / name / "lock"
+        lock.parent.mkdir(parents=True)
+        lock.touch()
+        os.utime(lock, (time.time() - age,) * 2)
+    for done, where in ((command(None), ""), (command("localhost slots=1\n", pdsh=False), "localhost: ")):
+        assert done.code == 2
+        assert (
+            f"problem: {where}{tmp_path}/builds/old/lock is the lock of a build of C++ code, 60 minutes old" in done.out
+        )
+        assert f"note: {where}{tmp_path}/builds/new/lock is the lock" in done.out
+
+
+def test_findings_as_json(command):
+    done = command("localhost slots=1\nclosed slots=1\n", "--json")
+    assert done.code == 2
+    said = json.loads(done.out)
+    assert [problem.split(":")[0] for problem in said["problems"]] == ["closed"]
+    assert said["facts"]["hosts"]["localhost"]["port"] == "refused"
+    assert set(said) == {"problems", "notes", "facts"}
+
+
+def test_half_of_a_run_is_refused(command):
+    done = command(None, "--recipe", "r.yaml")
+    assert (done.code, done.out) == (2, "")
+    assert "describe a run only together, and with --data: give all three" in done.err
+
+
+def test_data_sets_are_told_apart(tmp_path):
+    for name in ("one", "same", "short"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text("{}")
+        (tmp_path / name / "shard").write_text("x" if name == "short" else "xy")
+    one, same, short = (host_facts.data_hash(tmp_path / name) for name in ("one", "same", "short"))
+    assert one == same != short
+    assert host_facts.data_hash(tmp_path) is None
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 7, 8])
+def test_every_pair_meets_once_and_nobody_twice_in_a_round(count):
+    rounds = list(bandwidth.rounds(count))
+    assert sorted(pair for pairs in rounds for pair in pairs) == list(itertools.combinations(range(count), 2))
+    for pairs in rounds:
+        assert len({host for pair in pairs for host in pair}) == 2 * len(pairs)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "beginnings"),
+    [
+        ({"a - b": 900e6, "a - c": 800e6, "b - c": 700e6}, []),
+        ({"a - b": 5e6, "a - c": 900e6, "b - c": 4e6}, ["b: exchanges 5.0 MB/s at most", "the network gives"]),
+        ({"a - b": 300e6, "a - c": 900e6, "b - c": 900e6}, ["a - b: 300 MB/s between them"]),
+        ({"a - b": 20e6}, ["the network gives 20.0 MB/s at best"]),
+    ],
+)
+def test_what_is_noted_of_rates(pairs, beginnings):
+    said = bandwidth.notes({"pairs": pairs})
+    assert len(said) == len(beginnings)
+    for sentence, beginning in zip(said, beginnings, strict=True):
+        assert sentence.startswith(beginning)
