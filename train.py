@@ -6,7 +6,7 @@
 The same command continues RUN from its newest good checkpoint, on any number of ranks. Exit codes: 0 finished;
 1 failed (another rank, which is named, or a traceback); 2 bad input or an output folder that refuses (one sentence a
 problem): mend it; 75 stopped early and saved (SIGTERM, SIGUSR1, SIGHUP, end of the launcher, training.max_hours): run
-it again; 130 the same after Ctrl-C, of which a second one ends at once.
+it again; 76 a step hung (stacks in RUN/stacks): the same; 130 as 75, by Ctrl-C, of which a second one ends at once.
 """
 
 import argparse
@@ -101,7 +101,7 @@ def main(arguments: argparse.Namespace, stop: StopSignal) -> int:
             folder, manifest = checkpoint
             outputs.logger.log_event(loop.state.step, "resume", checkpoint=folder.name, written_by=str(manifest.layout))
         code = train(loop, outputs, stop)
-        outputs.logger.close(code)
+        outputs.close(code)
     return code
 
 

@@ -41,8 +41,10 @@ class RollCall:
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, port: int, reachable: Callable[[], bool]) -> None:
         """`port`: the store's; `reachable`: whether its keeper still listens. To be made before the process group."""
-        self._store, self._rank, self._world_size, self._reachable = store, rank, world_size, reachable
+        self.store, self.rank, self.world_size, self._reachable = store, rank, world_size, reachable
         self._port = port
+        self.exit_code = 1
+        """Of a rank that ends because another does not take part."""
         self._places: list[tuple[str, int]] = []
         store.set(f"longform/place/{rank}", f"{socket.gethostname()} {os.getpid()}")
         if rank == 0:
@@ -50,18 +52,18 @@ class RollCall:
 
     def read_places(self) -> None:
         """Learn host and process of every rank, once all are there."""
-        for text in self._store.multi_get([f"longform/place/{rank}" for rank in range(self._world_size)]):
+        for text in self.store.multi_get([f"longform/place/{rank}" for rank in range(self.world_size)]):
             host, pid = text.decode().split()
             self._places.append((host, int(pid)))
 
-    def _named(self, ranks: list[int]) -> str:
+    def named(self, ranks: list[int]) -> str:
         return named(ranks, [host for host, _ in self._places])
 
     def say(self, text: str) -> None:
         """Leave this rank's last words; the first rank then waits a moment, while its store can still be read."""
         with contextlib.suppress(RuntimeError, psutil.Error):
-            self._write(self._rank, text)
-            if self._rank == 0:
+            self._write(self.rank, text)
+            if self.rank == 0:
                 _break_connections(self._port)
                 time.sleep(FAREWELL_SECONDS)
 
@@ -71,33 +73,33 @@ class RollCall:
         try:
             return f"a collective {kind}: {self._find_cause()}"
         except RuntimeError:
-            return f"a collective {kind}: {self._named([0])} ended or cannot be reached: see its messages"
+            return f"a collective {kind}: {self.named([0])} ended or cannot be reached: see its messages"
 
     def _find_cause(self) -> str:
         time.sleep(SIGNALS_FIRST_SECONDS)
         self._check_store()
-        self._write(self._rank, None)
+        self._write(self.rank, None)
         deadline = time.monotonic() + READ_SECONDS
         while True:
             self._check_store()
             words = self._read()
             if causes := [(rank, text) for rank, text in words if text]:
                 rank, text = causes[0]
-                if self._rank == 0:
+                if self.rank == 0:
                     time.sleep(1.0)  # for the others, who read the same store
-                return f"{self._named([rank])} {text}"
-            silent = sorted(set(range(self._world_size)) - {rank for rank, _ in words})
+                return f"{self.named([rank])} {text}"
+            silent = sorted(set(range(self.world_size)) - {rank for rank, _ in words})
             for rank in silent:
-                if state := self._state_here(rank):
+                if state := self.state_here(rank):
                     self._write(rank, state)
             if time.monotonic() > deadline:
                 if not silent:
                     return "no rank said why: see the messages of all"
                 has = "has" if len(silent) == 1 else "have"
-                return f"{self._named(silent)} {has} not arrived there and said nothing: killed, stopped, hanging or cut off"
+                return f"{self.named(silent)} {has} not arrived there and said nothing: killed, stopped, hanging or cut off"
             time.sleep(0.5)
 
-    def _state_here(self, rank: int) -> str | None:
+    def state_here(self, rank: int) -> str | None:
         """What is wrong with the process of a rank on this very host, if that can be seen."""
         host, pid = self._places[rank]
         if host != socket.gethostname():
@@ -112,13 +114,13 @@ class RollCall:
 
     def _write(self, rank: int, text: str | None) -> None:
         line = json.dumps([rank, text]) + "\n"
-        self._store.append(WORDS, line)  # type: ignore[attr-defined]  # torch's stubs leave it out
+        self.store.append(WORDS, line)  # type: ignore[attr-defined]  # torch's stubs leave it out
 
     def _read(self) -> list[tuple[int, str | None]]:
-        return [tuple(json.loads(line)) for line in self._store.get(WORDS).decode().splitlines()]
+        return [tuple(json.loads(line)) for line in self.store.get(WORDS).decode().splitlines()]
 
     def _check_store(self) -> None:
-        if self._rank and not self._reachable():
+        if self.rank and not self._reachable():
             raise RuntimeError("the store is gone")
 
 

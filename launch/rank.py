@@ -68,6 +68,7 @@ def run_rank(main: Callable[[], int]) -> None:
         if lost := FAILED_COLLECTIVE.search(str(error)):
             sentence = f"another rank ended or cannot be reached ({lost[0]}): see its messages"
             print(f"error: {PRESENT[0].explain(str(error)) if PRESENT else sentence}", file=sys.stderr)
+            leave(PRESENT[0].exit_code if PRESENT else 1, wait=False)
         else:
             traceback.print_exc()
             say_farewell(f"ended: {traceback.format_exception_only(error)[-1].strip()}")

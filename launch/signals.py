@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 
 EXIT_RUN_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
+EXIT_HUNG = 76
 EXIT_INTERRUPTED = 130  # as a shell says of SIGINT
 SAME_INTERRUPT_SECONDS = 2.0
 """A launcher may pass on a Ctrl-C that the process has had itself; a later one is another."""

@@ -14,7 +14,6 @@ from engine.run.samples import StepSamples
 from engine.run.spike_watch import SpikeWatch
 from engine.run.stages import Stage
 from engine.run.stopping import agree_to_stop, give_up_after_skips
-from engine.run.validation import validate_all
 from engine.step import StepResult, train_step
 from launch.signals import StopSignal
 from training.batch import Batch
@@ -76,7 +75,7 @@ def train(loop: TrainingLoop, outputs: Outputs, stop: StopSignal) -> int:
         if plan.stage_of(state.step + 1) is not stage:
             stage = plan.stage_of(state.step + 1)
             outputs.announce(stage, state.step)
-        done = loop.step(outputs.clock.waiting_for_data)
+        done = loop.step(outputs.waiting_for_data)
         outputs.report(done.result, done.learning_rate, state)
         if done.spike:
             decision, loop.state = settle(engine, plan, state, done.micro_batches, done.spike, outputs.run)
@@ -88,7 +87,7 @@ def train(loop: TrainingLoop, outputs: Outputs, stop: StopSignal) -> int:
         last = state.step == plan.total_steps
         with outputs.clock.aside():
             if plan.validates_after(state.step):
-                outputs.validated(validate_all(engine, plan, stopping), state.step)
+                outputs.validate(engine, stopping, state.step)
             if last or stopping() or state.step % recipe.checkpoint.every_steps == 0:
                 outputs.save(engine, state)
                 if not last and stopping():  # asked while saving, perhaps: what is saved need not be saved again

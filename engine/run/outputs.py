@@ -1,5 +1,7 @@
 """Where a run's figures, events and checkpoints go."""
 
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -11,7 +13,10 @@ from engine.engine import Engine
 from engine.run.folder import check_claim
 from engine.run.plan import RunPlan
 from engine.run.stages import Stage
+from engine.run.validation import validate_all
+from engine.run.watchdog import Watchdog
 from engine.step import StepResult
+from launch.rank import PRESENT
 from launch.signals import StopSignal
 from launch.topology import wandb_mode
 from training.decisions import Decision
@@ -44,27 +49,40 @@ class Outputs:
             peak_label=peak.label,
             wandb_mode=wandb_mode(),
         )
+        self.watchdog = Watchdog(run, plan.recipe.training.hang_seconds, PRESENT[0] if PRESENT else None)
         self._device = engine.device
         self._collapsed = False
         self._retention = Retention(run, plan.recipe.checkpoint)
 
     def __enter__(self) -> Self:
         self.logger.__enter__()
+        self.watchdog.__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
+        self.watchdog.close()
         self.logger.__exit__(*exception)
 
     def announce(self, stage: Stage, step: int) -> None:
         """What is trained on from here, and what a token of it costs."""
         recipe = self.plan.recipe
+        self.watchdog.forget_usual()
         self.clock.flops_per_token = recipe.model.flops_per_token(stage.mean_document_tokens, recipe.objective.copies)
         if recipe.stages:
             self.logger.log_event(step, "stage", name=stage.name, seq_length=stage.seq_length, data=stage.data)
 
+    @contextlib.contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """The samples of a step are awaited in here; afterwards it is computed."""
+        self.watchdog.enter("waiting for data")
+        with self.clock.waiting_for_data():
+            yield
+        self.watchdog.enter("forward, backward and update")
+
     def report(self, result: StepResult, learning_rate: float, state: TrainState) -> None:
         """`state`: after the step."""
         self.clock.step_done(self.plan.step_tokens)
+        self.watchdog.step_done(state.step)
         if not result.applied:
             self.logger.log_event(state.step, "skip", loss=result.loss, grad_norm=result.grad_norm)
         members, effective = self.plan.recipe.adapters.members, result.adapters.get("effective_adapters")
@@ -100,7 +118,10 @@ class Outputs:
         told = {"spike_step": decision.step, "action": decision.action, "reason": decision.reason, "documents": named}
         self.logger.log_event(step, "spike", **told, left_out=len(decision.samples))
 
-    def validated(self, scores: dict[str, dict[str, float]] | None, step: int) -> None:
+    def validate(self, engine: Engine, stopping: Callable[[], bool], step: int) -> None:
+        """The scores of all sets. Collective over all ranks, as is `stopping`."""
+        with self.watchdog.aside("validation"):
+            scores = validate_all(engine, self.plan, stopping)
         if scores:
             self.logger.log_validation(step, scores)
         else:
@@ -110,10 +131,16 @@ class Outputs:
         """Write a checkpoint and let go of those that are no longer kept. Collective over all ranks."""
         if self.lock:
             check_claim(self.run, self.lock)
-        folder = save(engine, self.run, state, self.facts)
-        self.logger.log_event(state.step, "checkpoint", name=folder.name)
-        for sentence in self._retention.retire(folder) if self.plan.mesh.rank == 0 else ():
-            self.logger.log_event(state.step, "notice", text=sentence)
+        with self.watchdog.aside("save"):
+            folder = save(engine, self.run, state, self.facts)
+            self.logger.log_event(state.step, "checkpoint", name=folder.name)
+            for sentence in self._retention.retire(folder) if self.plan.mesh.rank == 0 else ():
+                self.logger.log_event(state.step, "notice", text=sentence)
+
+    def close(self, exit_code: int) -> None:
+        """After the last step of this launch."""
+        self.watchdog.close()
+        self.logger.close(exit_code)
 
     def stopped(self, stop: StopSignal, step: int) -> None:
         self.logger.log_event(step, "stop", reason=stop.name, next="run the same command to continue")

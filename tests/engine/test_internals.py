@@ -13,7 +13,7 @@ from engine.internals import INTERNALS, READ_IN
 from tests.processes import ROOT
 from tests.test_architecture import FILES, relative
 
-OF_PYTHON = {"_asdict", "_replace", "_exit"}
+OF_PYTHON = {"_asdict", "_replace", "_exit", "_current_frames"}
 OF_OURS = {"_shards"}
 OURS = ("engine/", "launch/", "model/", "training/", "train.py")
 
@@ -72,6 +72,7 @@ ON_OBJECTS_OF_OURS = {
     "engine/run/rewind.py": {"state.decisions"},
     "engine/run/outputs.py": {"self.clock.flops_per_token"},
     "engine/run/stopping.py": {"stop.name"},
+    "engine/run/watchdog.py": {"roll_call.exit_code"},
 }
 """Fields of our classes, submodules that a module of ours is given, and the public `data` and `grad` of a tensor."""
 
