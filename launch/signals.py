@@ -31,6 +31,7 @@ LAUNCHER_MODULES = (
     "deepspeed.launcher.launch",
     "torch.distributed.run",
     "torch.distributed.launch",
+    "tools.supervise",
 )
 
 

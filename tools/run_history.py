@@ -51,11 +51,11 @@ def is_step(record: dict[str, Any]) -> bool:
 
 
 def launches(records: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """The records of each launch: it begins with the event `resume`, or with the notices right before that."""
+    """The records of each launch: it begins with the event `resume`, or with the notices and the `restart` right before that."""
     begins = []
     for number, record in enumerate(records):
         if record.get("event") == "resume":
-            while number and records[number - 1].get("event") == "notice":
+            while number and records[number - 1].get("event") in ("notice", "restart"):
                 number -= 1
             begins.append(number)
     bounds = sorted({0, *begins, len(records)})

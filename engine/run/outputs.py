@@ -13,6 +13,7 @@ from engine.engine import Engine
 from engine.run.folder import check_claim
 from engine.run.plan import RunPlan
 from engine.run.stages import Stage
+from engine.run.supervised import StepFile, taken_restart
 from engine.run.validation import validate_all
 from engine.run.watchdog import Watchdog
 from engine.step import StepResult
@@ -49,7 +50,9 @@ class Outputs:
             peak_label=peak.label,
             wandb_mode=wandb_mode(),
         )
+        self._step_file = StepFile(run) if lock else None
         self.watchdog = Watchdog(run, plan.recipe.training.hang_seconds, PRESENT[0] if PRESENT else None)
+        self._step = state.step
         self._device = engine.device
         self._collapsed = False
         self._retention = Retention(run, plan.recipe.checkpoint)
@@ -57,10 +60,14 @@ class Outputs:
     def __enter__(self) -> Self:
         self.logger.__enter__()
         self.watchdog.__enter__()
+        if self._step_file and (restart := taken_restart(self.run)):
+            self.logger.log_event(self._step, "restart", **restart)
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self.watchdog.close()
+        self.watchdog.close(failed=exception[0] is not None)
+        if self._step_file:
+            self._step_file.close()
         self.logger.__exit__(*exception)
 
     def announce(self, stage: Stage, step: int) -> None:
@@ -83,6 +90,8 @@ class Outputs:
         """`state`: after the step."""
         self.clock.step_done(self.plan.step_tokens)
         self.watchdog.step_done(state.step)
+        if self._step_file:
+            self._step_file.mark(state.step)
         if not result.applied:
             self.logger.log_event(state.step, "skip", loss=result.loss, grad_norm=result.grad_norm)
         members, effective = self.plan.recipe.adapters.members, result.adapters.get("effective_adapters")

@@ -34,7 +34,7 @@ RANKS_PER_SECOND = 2000
 
 ANSWER_SECONDS = 3.0
 STORE_SECONDS = 3.0
-UNWATCHED = ("start", "validation", "save")
+UNWATCHED = ("start", "validation", "save", "end")
 MAIN = "MainThread"
 
 
@@ -78,9 +78,11 @@ class Watchdog:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
-    def close(self) -> None:
-        """Stop watching."""
-        self._closed.set()
+    def close(self, failed: bool = False) -> None:
+        """Stop watching; a rank that has `failed` still answers the others, who may wait for it, until its process ends."""
+        self.enter("end")
+        if not failed:
+            self._closed.set()
 
     def enter(self, phase: str) -> None:
         """This rank is in another phase from now on."""
@@ -166,20 +168,18 @@ class Watchdog:
         key = {name: self._key(name) for name in ("alarm", "judge", "verdict")}
         self._ask(lambda store: store.set(self._key(self._rank), json.dumps(mine)))
         self._ask(lambda store: store.set(key["alarm"], ""))
-        if usual is not None and self._ask(lambda store: store.add(key["judge"], 1)) == 1:
-            answers, silent = self._collect(roll_call)
-            goes_on = self._overdue is None or any(answer.phase in UNWATCHED for answer in answers)
-            sentence = "" if goes_on else self._judge(step, usual, answers, silent)
-            self._ask(lambda store: store.set(key["verdict"], sentence))
-        else:
-            deadline = time.monotonic() + 3 * (ANSWER_SECONDS + self._pause)
-            while not self._ask(lambda store: store.check([key["verdict"]])):
-                if time.monotonic() > deadline:
-                    raise TimeoutError("the judge is silent")
+        deadline = time.monotonic() + 3 * (ANSWER_SECONDS + self._pause)
+        if usual is None or self._ask(lambda store: store.add(key["judge"], 1)) > 1:
+            while time.monotonic() < deadline and not self._ask(lambda store: store.check([key["verdict"]])):
                 time.sleep(0.1)
-            sentence = self._ask(lambda store: store.get(key["verdict"])).decode()
+        verdict = self._ask(partial(_get_if_there, key=key["verdict"]))
+        if verdict is None:  # this rank judges, as the first to be overdue or since the judge itself is silent
+            answers, silent = self._collect(roll_call)
+            goes_on = usual is None or self._overdue is None or any(answer.phase in UNWATCHED for answer in answers)
+            verdict = b"" if goes_on else self._judge(step, usual or 0.0, answers, silent).encode()
+            self._ask(lambda store: store.set(key["verdict"], verdict))
         self._alarms += 1
-        return sentence
+        return verdict.decode()
 
     def _collect(self, roll_call: RollCall) -> tuple[list[Answer], list[int]]:
         """The answers of all ranks, and those who gave none."""

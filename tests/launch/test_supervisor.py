@@ -1,0 +1,137 @@
+"""A run is started again where that can help, and only there."""
+
+import signal
+import sys
+
+import pytest
+
+from launch.signals import EXIT_HUNG
+from launch.supervisor import Ending, why_not_again
+from tests.engine.programs import prepare
+from tests.processes import ROOT, free_port, run_cli, start_cli
+from tests.test_stopping import LONG, hearing, named, records, wait_until_all_have_ended
+
+CRASH = Ending(1, 7, "KeyError: 'a'")
+KILLED = Ending(247, 7, "a collective failed: node1 (rank 1) was killed, pid 17")
+
+
+@pytest.mark.parametrize(
+    ("ending", "earlier", "sentence"),
+    [
+        (Ending(0, 9, ""), [], "finished"),
+        (Ending(2, 9, "bad"), [], "what it says has to be mended"),
+        (Ending(75, 9, ""), [], "it was asked to stop"),
+        (Ending(130, 9, ""), [], "it was asked to stop"),
+        (Ending(1, None, "bad"), [], "it ended before its first step, which a restart does not cure"),
+        (CRASH, [], ""),
+        (CRASH, [CRASH], "step 8 failed a second time for the same reason: look at its documents"),
+        (CRASH, [CRASH._replace(step=6), CRASH._replace(words="other")], ""),
+        (KILLED._replace(words="a collective failed: node1 (rank 1) was killed, pid 18"), [KILLED], "step 8 failed a"),
+        (Ending(EXIT_HUNG, 7, ""), [KILLED], ""),
+        (KILLED._replace(lost=("node2",)), [KILLED._replace(lost=("node2",))], ""),
+        (Ending(1, None, "", lost=("node2",)), [], ""),
+        (Ending(75, 9, "", returned=("node2",)), [], ""),
+        (CRASH, [Ending(1, step, "") for step in range(3)], "it was restarted 3 times (--max-restarts)"),
+        (KILLED._replace(lost=("a",)), [KILLED] * 3, "it was restarted 3 times (--max-restarts)"),
+    ],
+)
+def test_what_is_restarted(ending, earlier, sentence):
+    found = why_not_again(ending, earlier, most=3)
+    assert found.startswith(sentence)
+    assert bool(found) == bool(sentence)
+
+
+STAND_IN = """
+import json, pathlib, signal, sys, time
+run = pathlib.Path(sys.argv[sys.argv.index("--output") + 1])
+run.mkdir(exist_ok=True)
+turn = len(list(run.glob("launch-*")))
+(run / f"launch-{turn}").write_text((run / ".restart.json").read_text() if turn else "")
+assert not (run / ".step").exists()
+step, code, words = json.loads(sys.argv[1])[turn]
+if step:
+    (run / ".step").write_text(str(step))
+if words:
+    print("node9: error: " + words, file=sys.stderr)
+if code == "wait":
+    signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
+    (run / "waits").touch()
+    time.sleep(100)
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("scenario", "code", "launches", "last"),
+    [
+        (
+            '[[3, 76, ""], [5, 1, "gone"], [5, 0, ""]]',
+            0,
+            3,
+            "supervisor: restart 2 of at most 10 in 1 s, after step 5: exit",
+        ),
+        ('[[3, 1, "a 1"], [3, 1, "a 2"]]', 1, 2, "supervisor: not restarted: step 4 failed a second time for the same"),
+        ('[[0, 1, "a 1"]]', 1, 1, "supervisor: not restarted: it ended before its first step"),
+        ('[[4, 2, "full"]]', 2, 1, "supervisor: not restarted: what it says has to be mended (exit code 2: full)"),
+    ],
+)
+def test_without_torch_and_with_any_launcher(scenario, code, launches, last, tmp_path):
+    (tmp_path / "train.py").write_text(STAND_IN)
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch is imported')")
+    command = [sys.executable, "train.py", scenario, "--output", "run"]
+    supervise = [sys.executable, "-m", "tools.supervise", "--", *command]
+    done = run_cli(supervise, cwd=tmp_path, env={"PYTHONPATH": f"{tmp_path}:{ROOT}"})
+    assert done.returncode == code, done.stderr
+    assert [line for line in done.stderr.splitlines() if line.startswith(last)], done.stderr
+    assert len(list((tmp_path / "run").glob("launch-*"))) == launches
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGUSR1, 75), (signal.SIGHUP, 75)]
+)
+def test_who_is_asked_to_stop_asks_the_ranks(number, code, tmp_path):
+    (tmp_path / "train.py").write_text(STAND_IN)
+    command = [
+        sys.executable,
+        "-m",
+        "tools.supervise",
+        "--",
+        sys.executable,
+        "train.py",
+        '[[3, "wait", ""]]',
+        "--output",
+        "run",
+    ]
+    with start_cli(command, cwd=tmp_path) as running:
+        running.wait_for((tmp_path / "run/waits").exists)
+        running.send_signal(number)
+        assert running.finish(30).returncode == code, running.stderr
+
+
+def test_a_killed_rank_of_a_real_run_and_a_request_to_stop(tmp_path):
+    run, (recipe, data) = tmp_path / "run", prepare(tmp_path)
+    flags = ["train.py", "--recipe", recipe, "--deepspeed_config", "ds_configs/zero2_fp32.json", "--data", data, *LONG]
+    flags += ["--output", str(run), "--validation.every_steps", "null", "--checkpoint.every_steps", "2"]
+    launch = ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), *flags]
+    supervise = [sys.executable, "-m", "tools.supervise", "--", *launch]
+    with start_cli(supervise) as running:
+        running.wait_for(lambda: len(named(run, "checkpoint")) >= 2, 300)
+        (rank,) = [each for each in hearing(running.process.pid) if "--local_rank=1" in each.cmdline()]
+        rank.kill()
+        running.wait_for(lambda: named(run, "restart") and "loss" in records(run)[-1], 300)
+        running.send_signal(signal.SIGTERM)
+        done = running.finish()
+        assert running.alive() == 0
+    assert done.returncode == 75, done.stderr
+    (restart,) = named(run, "restart")
+    assert restart["number"] == 1
+    assert restart["reason"].startswith("killed: a collective failed: ")
+    assert "(rank 1) was killed" in restart["reason"]
+    assert restart["after_step"] >= 4
+    assert [stop["reason"] for stop in named(run, "stop")] == ["SIGUSR1"]
+
+    with start_cli(supervise) as running:  # which is killed itself
+        running.wait_for(lambda: len(named(run, "resume")) == 2 and "loss" in records(run)[-1], 300)
+        running.send_signal(signal.SIGKILL)
+        wait_until_all_have_ended(running)
+    assert named(run, "stop")[-1]["reason"] == "end of the launcher"
