@@ -68,7 +68,7 @@ def train(loop: TrainingLoop, outputs: Outputs, stop: StopSignal) -> int:
 
     def stopping() -> bool:
         out_of_time = time.monotonic() - began > (recipe.training.max_hours or float("inf")) * 3600
-        return agree_to_stop(engine, stop, out_of_time)
+        return agree_to_stop(engine, stop, out_of_time, outputs)
 
     stop.leave_to_the_loop()
     while (state := loop.state).step < plan.total_steps:
@@ -78,7 +78,8 @@ def train(loop: TrainingLoop, outputs: Outputs, stop: StopSignal) -> int:
         done = loop.step(outputs.waiting_for_data)
         outputs.report(done.result, done.learning_rate, state)
         if done.spike:
-            decision, loop.state = settle(engine, plan, state, done.micro_batches, done.spike, outputs.run)
+            with outputs.watchdog.aside("rewind"):
+                decision, loop.state = settle(engine, plan, state, done.micro_batches, done.spike, outputs.run)
             outputs.decided(decision, loop.state.step)
             if decision.checkpoint is not None:
                 continue

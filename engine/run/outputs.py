@@ -11,6 +11,7 @@ from engine.checkpoint.folder import save
 from engine.checkpoint.retention import Retention
 from engine.engine import Engine
 from engine.run.folder import check_claim
+from engine.run.pace import Pace
 from engine.run.plan import RunPlan
 from engine.run.stages import Stage
 from engine.run.supervised import StepFile, taken_restart
@@ -52,6 +53,7 @@ class Outputs:
         )
         self._step_file = StepFile(run) if lock else None
         self.watchdog = Watchdog(run, plan.recipe.training.hang_seconds, PRESENT[0] if PRESENT else None)
+        self.pace = Pace(engine)
         self._step = state.step
         self._device = engine.device
         self._collapsed = False
@@ -82,12 +84,13 @@ class Outputs:
     def waiting_for_data(self) -> Iterator[None]:
         """The samples of a step are awaited in here; afterwards it is computed."""
         self.watchdog.enter("waiting for data")
-        with self.clock.waiting_for_data():
+        with self.clock.waiting_for_data(), self.pace.waiting_for_data():
             yield
         self.watchdog.enter("forward, backward and update")
 
     def report(self, result: StepResult, learning_rate: float, state: TrainState) -> None:
         """`state`: after the step."""
+        self._step = state.step
         self.clock.step_done(self.plan.step_tokens)
         self.watchdog.step_done(state.step)
         if self._step_file:
@@ -126,6 +129,11 @@ class Outputs:
         named = [f"{each.document} of {each.source}" for each in decision.suspects[:4]]
         told = {"spike_step": decision.step, "action": decision.action, "reason": decision.reason, "documents": named}
         self.logger.log_event(step, "spike", **told, left_out=len(decision.samples))
+
+    def hear_of(self, seconds: list[float]) -> None:
+        """What each rank has worked for the step just done; zeros where that was said before."""
+        for sentence in self.pace.slow(seconds):
+            self.logger.log_event(self._step, "notice", text=sentence)
 
     def validate(self, engine: Engine, stopping: Callable[[], bool], step: int) -> None:
         """The scores of all sets. Collective over all ranks, as is `stopping`."""

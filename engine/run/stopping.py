@@ -1,15 +1,20 @@
 """What ends a run before its last step."""
 
 from engine.engine import Engine
+from engine.run.outputs import Outputs
 from launch.signals import REASONS, StopSignal
 from training.state import TrainState
 
 
-def agree_to_stop(engine: Engine, stop: StopSignal, out_of_time: bool) -> bool:
-    """Whether any rank was asked to stop or is out of time; then all have the same reason, and so the same exit code."""
+def agree_to_stop(engine: Engine, stop: StopSignal, out_of_time: bool, outputs: Outputs) -> bool:
+    """Whether any rank was asked to stop or is out of time; then all have the same reason, and so the same exit code.
+
+    By the way the ranks hear how long each has worked.
+    """
     own = stop.name or ("time limit" if out_of_time else None)
-    counts = engine.sum_over_ranks([float(own == reason) for reason in REASONS])
-    agreed = [reason for reason, count in zip(REASONS, counts, strict=True) if count]
+    counts = engine.sum_over_ranks([float(own == reason) for reason in REASONS] + outputs.pace.of_ranks())
+    outputs.hear_of(counts[len(REASONS) :])
+    agreed = [reason for reason, count in zip(REASONS, counts, strict=False) if count]
     stop.name = agreed[0] if agreed else stop.name
     return bool(agreed)
 

@@ -34,7 +34,7 @@ RANKS_PER_SECOND = 2000
 
 ANSWER_SECONDS = 3.0
 STORE_SECONDS = 3.0
-UNWATCHED = ("start", "validation", "save", "end")
+UNWATCHED = ("start", "validation", "save", "rewind", "end")
 MAIN = "MainThread"
 
 

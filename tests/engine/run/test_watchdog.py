@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from engine.run import loop, outputs
+from engine.run import outputs, samples
 from engine.run.watchdog import Answer, apart
 from launch.rank import run_rank
 from launch.signals import StopSignal
@@ -43,8 +43,8 @@ def run_and_hang(victim: int, how: str, words: list[str]) -> None:
 
     if how == "save":
         outputs.Retention.retire = slow_retire
-    real = loop.train_loader
-    loop.train_loader = lambda *args, **options: Data(real(*args, **options), options["rank"])
+    real = samples.train_loader
+    samples.train_loader = lambda *args, **options: Data(real(*args, **options), options["rank"])
     run_rank(lambda: train.main(train.parse_arguments(words), StopSignal()))
 
 
