@@ -17,6 +17,7 @@ The permutations are Feistel networks on the next power of two with cycle walkin
 arbitrary finite domains"): an image outside the domain is mapped again until it lies inside.
 """
 
+import bisect
 import hashlib
 import json
 import math
@@ -25,7 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from training.amendments import Amendment, original, passed
+from training.amendments import Amendment, amended, original, passed
 
 WEIGHT_BITS = 20
 """Weights are rounded to multiples of 2^-20, so that all quotas are exact in 64-bit integers."""
@@ -101,6 +102,40 @@ class SampleOrder:
             row[chosen] = permute(place, self.rows[s], _mix(self._keys[s] + epoch[chosen].astype(np.uint64) * _GOLDEN))
         return source, row, epoch
 
+    def find(self, source: str, row: int, epoch: int) -> int | None:
+        """The reverse of `locate`: which sample it is; None where it is left out or an earlier order has taken it."""
+        s, key = self.sources.index(source), np.array([epoch], np.uint64)
+        place = permute(np.array([row]), self.rows[s], _mix(self._keys[s] + key * _GOLDEN), inverse=True)
+        draw = epoch * self.rows[s] + int(place[0])
+        if source in self._drawn:
+            end, left = self._drawn[source]
+            again = np.flatnonzero(left == draw)
+            if draw < end and not len(again):
+                return None
+            draw = int(again[0]) if draw < end else draw - end + len(left)
+        number = int(amended(np.array([self._sample(s, draw)]), self.amendments)[0])
+        return None if number < 0 else number
+
+    def _sample(self, s: int, draw: int) -> int:
+        """Which sample of the order without amendments is a source's draw of this number."""
+        if len(self.sources) == 1:
+            return draw
+        bits, (begin, end) = self._block_bits, (int(bound) for bound in self._ends[s : s + 2])
+
+        def given(blocks: int) -> int:
+            return (blocks * end >> WEIGHT_BITS - bits) - (blocks * begin >> WEIGHT_BITS - bits)
+
+        block = bisect.bisect_right(range(draw * (1 << WEIGHT_BITS) // (end - begin) + 2), draw, key=given) - 1
+        before, slots = self._given(block), self._given(block + 1) - self._given(block)
+        place = np.array([draw - (before[s + 1] - before[s]) + slots[s]])
+        key = _mix(self._block_key + np.array([block], np.uint64) * _GOLDEN)
+        return block << bits | int(permute(place, 1 << bits, key, inverse=True)[0])
+
+    def last_epochs(self, samples: int) -> dict[str, int]:
+        """Of each source, the epoch that the first `samples` samples reach, or at most that."""
+        taken = self.drawn_after(samples)
+        return {name: taken[name].end // rows for name, rows in zip(self.sources, self.rows, strict=True)}
+
     def drawn_after(self, samples: int) -> dict[str, Drawn]:
         """What has been drawn of every source when the first `samples` samples of this order have been used."""
         samples = passed(samples, self.amendments)
@@ -146,13 +181,14 @@ class SampleOrder:
         return source, before[item, source + 1] - before[item, source] + place - slots[item, source]
 
 
-def permute(index: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
-    """Images of `index` (int64 [n]) under the permutations of [0, size) that `key` (uint64 [n]) selects."""
-    bits = max(2, (size - 1).bit_length())
-    image = _feistel(index.astype(np.uint64), bits, key)
+def permute(index: np.ndarray, size: int, key: np.ndarray, inverse: bool = False) -> np.ndarray:
+    """Images of `index` (int64 [n]) under the permutations of [0, size) that `key` (uint64 [n]) selects, or under their
+    inverses."""
+    bits, network = max(2, (size - 1).bit_length()), _inverse_feistel if inverse else _feistel
+    image = network(index.astype(np.uint64), bits, key)
     outside = np.flatnonzero(image >= size)
     while len(outside):
-        image[outside] = _feistel(image[outside], bits, key[outside])
+        image[outside] = network(image[outside], bits, key[outside])
         outside = outside[image[outside] >= size]
     return image.astype(np.int64)
 
@@ -166,6 +202,16 @@ def _feistel(x: np.ndarray, bits: int, key: np.ndarray) -> np.ndarray:
         high ^= _mix(low ^ key) & high_mask
         key = key + _GOLDEN
         low ^= _mix(high ^ key) & low_mask
+    return high << low_bits | low
+
+
+def _inverse_feistel(x: np.ndarray, bits: int, key: np.ndarray) -> np.ndarray:
+    low_bits = np.uint64(bits // 2)
+    low_mask, high_mask = np.uint64((1 << bits // 2) - 1), np.uint64((1 << bits - bits // 2) - 1)
+    low, high = x & low_mask, x >> low_bits
+    for turn in range(2 * ROUNDS, 0, -2):
+        low ^= _mix(high ^ (key + np.uint64(turn) * _GOLDEN)) & low_mask
+        high ^= _mix(low ^ (key + np.uint64(turn - 1) * _GOLDEN)) & high_mask
     return high << low_bits | low
 
 

@@ -1,6 +1,7 @@
 """One corrupt document in the data: noticed in its step, named, left out, and all of it done again where a run is done again."""
 
 import contextlib
+import csv
 import functools
 import io
 import json
@@ -10,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from engine.checkpoint.manifest import read_manifest
 from engine.run.rewind import recall_decisions, settle
-from engine.run.samples import order_of
 from engine.run.validation import validate_all
 from storage.manifest import token_dtype
 from storage.shards import open_split
@@ -24,6 +25,7 @@ from tests.processes import ROOT, run_cli
 from tests.training.corpus import build
 from training.data import training_order
 from training.decisions import DECISIONS_FILE
+from training.ledger import SampleLedger, StageSpan
 from training.records import read_records
 from training.sections import DataConfig
 
@@ -106,6 +108,8 @@ def train_through(run: Run, until: int = STEPS) -> list[dict]:
         done = run.loop.step()
         result = done.result._asdict()
         history[run.state.step] = {key: result[key] for key in ("loss", "grad_norm", "applied")}
+        rows = torch.cat([batch["input_ids"] for batch in done.micro_batches]).numpy()
+        history[run.state.step]["rows"] = {row.tobytes() for row in rows}
         if done.spike:
             decision, run.loop.state = settle(
                 run.engine, run.plan, run.state, done.micro_batches, done.spike, run.folder
@@ -115,6 +119,17 @@ def train_through(run: Run, until: int = STEPS) -> list[dict]:
         if run.state.step % SAVED_EVERY == 0:
             run.save()
     return [history[step] for step in sorted(history)]
+
+
+def told_rows(run: Run) -> list[set[bytes]]:
+    """The rows of each step as the ledger computes them."""
+    stages = [
+        StageSpan(stage.name, stage.dataset, stage.config, stage.begin, stage.end, stage.batch.samples)
+        for stage in run.plan.stages
+    ]
+    ledger, dataset = SampleLedger(stages, run.state, run.state.decisions), run.plan.dataset
+    of_steps = [ledger.of_step(step) for step in range(1, STEPS + 1)]
+    return [{dataset.row(u.source, u.row).ids[:-1].astype(np.int64).tobytes() for u in uses} for uses in of_steps]
 
 
 def spiked(folder: Path, recipe: str, data: str, config: dict, overrides: dict, policy: str) -> dict:
@@ -129,7 +144,7 @@ def spiked(folder: Path, recipe: str, data: str, config: dict, overrides: dict, 
     decisions = [each.model_dump() for each in run.state.decisions]
     result = {"decisions": decisions, "state": run.state.model_dump(), "first": first}
     result["loss"] = validate_all(run.engine, run.plan)["clean"]["loss"]
-    result["rows"] = [order_of(run.plan, run.state).locate(k) for k in range(run.state.consumed_samples)]
+    result["ledger"] = told_rows(run)
     end = held(run)
     run.close()
 
@@ -201,6 +216,8 @@ def check(ranks: list[dict], action: str, corrupt: int, clean_loss: Callable[[],
     if reason := ranks[0].get("refused"):
         assert MISSING_DEVICE.search(reason), reason
         pytest.skip(reason)
+    seen = [set().union(*of_ranks) for of_ranks in zip(*([s["rows"] for s in r["first"]] for r in ranks), strict=True)]
+    assert seen == ranks[0]["ledger"]
     for result in ranks:
         assert result["decisions"] == ranks[0]["decisions"]
         decision = result["decisions"][0]
@@ -244,3 +261,28 @@ def test_train_py_rewinds_and_says_so(setting, tmp_path):
     assert weights[0].keys() == weights[1].keys()
     ends = [read_manifest(folder).state.model_dump(exclude={"wandb_id"}) for folder in newest]
     assert ends[0] == ends[1]
+    told = run_cli([sys.executable, "-m", "tools.ledger", str(tmp_path / "first"), "--step", "26", "--csv"], cwd=ROOT)
+    lines = list(csv.DictReader(told.stdout.splitlines()))
+    assert [line["step"] for line in lines] == ["26"] * SAMPLES
+    assert {line["state"] for line in lines} == {"done"}
+    assert str(corrupt) not in " ".join(line["documents"] for line in lines).split()
+    back = run_cli(
+        [
+            sys.executable,
+            "-m",
+            "tools.ledger",
+            str(tmp_path / "first"),
+            "--document",
+            lines[0]["documents"].split()[0],
+            "--csv",
+        ],
+        cwd=ROOT,
+    )
+    assert {"26"} <= {line["step"] for line in csv.DictReader(back.stdout.splitlines())}
+    for words, sentence in (
+        (["--step", "99"], "the run has the steps 1 to 40, not 99"),
+        (["--document", "nobody"], "no row of the run's training data holds a document 'nobody'"),
+    ):
+        refused = run_cli([sys.executable, "-m", "tools.ledger", str(tmp_path / "first"), *words], cwd=ROOT)
+        assert refused.returncode == 2
+        assert sentence in refused.stderr
