@@ -6,10 +6,14 @@ A tiny model (recipes/tiny.yaml, float32) is saved in one layout, continued and 
 each. Counted are the bytes of weights and moments that each rank reads for itself, what the system saw it read and
 write, memory beyond what it held before, and the seconds of the slowest rank. Then the same code's plan of reads is added up
 for the recipe on machines of 512 ranks, without any of them.
+
+First comes how long training stands still for a save: one that waits, one in the background, and a bare copy of as many
+bytes from memory to memory that has been used before; a larger model, saved several times, in each ZeRO stage.
 """
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -42,6 +46,14 @@ OVERRIDES = {
     "schedule.decay_steps": "null",
     "validation.every_steps": "null",
 }
+STALLED = tuple(f"ZeRO-{stage} on 2=ds_configs/zero{stage}_fp32.json:2" for stage in range(4))
+WIDER = OVERRIDES | {
+    "model.hidden_size": "768",
+    "model.intermediate_size": "2048",
+    "training.global_batch_tokens": "1024",
+    "checkpoint.keep_last": "2",
+}
+SAVES = 4
 BYTES_OF_AN_ELEMENT = 12
 """Of AdamW: weight and two moments in float32."""
 ROW_TOKENS = 512
@@ -86,7 +98,8 @@ def rank(folder: Path) -> None:
     import torch.distributed as dist
 
     from engine.checkpoint.deepspeed_files import CheckpointFiles
-    from engine.checkpoint.folder import agree_on_checkpoint, save
+    from engine.checkpoint.folder import agree_on_checkpoint
+    from engine.checkpoint.saving import save
     from engine.checkpoint.transplant import transplant
     from engine.process_group import start_process_group
     from engine.run.begin import begin
@@ -113,6 +126,69 @@ def rank(folder: Path) -> None:
     if topology.is_first:
         (folder / "results.json").write_text(json.dumps(of_ranks))
     leave(0)
+
+
+def stall(folder: Path) -> None:
+    """What one rank of `measure_stall` does: step and save by turns, waiting and in the background."""
+    from launch.topology import read_topology
+
+    topology = read_topology()
+
+    import torch
+    import torch.distributed as dist
+
+    from engine.checkpoint.saving import Saves, save
+    from engine.process_group import start_process_group
+    from engine.run.begin import begin
+    from engine.run.folder import describe
+    from engine.run.memory import rank_need
+    from engine.run.plan import make_plan
+    from launch.rank import leave
+
+    ds_config = json.loads((folder / "job.json").read_text())["ds_config"]
+    plan = make_plan("recipes/tiny.yaml", WIDER, ds_config, str(folder / "data"), topology, {})
+    start_process_group(topology)
+    loop, facts = begin(plan), describe(plan)
+    saves = Saves(folder / "behind", facts, background=True)
+    source, target = (torch.ones(rank_need(plan, rank).snapshot, dtype=torch.uint8) for rank in [topology.rank] * 2)
+
+    def seconds(work: Callable[[], object]) -> float:
+        dist.barrier()
+        began = time.perf_counter()
+        work()
+        dist.barrier()
+        return time.perf_counter() - began
+
+    rows = []
+    for _ in range(SAVES):
+        loop.step()
+        waited = seconds(lambda: save(loop.engine, folder / "waiting", loop.state, facts))
+        stalled = seconds(lambda: saves.begin(loop.engine, loop.state))
+        saves.wait(loop.engine)
+        rows.append((waited, stalled, seconds(lambda: target.copy_(source))))
+    if topology.is_first:
+        (folder / "results.json").write_text(json.dumps({"rows": rows, "bytes": source.numel()}))
+    leave(0)
+
+
+def measure_stall(folder: Path) -> None:
+    print(
+        f"{'seconds, medians after the first':34s}{'a rank copies':>14s}{'save':>8s}{'stall':>8s}{'copy':>8s}", end=""
+    )
+    print(f"{'stall/save':>12s}{'stall/copy':>12s}{'first stall':>13s}")
+    for name in ("waiting", "behind"):
+        (folder / name).mkdir()
+    for text in STALLED:
+        layout = parse_layout(text)
+        (folder / "job.json").write_text(json.dumps({"ds_config": layout.write_config(folder)}))
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={layout.ranks}"]
+        subprocess.run(
+            [*launcher, "-m", "bench.checkpoint", "--stall-of", folder], check=True, stdout=subprocess.DEVNULL
+        )
+        found = json.loads((folder / "results.json").read_text())
+        save, stalled, copy = map(statistics.median, zip(*found["rows"][1:], strict=True))
+        print(f"{layout.name:34s}{found['bytes'] / 1e6:11.0f} MB{save:8.3f}{stalled:8.3f}{copy:8.3f}", end="")
+        print(f"{stalled / save:12.3f}{stalled / copy:12.2f}{found['rows'][0][1]:13.3f}", flush=True)
 
 
 def measure(folder: Path) -> None:
@@ -207,11 +283,15 @@ def main() -> None:
     parser = CommandParser(description=__doc__)
     parser.add_argument("--recipe", default="recipes/llama-70b.yaml", help="what is foreseen (default: %(default)s)")
     parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--stall-of", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.stall_of:
+        stall(arguments.stall_of)
     if arguments.rank_of:
         rank(arguments.rank_of)
     with tempfile.TemporaryDirectory() as folder:
         pack(Path(folder), ROW_TOKENS)
+        measure_stall(Path(folder))
         measure(Path(folder))
     foresee(arguments.recipe)
 

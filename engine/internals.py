@@ -5,8 +5,9 @@ notice that it changed; `tests/engine/test_internals.py` compares the list with 
 What has to be set on an object of theirs is set by the functions below, and nowhere else.
 """
 
+import contextlib
 import datetime
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import deepspeed
@@ -14,6 +15,7 @@ import torch
 from deepspeed import DeepSpeedEngine
 from deepspeed.runtime import engine as deepspeed_engine
 from deepspeed.runtime import torch_autocast
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 from torch import nn
 from torch.distributed import distributed_c10d as c10d
 
@@ -37,6 +39,7 @@ RESUME, LAYOUTS, NONFINITE, ADAPTERS, SPIKES = (
 )
 TRANSPLANT, FILES = "engine/checkpoint/transplant.py", "engine/checkpoint/deepspeed_files.py"
 HELD = "engine/layout/held.py"
+SAVES = "tests/engine/checkpoint/test_saving.py"
 KEYS, WIRE, FLASH = "engine/ds_json/keys.py", "engine/reduction/wire.py", "model/block_attention.py"
 REDUCTION, DS_JSON, C10D = "tests/engine/reduction", "tests/engine/ds_json", "torch.distributed.distributed_c10d"
 HERE, STAGE_3 = "engine/internals.py", "deepspeed.runtime.zero.stage3"
@@ -67,6 +70,16 @@ INTERNALS = [
         ("default_pg_nccl_timeout", C10D, HERE, "timeout of groups", "a GPU"),
         ("_world", C10D, HERE, "groups to destroy", "tests/engine/test_internals.py"),
         ("pg_map", C10D, HERE, "groups to destroy", "tests/engine/test_internals.py"),
+        ("checkpoint_engine", ENGINE, HERE, "what a checkpoint's files hold", SAVES),
+        ("_copy_recovery_script", ENGINE, HERE, "no programs beside checkpoints", SAVES),
+        (
+            "_save",
+            "torch.serialization",
+            "engine/checkpoint/snapshot.py",
+            "what a file holds, before it is there",
+            SAVES,
+        ),
+        ("_open_zipfile_writer", "torch.serialization", "engine/checkpoint/snapshot.py", "writes it", SAVES),
         # Overridden, or looked up by DeepSpeed on objects of ours
         ("_partition_layers", "deepspeed.runtime.pipe.module", "engine/layout/pipeline.py", "own bounds", LAYOUTS),
         ("_set_bounds", "deepspeed.runtime.pipe.module", "engine/layout/pipeline.py", "own bounds", LAYOUTS),
@@ -144,6 +157,18 @@ def leave_out_module_weights(engine: DeepSpeedEngine) -> None:
     """Of checkpoints, and load none: at stages 1 and 2 the optimizer's files have them in full precision."""
     engine.module_state_dict = lambda **_: {}
     engine.load_module_state_dict = lambda **_: None
+
+
+@contextlib.contextmanager
+def saving_through(engine: DeepSpeedEngine, files: CheckpointEngine) -> Iterator[None]:
+    """Within it, what `save_checkpoint` would write goes to `files`, and nothing else is written."""
+    usual, engine.checkpoint_engine = engine.checkpoint_engine, files
+    engine._copy_recovery_script = lambda _: None
+    try:
+        yield
+    finally:
+        engine.checkpoint_engine = usual
+        del engine._copy_recovery_script
 
 
 def set_micro_batch_size(engine: DeepSpeedEngine, rows: int) -> None:

@@ -10,6 +10,7 @@ between two messages reads as fewer rows without an error, hence the sizes, row 
 
 import hashlib
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -31,6 +32,10 @@ from storage.rows import (
 )
 
 SHARD_BYTES = 1 << 28
+
+LOOK_SECONDS = 0.02
+"""Between two looks at a mapped file, which may cost a request to a file server."""
+RESTORE = "restore it, check the data with `python -m data_prep.verify`, and run the same command again"
 
 Verify = Literal["none", "quick", "full"]
 
@@ -177,6 +182,9 @@ class ShardedDataset:
 
     A shard is mapped when one of its rows is first asked for, and no token is read before that. An instance may be
     used after a fork and may be pickled: mappings are inherited by the one and left behind by the other.
+
+    Whoever asks for a row of a shard that was shortened, replaced or removed since gets a ValueError: what is mapped of
+    such a file may be other rows, or end the process with SIGBUS. A file is looked at once in `LOOK_SECONDS`.
     """
 
     def __init__(self, directory: Path, split: str, manifest: Manifest) -> None:
@@ -187,7 +195,7 @@ class ShardedDataset:
         self._shards = [entries[name].shards for name in self.sources]
         self._shard_rows = [shards[0].rows for shards in self._shards]
         self._batch_rows = rows_per_batch(manifest.packing.row_tokens, manifest.dtype)
-        self._mapped: list[list[list[RowBlock] | None]] = [[None] * len(shards) for shards in self._shards]
+        self._mapped: list[list[_Mapped | None]] = [[None] * len(shards) for shards in self._shards]
 
     def __len__(self) -> int:
         return sum(self.rows_per_source.values())
@@ -198,9 +206,11 @@ class ShardedDataset:
     def find(self, source: int, row: int) -> tuple[RowBlock, int]:
         """The block that holds row `row` of `self.sources[source]`, and the row's index in it."""
         shard, row = divmod(row, self._shard_rows[source])
-        blocks = self._mapped[source][shard] or self._map(source, shard)
+        mapped = self._mapped[source][shard] or self._map(source, shard)
+        if time.monotonic() > mapped.good_until:
+            mapped.look()
         block, row = divmod(row, self._batch_rows)
-        return blocks[block], row
+        return mapped.blocks[block], row
 
     def blocks(self, source: str) -> Iterator[tuple[int, RowBlock]]:
         """All blocks of a source in order, each with the number of its first row."""
@@ -238,18 +248,43 @@ class ShardedDataset:
                 identity = shard_identity(self.split, source, number)
                 yield shard, _shard_problem(self.directory / shard.file, shard, self.manifest, identity, full)
 
-    def _map(self, source: int, shard: int) -> list[RowBlock]:
+    def _map(self, source: int, shard: int) -> "_Mapped":
         entry = self._shards[source][shard]
         path = self.directory / entry.file
         try:
+            before = path.stat()
             schema, batches = _map_shard(path)
         except (OSError, pa.ArrowException) as error:
             raise ValueError(f"{path} cannot be read ({error}): run `python -m data_prep.verify`") from None
         expected = _schema(self.manifest)
         if not schema.equals(expected) or sum(batch.num_rows for batch in batches) != entry.rows:
             raise ValueError(f"{path} does not hold the {entry.rows} rows of the manifest: restore it")
-        self._mapped[source][shard] = blocks = [row_block(batch) for batch in batches]
-        return blocks
+        self._mapped[source][shard] = mapped = _Mapped(path, before, [row_block(batch) for batch in batches])
+        return mapped
+
+
+class _Mapped:
+    """The rows of a file, as long as it is the one that was mapped."""
+
+    good_until = 0.0
+
+    def __init__(self, path: Path, status: os.stat_result, blocks: list[RowBlock]) -> None:
+        self.path, self.blocks, self._status = path, blocks, status
+
+    def look(self) -> None:
+        """Raises ValueError when the file changed."""
+        try:
+            now, before = self.path.stat(), self._status
+        except OSError as error:
+            raise ValueError(f"{self.path} can no longer be read ({error.strerror}): {RESTORE}") from None
+        if now.st_size < before.st_size:
+            raise ValueError(
+                f"{self.path} has lost {before.st_size - now.st_size} bytes since it was opened: {RESTORE}"
+            )
+        fields = ("st_dev", "st_ino", "st_size", "st_mtime_ns")
+        if any(getattr(now, field) != getattr(before, field) for field in fields):
+            raise ValueError(f"{self.path} was replaced or written to since it was opened: {RESTORE}")
+        self.good_until = time.monotonic() + LOOK_SECONDS
 
 
 def open_split(directory: Path, split: str, verify: Verify = "quick", vocab_size: int | None = None) -> ShardedDataset:

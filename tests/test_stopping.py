@@ -120,7 +120,7 @@ def test_the_whole_group_is_signalled_in_a_save_and_while_the_ranks_still_import
         running.kill_all(signal.SIGCONT)
         assert running.finish().returncode == -signal.SIGINT  # 130 in a shell
         wait_until_all_have_ended(running)
-    assert len(named(run, "checkpoint")) == before + 1
+    assert len(named(run, "checkpoint")) in (before + 1, before + 2)  # that, and the one of a step done meanwhile
     (stop,) = named(run, "stop")
     assert stop["reason"] == "SIGINT"
     assert read_manifest(steps(run)[0]).state.step == stop["step"]

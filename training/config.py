@@ -84,6 +84,8 @@ class CheckpointConfig(Section):
     """Newest checkpoints kept; at least two, so that a damaged one has a good one before it."""
     keep_every_steps: int | None = Field(default=None, ge=1)
     """Checkpoints at multiples of this step are never deleted."""
+    background: bool = True
+    """Write behind the training, which stands still only while host memory takes a copy; off: no copy, no write behind."""
 
 
 class Recipe(Section):

@@ -23,23 +23,29 @@ class RecordFile:
     def __init__(self, path: Path, resumed_step: int) -> None:
         drop_records_after(path, resumed_step)
         self._path, self._file = path, path.open("ab", buffering=0)
+        self._waiting: list[bytes] = []
+        """Lines for which there was no room: on a full disk a run goes on, since room may come back."""
 
     def write(self, record: dict[str, Any]) -> None:
-        """Raises ValueError when the file cannot take it whole, or is no longer at its path."""
-        line = json.dumps(finite(record), allow_nan=False).encode() + b"\n"
+        """Raises ValueError when the file is no longer at its path, or cannot take it for another reason than room."""
+        self._waiting.append(json.dumps(finite(record), allow_nan=False).encode() + b"\n")
+        self._write_waiting(but=(errno.ENOSPC, errno.EDQUOT))
+
+    def _write_waiting(self, but: tuple[int, ...] = ()) -> None:
         try:
             if not still_at(self._path, self._file):
                 raise FileNotFoundError
-            size = self._file.tell()
-            if self._file.write(line) != len(line):
-                self._file.truncate(size)  # half a line would damage the file for those after it
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            while self._waiting:
+                self._append(self._waiting[0])
+                self._waiting.pop(0)
         except FileNotFoundError:
             raise ValueError(
                 f"{self._path} was removed, moved or replaced while training wrote to it: put its folder back and run the "
                 "same command again"
             ) from None
         except OSError as error:
+            if error.errno in but:
+                return
             raise ValueError(
                 f"{self._path} cannot be written ({error.strerror}): make room or mend the file system and run the same "
                 "command again"
@@ -47,11 +53,24 @@ class RecordFile:
 
     def go_back(self, step: int) -> None:
         """Remove the records of later steps."""
+        self._waiting = [line for line in self._waiting if json.loads(line)["step"] <= step]
         self._file.close()
         drop_records_after(self._path, step)
         self._file = self._path.open("ab", buffering=0)
 
+    def _append(self, line: bytes) -> None:
+        size = os.fstat(self._file.fileno()).st_size
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError:
+            self._file.truncate(size)  # half a line would damage the file for those after it
+            raise
+
     def close(self, exit_code: int) -> None:
+        """Raises ValueError where lines are still without room, unless something else ends the run."""
+        if self._waiting:
+            self._write_waiting(but=(errno.ENOSPC, errno.EDQUOT) if exit_code else ())
         os.fsync(self._file.fileno())
         self._file.close()
 

@@ -127,11 +127,10 @@ class CompressedReduction:
         self.residuals = self._kept[0]
         self._compressor.load(self._kept[1], True)
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's file. Collective: on return the files of all ranks are there."""
+    def file(self) -> tuple[str, dict[str, Any]]:
+        """Of a checkpoint, what this rank adds: the name, and the content as of now."""
         state = {"layout": self._layout, "residuals": self.residuals, "compressor": self._compressor.state()}
-        torch.save(state, folder / FILES.format(f"{dist.get_rank():05d}"))
-        dist.barrier()
+        return FILES.format(f"{dist.get_rank():05d}"), state
 
     def restore(self, folder: Path) -> None:
         """Continue with the state of a checkpoint: exactly in the same layout, and with the same total in any other.

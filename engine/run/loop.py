@@ -78,6 +78,7 @@ def train(loop: TrainingLoop, outputs: Outputs, stop: StopSignal) -> int:
         done = loop.step(outputs.waiting_for_data)
         outputs.report(done.result, done.learning_rate, state)
         if done.spike:
+            outputs.complete(engine)
             with outputs.watchdog.aside("rewind"):
                 decision, loop.state = settle(engine, plan, state, done.micro_batches, done.spike, outputs.run)
             outputs.decided(decision, loop.state.step)
@@ -91,7 +92,6 @@ def train(loop: TrainingLoop, outputs: Outputs, stop: StopSignal) -> int:
                 outputs.validate(engine, stopping, state.step)
             if last or stopping() or state.step % recipe.checkpoint.every_steps == 0:
                 outputs.save(engine, state)
-                if not last and stopping():  # asked while saving, perhaps: what is saved need not be saved again
-                    outputs.stopped(stop, state.step)
-                    return stop.exit_code
+                if last or stopping():  # asked while saving, perhaps: what is saved need not be saved again
+                    return outputs.ended(engine, state, stop)
     return 0

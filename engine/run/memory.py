@@ -41,6 +41,8 @@ class Need(NamedTuple):
     """Of the above, what lies in the host's memory although the rank has a device of its own."""
     building: int
     """Of the host, while the model is built; the rest comes after it."""
+    snapshot: int
+    """Of the host, what a save in the background copies; 0 where saves are made at once."""
 
     @property
     def training(self) -> int:
@@ -48,7 +50,7 @@ class Need(NamedTuple):
         return self.weights + self.gradients + self.optimizer + self.activations
 
     def of_host(self, device: torch.device) -> int:
-        return max(self.building, self.training if device.type == "cpu" else self.offloaded)
+        return max(self.building, (self.training if device.type == "cpu" else self.offloaded) + self.snapshot)
 
     def of_device(self) -> int:
         return self.training - self.offloaded
@@ -129,7 +131,12 @@ def rank_need(plan: RunPlan, rank: int) -> Need:
     activations = width * tokens * recipe.model.hidden_size * blocks * under_way
     if plan.batch.accumulation == 1:  # gradients come as activations go
         activations = max(0, activations - gradients)
-    return Need(weights, gradients, optimizer, activations, int(offloaded), _building(plan, mesh, stage))
+    if stage:
+        snapshot = optimizer
+    else:  # the first of those that hold the same
+        snapshot = 0 if number else (width + state_width) * parameters
+    snapshot *= recipe.checkpoint.background
+    return Need(weights, gradients, optimizer, activations, int(offloaded), _building(plan, mesh, stage), snapshot)
 
 
 class Widths(NamedTuple):
@@ -205,6 +212,7 @@ def check_memory(plan: RunPlan, topology: Topology, overcommit: bool = False) ->
     if shortage and not overcommit:
         raise ValueError(f"{shortage}: {remedy(plan, topology, free)}, or go on with --allow_overcommit")
     peak = f"{in_words(need)}, and {_gib(need.building)} of the host while the model is built"
+    peak += f" and {_gib(need.snapshot)} of it for saves in the background" * bool(need.snapshot)
     rooms = " and ".join(f"{_gib(room)} of {place}" for place, room in free.items())
     ranks = len(_ranks_here(topology))
     trained = plan.recipe.model.num_trained_parameters()
@@ -243,7 +251,9 @@ def remedy(plan: RunPlan, topology: Topology, free: dict[str, int]) -> str:
         if other is not None and not shortage_of(other, topology, free):
             changes = len(_leaves(other.ds_config) ^ _leaves(plan.ds_config))
             fitting.append((other.mesh != plan.mesh, other.half_precision != plan.half_precision, changes, file.name))
-    words = [f"take ds_configs/{min(fitting)[-1]}"] if fitting else []
+    helps = plan.recipe.checkpoint.background and not shortage_of(_saving_at_once(plan), topology, free)
+    words = ["set checkpoint.background to false"] if helps else []
+    words += [f"take ds_configs/{min(fitting)[-1]}"] if fitting else []
     hosts, ranks = -(-topology.world_size // topology.local_size), topology.local_size
     while (hosts := hosts * 2) <= MOST_HOSTS:
         wider = plan._replace(mesh=plan.mesh._replace(world_size=hosts * ranks))
@@ -257,6 +267,11 @@ def remedy(plan: RunPlan, topology: Topology, free: dict[str, int]) -> str:
             words.append(f"start {hosts} hosts like this one with {ranks} rank{'s' if ranks > 1 else ''} each")
             break
     return ", or ".join(words or ["take a smaller model: no shipped DeepSpeed config fits, on any number of hosts"])
+
+
+def _saving_at_once(plan: RunPlan) -> RunPlan:
+    checkpoint = plan.recipe.checkpoint.model_copy(update={"background": False})
+    return plan._replace(recipe=plan.recipe.model_copy(update={"checkpoint": checkpoint}))
 
 
 def _with_config(plan: RunPlan, file: Path, topology: Topology) -> RunPlan | None:
@@ -292,7 +307,9 @@ def shortage_of(plan: RunPlan, topology: Topology, free: dict[str, int]) -> str:
     host = sum(need.of_host(device) for need in needs.values())
     who = f"the {len(here)} ranks of this host need" if len(here) > 1 else "this rank needs"
     if host > free["host memory"]:
-        return f"{who} at least {_gib(host)} of host memory and {_gib(free['host memory'])} are free"
+        copies = sum(need.snapshot for need in needs.values())
+        of_it = f", {_gib(copies)} of it for what saves in the background copy," * bool(copies)
+        return f"{who} at least {_gib(host)} of host memory{of_it} and {_gib(free['host memory'])} are free"
     own = needs[topology.rank].of_device()
     if device.type == "cuda" and own > free["GPU memory"]:
         return f"this rank needs at least {_gib(own)} of GPU memory and {_gib(free['GPU memory'])} are free"

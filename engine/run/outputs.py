@@ -7,8 +7,9 @@ from typing import IO, Any, Self
 
 import torch
 
-from engine.checkpoint.folder import save
+from engine.checkpoint.manifest import folder_name
 from engine.checkpoint.retention import Retention
+from engine.checkpoint.saving import Saves
 from engine.engine import Engine
 from engine.run.folder import check_claim
 from engine.run.pace import Pace
@@ -26,6 +27,8 @@ from training.environment import peak_memory_bytes
 from training.metrics import MetricsLogger
 from training.state import TrainState
 from training.throughput import StepClock, peak_rate
+
+MEND = "make room or mend the file system and run the same command again"
 
 
 class Outputs:
@@ -57,7 +60,8 @@ class Outputs:
         self._step = state.step
         self._device = engine.device
         self._collapsed = False
-        self._retention = Retention(run, plan.recipe.checkpoint)
+        self._background = plan.recipe.checkpoint.background
+        self._saves = Saves(run, facts, self._background, Retention(run, plan.recipe.checkpoint).retire)
 
     def __enter__(self) -> Self:
         self.logger.__enter__()
@@ -70,6 +74,7 @@ class Outputs:
         self.watchdog.close(failed=exception[0] is not None)
         if self._step_file:
             self._step_file.close()
+        self._saves.leave()
         self.logger.__exit__(*exception)
 
     def announce(self, stage: Stage, step: int) -> None:
@@ -91,6 +96,7 @@ class Outputs:
     def report(self, result: StepResult, learning_rate: float, state: TrainState) -> None:
         """`state`: after the step."""
         self._step = state.step
+        self._tell_of_saves()
         self.clock.step_done(self.plan.step_tokens)
         self.watchdog.step_done(state.step)
         if self._step_file:
@@ -145,19 +151,55 @@ class Outputs:
             self.logger.log_event(step, "notice", text="validation was left out: asked to stop")
 
     def save(self, engine: Engine, state: TrainState) -> None:
-        """Write a checkpoint and let go of those that are no longer kept. Collective over all ranks."""
+        """Begin a checkpoint, when the one before is complete. Collective over all ranks.
+
+        Where there was only no room for the one before, or for this one, training goes on.
+        """
+        self.complete(engine)
         if self.lock:
             check_claim(self.run, self.lock)
         with self.watchdog.aside("save"):
-            folder = save(engine, self.run, state, self.facts)
-            self.logger.log_event(state.step, "checkpoint", name=folder.name)
-            for sentence in self._retention.retire(folder) if self.plan.mesh.rank == 0 else ():
-                self.logger.log_event(state.step, "notice", text=sentence)
+            self._saves.begin(engine, state)
+        if not self._background:
+            self.complete(engine)
 
     def close(self, exit_code: int) -> None:
         """After the last step of this launch."""
         self.watchdog.close()
         self.logger.close(exit_code)
 
-    def stopped(self, stop: StopSignal, step: int) -> None:
-        self.logger.log_event(step, "stop", reason=stop.name, next="run the same command to continue")
+    def ended(self, engine: Engine, state: TrainState, stop: StopSignal) -> int:
+        """What was saved last is complete when this returns the exit code. Collective over all ranks."""
+        self.complete(engine, last=True)
+        if state.step == self.plan.total_steps:
+            return 0
+        self.logger.log_event(state.step, "stop", reason=stop.name, next="run the same command to continue")
+        return stop.exit_code
+
+    def complete(self, engine: Engine, last: bool = False) -> None:
+        """Wait for the save in flight. Collective over all ranks.
+
+        Raises ValueError where it failed and none that follows can make up for it.
+        """
+        with self.watchdog.aside("save"):
+            outcome = self._saves.wait(engine)
+        self._tell_of_saves()
+        if outcome and outcome.problem and (last or not outcome.may_pass):
+            raise ValueError(f"{outcome.problem}: {MEND}")
+
+    def _tell_of_saves(self) -> None:
+        """On the first rank; raises as `complete`, at once."""
+        if (outcome := self._saves.news()) is None:
+            return
+        if outcome.problem:
+            if self.lock:
+                check_claim(self.run, self.lock)
+            if not outcome.may_pass:
+                raise ValueError(f"{outcome.problem}: {MEND}")
+            text = f"{outcome.problem}: training goes on to the next save"
+            self.logger.log_event(outcome.step, "checkpoint_failed", text=text)
+            return
+        times = {name: round(getattr(outcome, name), 3) for name in ("stall_seconds", "seconds")}
+        self.logger.log_event(outcome.step, "checkpoint", name=folder_name(outcome.step), **times)
+        for sentence in outcome.notices:
+            self.logger.log_event(outcome.step, "notice", text=sentence)

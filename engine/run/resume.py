@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 from engine import internals
 from engine.checkpoint.deepspeed_files import CheckpointFiles
-from engine.checkpoint.folder import layout_of
 from engine.checkpoint.manifest import MANIFEST, CheckpointManifest, StateLayout, step_of, steps, unseal
+from engine.checkpoint.saving import layout_of
 from engine.checkpoint.transplant import transplant
 from engine.engine import Engine
 from engine.run.plan import RunPlan

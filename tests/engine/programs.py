@@ -12,7 +12,8 @@ import numpy as np
 import torch
 import yaml
 
-from engine.checkpoint.folder import agree_on_checkpoint, save
+from engine.checkpoint.folder import agree_on_checkpoint
+from engine.checkpoint.saving import save
 from engine.layout.names import named_parameters
 from engine.layout.slices import cut_dimensions, join
 from engine.process_group import start_process_group

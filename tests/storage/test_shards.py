@@ -197,6 +197,31 @@ def test_unverified_damage_is_still_an_error_when_met(data):
         open_split(data, "train", verify="none").row("books", 0)
 
 
+CHANGES = {
+    "shortened": (lambda shard, other: os.truncate(shard, shard.stat().st_size // 2), "has lost .* bytes since"),
+    "swapped": (lambda shard, other: other.rename(shard), "was replaced or written to since"),
+    "rewritten": (
+        lambda shard, other: shard.write_bytes(other.read_bytes()),
+        "was replaced or written to since|has lost",
+    ),
+    "missing": (lambda shard, other: shard.unlink(), r"can no longer be read \(No such file or directory\)"),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_a_shard_that_changes_while_it_is_read_is_named(data, monkeypatch, kind):
+    monkeypatch.setattr("storage.shards.LOOK_SECONDS", 0)
+    dataset = open_split(data, "train")
+    shard, other, *_ = shard_files(data)
+    assert len(dataset.row("books", 0).ids)
+    change, words = CHANGES[kind]
+    change(shard, other)
+    with pytest.raises(ValueError, match=f"{shard} {words}"):
+        dataset.row("books", 1)
+    with pytest.raises(ValueError, match=f"{shard} {words}"):
+        list(dataset.blocks("books"))
+
+
 def test_unknown_split_and_row_and_small_model_are_refused(pristine):
     with pytest.raises(ValueError, match="no split 'test': it has train, validation"):
         open_split(pristine, "test")

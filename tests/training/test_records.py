@@ -1,6 +1,9 @@
 """metrics.jsonl survives kills at any byte and continues from any step."""
 
+import errno
+import io
 import json
+import os
 import signal
 import sys
 import tempfile
@@ -100,6 +103,33 @@ def test_a_file_that_cannot_grow_keeps_whole_records_and_is_named(tmp_path):
     lines = path.read_bytes().splitlines(keepends=True)
     assert [json.loads(line)["step"] for line in lines] == list(range(1, len(lines) + 1))
     assert lines[-1].endswith(b"\n")
+
+
+def test_lines_wait_for_room(tmp_path, monkeypatch):
+    file, path = RecordFile(tmp_path / "metrics.jsonl", 0), tmp_path / "metrics.jsonl"
+    file.write({"step": 1})
+
+    class Full(io.FileIO):
+        room = 20
+
+        def write(self, line):
+            if not self.room:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            line = line[: self.room]
+            self.room -= len(line)
+            return super().write(line)
+
+    monkeypatch.setattr(file, "_file", Full(path, "ab"))
+    for step in (2, 3, 4):
+        file.write({"step": step})
+    assert [record["step"] for record in read_records(path)] == [1, 2]
+    assert path.read_bytes().endswith(b"}\n")
+    with pytest.raises(ValueError, match=r"cannot be written \(No space left on device\): make room"):
+        file.close(0)
+    file._file.room = 1000
+    file.write({"step": 5})
+    file.close(0)
+    assert [record["step"] for record in read_records(path)] == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("replaced", [False, True])

@@ -18,7 +18,7 @@ def main(folder: Path) -> int:
 
     topology = read_topology()
 
-    from engine.checkpoint.folder import save
+    from engine.checkpoint.saving import save
     from engine.process_group import start_process_group
     from engine.run.begin import begin_or_continue
     from engine.run.folder import describe

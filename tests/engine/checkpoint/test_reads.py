@@ -8,8 +8,9 @@ import torch
 
 from engine import internals
 from engine.checkpoint.deepspeed_files import CheckpointFiles
-from engine.checkpoint.folder import layout_of, newest_good
+from engine.checkpoint.folder import newest_good
 from engine.checkpoint.foreseen import foreseen_division
+from engine.checkpoint.saving import layout_of
 from engine.layout.slices import cut_dimensions
 from engine.run import resume
 from engine.safe_load import load_index

@@ -65,7 +65,9 @@ class StandIn:
 def saved_states(engine, folder: Path) -> list[dict]:
     """The states of the compressed reduction on all ranks, as a checkpoint has them."""
     folder.mkdir(parents=True, exist_ok=True)
-    engine.reduction.save(folder)
+    name, state = engine.reduction.file()
+    torch.save(state, folder / name)
+    dist.barrier()
     return [torch.load(file) for file in sorted(folder.glob("gradient_compression_*.pt"))]
 
 

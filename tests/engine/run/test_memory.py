@@ -34,6 +34,7 @@ LARGE = {f"model.{key}": value for key, value in MODEL.items()} | {
     "training.global_batch_tokens": "128",
     "training.micro_batch_samples": "1",
     "validation.every_steps": "null",
+    "checkpoint.background": "false",
 }
 MEASURED = ["zero0_fp32", "zero2_offload", "zero3", "pipeline", "tensor2_zero2"]
 
@@ -186,9 +187,9 @@ def test_what_cannot_fit_is_refused_before_anything_is_built(tmp_path):
     done = run_python(["train.py", *LLAMA_7B, *without, "--data", str(tmp_path / "data"), "--output", str(output)])
     assert done.returncode == 2
     (sentence,) = done.stderr.strip().splitlines()
-    states = 18 * 6_738_415_616  # bf16 weights, float32 sums of gradients, copies and two moments
+    states = (18 + 12) * 6_738_415_616  # bf16 weights, float32 sums of gradients, copies and two moments; these again
     needed = (states + 32 * 4096 * 4096 * 2) / 2**30  # and what each of the 32 blocks is given for a row of 4096
-    assert sentence.startswith(f"error: this rank needs at least {needed:.0f} GiB of host memory and ")
+    assert sentence.startswith(f"error: this rank needs at least {needed:.0f} GiB of host memory, 75 GiB of it for ")
     assert re.search(r": start \d+ hosts like this one with 1 rank each, or go on with --allow_overcommit$", sentence)
     assert not output.exists()
 
@@ -221,6 +222,26 @@ def test_the_nearest_json_that_fits_is_named(setting, monkeypatch):
         check(monkeypatch, planned, alone, memory.rank_need(planned, 0).of_host(CPU) - 1)
     with pytest.raises(ValueError, match="no shipped DeepSpeed config fits, on any number of hosts"):
         check(monkeypatch, planned, topology, 1000)
+
+
+def test_the_copy_of_a_save_in_the_background_must_fit_too(setting, monkeypatch):
+    config = json.loads((ROOT / "ds_configs/zero1_fp32.json").read_text())
+    at_once, behind = (plan(setting, config, 2, LARGE | {"checkpoint.background": how}) for how in ("false", "true"))
+    without, need = memory.rank_need(at_once, 0).of_host(CPU), memory.rank_need(behind, 0)
+    assert need.snapshot == need.optimizer
+    assert need.of_host(CPU) == without + need.snapshot
+    topology, words = Topology(0, 0, 2, CPU, 1), r"of it for what saves in the background copy, and .* are free: set "
+    with pytest.raises(ValueError, match=f"{words}checkpoint.background to false, or take ds_configs/"):
+        check(monkeypatch, behind, topology, need.of_host(CPU) - 1)
+    with pytest.raises(ValueError, match=f"{words}checkpoint.background to false"):
+        check(monkeypatch, behind, topology, without)
+    check(monkeypatch, at_once, topology, without)
+    with pytest.raises(ValueError, match=r"of host memory and .* are free: (?!set checkpoint)"):
+        check(monkeypatch, at_once, topology, without - 1)
+    first, second = (
+        memory.rank_need(plan(setting, zero(0), 2, LARGE | {"checkpoint.background": "true"}), r) for r in (0, 1)
+    )
+    assert (first.snapshot, second.snapshot) == (first.optimizer + first.weights, 0)
 
 
 def test_the_line_is_about_the_stage_with_most_to_hold(setting, monkeypatch):
