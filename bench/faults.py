@@ -52,7 +52,7 @@ LAUNCHES = 6
 ROOM = 40 << 20
 
 
-class Ending(NamedTuple):
+class Comparable(NamedTuple):
     """Of a training that ended: what must not depend on what happened to it."""
 
     files: dict[str, Any]
@@ -60,7 +60,7 @@ class Ending(NamedTuple):
     losses: dict[int, float]
 
 
-class Launch:
+class MarkedLaunch:
     """A training as a user starts it."""
 
     def __init__(self, folder: Path, run: Path) -> None:
@@ -111,27 +111,27 @@ def last_step(run: Path) -> int:
     return max((r["step"] for r in read_records(file) if "loss" in r), default=0) if file.exists() else 0
 
 
-def result(run: Path) -> Ending:
+def result(run: Path) -> Comparable:
     from engine.checkpoint.manifest import folder_of, read_manifest
 
     manifest = read_manifest(folder_of(run, STEPS))
     files = {name: entry for name, entry in manifest.files.items() if "optim_states" in name}
     losses = {r["step"]: r["loss"] for r in read_records(run / "metrics.jsonl") if "loss" in r}
-    return Ending(files, manifest.state.model_dump(exclude={"wandb_id"}), losses)
+    return Comparable(files, manifest.state.model_dump(exclude={"wandb_id"}), losses)
 
 
-def kill_rank(launch: Launch, chance: random.Random) -> str:
+def kill_rank(launch: MarkedLaunch, chance: random.Random) -> str:
     rank = chance.choice(launch.ranks())
     rank.kill()
     return f"at step {last_step(launch.run)}"
 
 
-def kill_launcher(launch: Launch, _: random.Random) -> str:
+def kill_launcher(launch: MarkedLaunch, _: random.Random) -> str:
     launch.process.send_signal(signal.SIGKILL)
     return f"at step {last_step(launch.run)}"
 
 
-def kill_in_a_save(launch: Launch, chance: random.Random) -> str:
+def kill_in_a_save(launch: MarkedLaunch, chance: random.Random) -> str:
     ranks = launch.ranks()
     launch.wait_for(lambda: list((launch.run / "checkpoints").glob(".*.partial")))
     time.sleep(chance.uniform(0, 0.01))
@@ -140,7 +140,7 @@ def kill_in_a_save(launch: Launch, chance: random.Random) -> str:
     return f"with {len(written)} files of a checkpoint there"
 
 
-def fill_disk(launch: Launch, chance: random.Random) -> str:
+def fill_disk(launch: MarkedLaunch, chance: random.Random) -> str:
     filler, seconds = launch.run.parent / "filler", chance.choice([0.2, 1.0, LONGEST_SECONDS])
     with contextlib.suppress(OSError), filler.open("wb") as file:
         while True:
@@ -152,7 +152,7 @@ def fill_disk(launch: Launch, chance: random.Random) -> str:
     return "for good" if seconds == LONGEST_SECONDS else f"for {seconds:g} s"
 
 
-FAULTS: dict[str, Callable[[Launch, random.Random], str]] = {
+FAULTS: dict[str, Callable[[MarkedLaunch, random.Random], str]] = {
     "rank killed": kill_rank,
     "launcher killed": kill_launcher,
     "rank killed in a save": kill_in_a_save,
@@ -174,11 +174,11 @@ def small_disk(folder: Path) -> Iterator[Path | None]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
-def hit(folder: Path, place: Path, fault: str, chance: random.Random, whole: Ending) -> bool:
+def hit(folder: Path, place: Path, fault: str, chance: random.Random, whole: Comparable) -> bool:
     """One moment; prints its line, and returns whether all was as it has to be."""
     run, began = place / "run", time.monotonic()
     shutil.rmtree(run, ignore_errors=True)
-    launch, step = Launch(folder, run), chance.randrange(STEPS)
+    launch, step = MarkedLaunch(folder, run), chance.randrange(STEPS)
     delay = chance.uniform(0, 0.3)
     words = "it had ended before"
     if launch.wait_for(lambda: last_step(run) >= max(step, 1)):
@@ -187,7 +187,7 @@ def hit(folder: Path, place: Path, fault: str, chance: random.Random, whole: End
             words = FAULTS[fault](launch, chance)
     (code, left), launches = launch.end(), 1
     while code != 0 and launches < LAUNCHES:
-        again, launches = Launch(folder, run), launches + 1
+        again, launches = MarkedLaunch(folder, run), launches + 1
         code, more = again.end()
         left += more
     try:
@@ -209,7 +209,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, small_disk(Path(name) / "small") as small:
         folder = Path(name)
         pack(folder, ROW_TOKENS)
-        code, _ = Launch(folder, folder / "whole").end()
+        code, _ = MarkedLaunch(folder, folder / "whole").end()
         assert code == 0, (folder / "output.txt").read_text()[-4000:]
         whole, good = result(folder / "whole"), 0
         print(f"{'what happened':24s}{'when':40s}{'launches':>9s}{'left over':>10s}{'':10s}   the end")
