@@ -6,9 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
 MOST_HOSTS_AT_ONCE = 64
+ANSWER_SECONDS = 120.0  # torch may be imported from a cold shared file system
 
 
-def run_on(host: str, command: str, source: str = "", seconds: float = 120) -> subprocess.CompletedProcess[str]:
+def run_on(
+    host: str, command: str, source: str = "", seconds: float = ANSWER_SECONDS
+) -> subprocess.CompletedProcess[str]:
     """Run a shell command there, `source` being its standard input; code -1 when it takes longer."""
     try:
         return subprocess.run(

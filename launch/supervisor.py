@@ -5,6 +5,7 @@ says in a file of its folder, and what ended it by exit codes and its last words
 """
 
 import contextlib
+import csv
 import json
 import os
 import re
@@ -38,6 +39,7 @@ SAID_CODE = re.compile(rb"exits with return code = (-?\d+)|exitcode\s*: (-?\d+)"
 SAID_LOST = re.compile(rb"pdsh@\S+: (\S+): ssh exited with exit code 255")
 SAID_ERROR = re.compile(r"(?:^|: )error: (.*)")
 
+MOST_NAMED = 20
 LONGEST_PAUSE_SECONDS = 60.0
 TELL_SECONDS = 2.0
 """How often ranks are told: those that are not there yet have no ears; more than once changes nothing."""
@@ -125,6 +127,8 @@ class Supervisor:
                 ending = ending._replace(lost=tuple(host for host in before if host not in here))
             if sentence := why_not_again(ending, earlier, self._most):
                 say(f"not restarted: {sentence}" + (f" ({ending.reason})" if ending.code else ""))
+                if ending.step is not None and sentence.endswith("look at its documents"):
+                    say(documents_of_step(self._run, ending.step + 1))
                 return ending.code
             earlier.append(ending)
             self._announce(earlier, here)
@@ -301,6 +305,20 @@ class Listener:
                 self.lost.add(lost[1].decode())
             if error := SAID_ERROR.search(line.decode(errors="replace").rstrip()):
                 self.words = error[1]
+
+
+def documents_of_step(run: Path, step: int) -> str:
+    """A sentence; asked of `tools.ledger` in another process, which needs torch."""
+    command = [sys.executable, "-m", "tools.ledger", str(run), "--step", str(step)]
+    answer = subprocess.run([*command, "--csv"], capture_output=True, stdin=subprocess.DEVNULL, text=True).stdout
+    lines = list(csv.DictReader(answer.splitlines()))
+    named = list(
+        dict.fromkeys(f"{key} of {line['source']}" for line in lines for key in shlex.split(line["documents"]))
+    )
+    if not named:
+        return f"the documents of step {step} are not known"
+    more = f" and {len(named) - MOST_NAMED} more: {shlex.join(command[1:])}" if len(named) > MOST_NAMED else ""
+    return f"step {step} has the documents {', '.join(named[:MOST_NAMED])}{more}"
 
 
 def read_hosts(hostfile: Path) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """What the README tells a newcomer to type works as written, and what it says of files is true."""
 
+import ast
 import json
 import os
 import re
@@ -154,3 +155,31 @@ def test_slurm_script_trains_and_queues_again(tmp_path):
     assert done.returncode == 75, done.stdout + done.stderr
     assert (tmp_path / "requeued").read_text() == f"requeue {port - 20_000}\n"
     assert read_manifest(steps(tmp_path / "run")[0]).layout.world_size == 2
+
+
+def printed_texts() -> list[str]:
+    """All texts in the code of the commands, what is filled in being an ellipsis."""
+    files = [
+        ROOT / "train.py",
+        *(
+            file
+            for place in ("launch", "storage", "training", "engine")
+            for file in sorted((ROOT / place).rglob("*.py"))
+        ),
+    ]
+    texts = []
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                texts.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    return texts
+
+
+def test_what_goes_wrong_is_named_as_the_code_names_it():
+    table = README.partition("## When things go wrong")[2].partition("\n## ")[0]
+    sentences = re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)
+    assert len(sentences) == len(re.findall(r"^\| `", table, re.MULTILINE)) > 15
+    texts = printed_texts()
+    assert not [sentence for sentence in sentences if not any(sentence in text for text in texts)]

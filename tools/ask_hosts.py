@@ -13,14 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from launch.remote import MOST_HOSTS_AT_ONCE, run_on
 from tools import host_facts
 from tools.findings import Findings
 
 ROOT = Path(__file__).resolve().parent.parent
 MASTER_PORT = 29500  # the launcher's default
-SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
-ANSWER_SECONDS = 120  # torch may be imported from a cold shared file system
-MOST_HOSTS_AT_ONCE = 64
 
 
 def facts_of_hosts(hosts: list[str], arguments: argparse.Namespace, findings: Findings) -> tuple[dict, dict[str, dict]]:
@@ -44,7 +42,7 @@ def facts_of_hosts(hosts: list[str], arguments: argparse.Namespace, findings: Fi
         words = f"{shlex.quote(sys.executable)} - {shlex.quote(json.dumps(question))}"
         command = f'{words} "${{TORCH_EXTENSIONS_DIR:-}}"'
         with ThreadPoolExecutor(MOST_HOSTS_AT_ONCE) as pool:
-            answers = [pool.submit(run_on, host, command, ANSWER_SECONDS, source) for host in hosts]
+            answers = [pool.submit(run_on, host, command, source) for host in hosts]
             here = host_facts.collect(**question, extensions=shell_environment().get("TORCH_EXTENSIONS_DIR", ""))
             there = {}
             for host, answer in zip(hosts, answers, strict=True):
@@ -79,22 +77,6 @@ def keeps_alive(host: str, options: str) -> bool:
     """Whether ssh with these options asks a silent host now and then whether it is still there, by its configuration."""
     done = subprocess.run(["ssh", *shlex.split(options), "-G", host], capture_output=True, text=True)
     return "serveraliveinterval 0" not in done.stdout.splitlines()
-
-
-def run_on(
-    host: str, command: str, seconds: float = ANSWER_SECONDS, source: str = ""
-) -> subprocess.CompletedProcess[str]:
-    try:
-        return subprocess.run(
-            [*SSH, host, command],
-            input=source,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=seconds,
-        )
-    except subprocess.TimeoutExpired:
-        return subprocess.CompletedProcess(host, -1, "", f"no answer within {seconds:g} s")
 
 
 def _facts(host: str, done: subprocess.CompletedProcess[str]) -> dict:

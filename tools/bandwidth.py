@@ -40,11 +40,11 @@ def measure(
     port: int,
     backend: str,
     forwarded: Mapping[str, str],
-    run_on: Callable[[str, str, float], Any],
+    run_on: Callable[..., Any],
 ) -> dict[str, Any]:
     """Rates in bytes a second: `all_reduce` (of the bus) and `pairs` by `a - b`, the slower direction of each.
 
-    `run_on(host, command, seconds)`: gives the CompletedProcess of a command there. Raises ValueError with the last words of
+    `run_on(host, command, seconds=...)`: gives the CompletedProcess of a command there. Raises ValueError with the last words of
     each host where it fails.
     """
     exports = " ".join(f"{name}={shlex.quote(value)}" for name, value in forwarded.items())
@@ -55,7 +55,7 @@ def measure(
             flags = {"rank": rank, "world_size": len(hosts), "address": address, "port": port, "backend": backend}
             words = [sys.executable, "-m", "tools.bandwidth", *(f"--{name}={value}" for name, value in flags.items())]
             command = f"cd {shlex.quote(str(ROOT))} && env {exports} {shlex.join(words)}"
-            started.append(pool.submit(run_on, host, command, seconds))
+            started.append(pool.submit(run_on, host, command, seconds=seconds))
         ended = [each.result() for each in started]
     failed = [(host, done) for host, done in zip(hosts, ended, strict=True) if done.returncode]
     if failed:

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from console.command import CommandParser, run_command
+from launch.remote import MOST_HOSTS_AT_ONCE, run_on
 from tools import host_facts
-from tools.ask_hosts import MASTER_PORT, MOST_HOSTS_AT_ONCE, ROOT, clock_difference, facts_of_hosts, keeps_alive, run_on
+from tools.ask_hosts import MASTER_PORT, ROOT, clock_difference, facts_of_hosts, keeps_alive
 from tools.findings import Findings
 
 NOT_FORWARDED = ("CUDA_", "DEEPSPEED_", "GLOO_", "HF_", "LD_LIBRARY_PATH", "NCCL_", "OMP_", "TORCH_", "WANDB_")

@@ -11,6 +11,7 @@ import csv
 import json
 import sys
 from pathlib import Path
+from shlex import quote
 
 from rich.console import Console
 from rich.table import Table
@@ -96,7 +97,7 @@ def show(ledger: SampleLedger, uses: list[Use], as_csv: bool) -> None:
         found = []
         for use in uses:
             store = stores[use.stage]
-            documents = " ".join(store.key(document) if store else str(document) for document in use.documents)
+            documents = " ".join(quote(store.key(document)) if store else str(document) for document in use.documents)
             found.append((use.step, state(use.step), *use[1:6], documents))
         return found
 

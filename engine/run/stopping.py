@@ -22,6 +22,6 @@ def agree_to_stop(engine: Engine, stop: StopSignal, out_of_time: bool, outputs: 
 def give_up_after_skips(state: TrainState, most: int) -> None:
     if state.consecutive_skipped_steps >= most:
         raise ValueError(
-            f"{most} steps in a row had a loss or gradient that is not finite (the last is step {state.step}); the weights "
-            "are those of before: lower optimizer.lr, lengthen the warmup, or look at the samples of these steps"
+            f"{most} steps in a row had a loss or gradient that is not finite, or a spike (the last is step {state.step}); the "
+            "weights are those of before: lower optimizer.lr, lengthen the warmup, or look at the samples of these steps"
         )

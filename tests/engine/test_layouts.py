@@ -212,7 +212,8 @@ def plain_torch(setting, overrides: dict):
     for step in range(plan.total_steps):
         micro_batches = samples.after(state)
         state.advance(plan.batch.samples, plan.step_tokens, applied=True)
-        tensors = [key for key, value in micro_batches[0].items() if isinstance(value, torch.Tensor)]
+        whole = micro_batches[0].items()
+        tensors = [key for key, value in whole if isinstance(value, torch.Tensor) and key != "samples"]
         batch = {key: torch.cat([micro_batch[key] for micro_batch in micro_batches]) for key in tensors}
         targets = sum(micro_batch["num_targets"] for micro_batch in micro_batches)
         copies = recipe.objective.copies

@@ -17,6 +17,7 @@ import yaml
 from engine.checkpoint.manifest import read_manifest
 from engine.run.rewind import recall_decisions, settle
 from engine.run.validation import validate_all
+from launch.supervisor import documents_of_step
 from storage.manifest import token_dtype
 from storage.shards import open_split
 from tests.engine.programs import BF16, RECIPE, Run, shipped, zero
@@ -266,6 +267,8 @@ def test_train_py_rewinds_and_says_so(setting, tmp_path):
     assert [line["step"] for line in lines] == ["26"] * SAMPLES
     assert {line["state"] for line in lines} == {"done"}
     assert str(corrupt) not in " ".join(line["documents"] for line in lines).split()
+    named = documents_of_step(tmp_path / "first", 26)
+    assert named.startswith(f"step 26 has the documents {lines[0]['documents'].split()[0]} of {lines[0]['source']}, ")
     back = run_cli(
         [
             sys.executable,
