@@ -209,9 +209,12 @@ def _inverse_feistel(x: np.ndarray, bits: int, key: np.ndarray) -> np.ndarray:
     low_bits = np.uint64(bits // 2)
     low_mask, high_mask = np.uint64((1 << bits // 2) - 1), np.uint64((1 << bits - bits // 2) - 1)
     low, high = x & low_mask, x >> low_bits
-    for turn in range(2 * ROUNDS, 0, -2):
-        low ^= _mix(high ^ (key + np.uint64(turn) * _GOLDEN)) & low_mask
-        high ^= _mix(low ^ (key + np.uint64(turn - 1) * _GOLDEN)) & high_mask
+    key = key + np.array([2 * ROUNDS], np.uint64) * _GOLDEN
+    for _ in range(ROUNDS):
+        low ^= _mix(high ^ key) & low_mask
+        key = key - _GOLDEN
+        high ^= _mix(low ^ key) & high_mask
+        key = key - _GOLDEN
     return high << low_bits | low
 
 

@@ -248,6 +248,7 @@ def save(engine: Engine, run: Path, state: TrainState, facts: dict[str, Any]) ->
 
     `facts`: as of `Saves`. Raises ValueError on all ranks where the file system of one refuses.
     """
+    run.mkdir(parents=True, exist_ok=True)
     saves = Saves(run, facts)
     saves.begin(engine, state)
     outcome = saves.wait(engine)

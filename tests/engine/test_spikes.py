@@ -230,7 +230,8 @@ def check(ranks: list[dict], action: str, corrupt: int, clean_loss: Callable[[],
         assert result["first"] == result["second"]
         assert result["same"]
         assert result["same_decisions"]
-        assert result["loss"] == pytest.approx(clean_loss(), rel=5e-3)
+        # where the document is not left out, one update of 40 is missing, or was made with the document after all
+        assert result["loss"] == pytest.approx(clean_loss(), rel=5e-3 if action == "leave_out" else 1e-2)
 
 
 def test_train_py_rewinds_and_says_so(setting, tmp_path):

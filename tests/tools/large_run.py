@@ -3,6 +3,7 @@
 import itertools
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ import xxhash
 from engine.checkpoint.manifest import MANIFEST, read_manifest, seal, steps
 from model.config import ModelConfig
 from model.llama import Llama
+from tests.processes import run_cli
 from tests.tools.trained import RECIPE, Trained
 
 LARGE_MODEL = RECIPE["model"] | {
@@ -66,15 +68,6 @@ def write_large_run(trained: Trained, run: Path) -> LargeRun:
     return LargeRun(run, shards, dict(zip(shapes, [0, *ends], strict=False)))
 
 
-def reads(pid: int, large: LargeRun) -> bool:
-    """Whether the process has begun with the checkpoint's files (it checks their hashes first)."""
-    try:
-        opened = {link.readlink() for link in Path(f"/proc/{pid}/fd").iterdir()}
-    except OSError:
-        return False
-    return not opened.isdisjoint(large.shards)
-
-
 def anonymous_bytes(pid: int) -> int:
     """What a process holds for itself; pages of mapped files, which the kernel can drop at any time, do not count."""
     try:
@@ -83,3 +76,14 @@ def anonymous_bytes(pid: int) -> int:
         return 0
     found = re.search(r"RssAnon:\s+(\d+) kB", status)
     return int(found[1]) * 1024 if found else 0
+
+
+def with_all_imports() -> int:
+    """What a process holds that has imported what an export needs, and read nothing."""
+    script = (
+        "from engine.safe_load import allow_deepspeed_classes; allow_deepspeed_classes(); "
+        "import engine.run.whole_weights, model.hf.weights, tools.export, tools.hf_tokenizer, tools.trained; "
+        "print(open('/proc/self/status').read().split('RssAnon:')[1].split()[0])"
+    )
+    done = run_cli([sys.executable, "-c", script], env={"MALLOC_MMAP_THRESHOLD_": "1000000"})
+    return int(done.stdout.split()[-1]) * 1024
