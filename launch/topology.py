@@ -1,6 +1,5 @@
 """Who this process is: the only reader of the environment, and the only writer."""
 
-import logging
 import os
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -77,11 +76,9 @@ def wandb_mode() -> str | None:
 
 
 def choose_accelerator() -> None:
-    """DeepSpeed looks for an accelerator once, while it is imported, and warns where it finds none, as torch does of a CUDA
-    compiler: not after this."""
+    """DeepSpeed looks for an accelerator once, while it is imported, and warns where it finds none: not after this."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 def is_first_of_host() -> bool:

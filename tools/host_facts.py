@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import json
+import logging
 import platform
 import shutil
 import socket
@@ -89,12 +90,15 @@ def build_locks(extensions: str = "") -> list[tuple[str, float]]:
 
     A build that was killed leaves its own, for which every later one waits without end.
     """
+    logging.disable(logging.WARNING)  # torch warns of a CUDA compiler without a GPU
     try:
         from torch.utils.cpp_extension import get_default_build_root
 
         root = Path(extensions or get_default_build_root())
     except Exception:  # the reason is among the facts: see `devices`
         return []
+    finally:
+        logging.disable(logging.NOTSET)
     found = [(file, file.stat()) for pattern in ("*/lock", "*/*/lock") for file in root.glob(pattern)]
     return [(str(file), max(0.0, time.time() - status.st_mtime)) for file, status in sorted(found)]
 
