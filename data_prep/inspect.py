@@ -126,7 +126,7 @@ def show_document(directory: Path, manifest: Manifest, wanted: str) -> None:
     if split is None:
         console.print(Text("left out as an exact duplicate", "cyan"))
     elif split in manifest.splits:
-        for row, offset, length in _pieces(ShardedDataset(directory, split, manifest), source, number):
+        for row, offset, length in ShardedDataset(directory, split, manifest).pieces_of(source, number):
             where = f"tokens {offset:,}-{offset + length - 1:,} in row {row} of source {source}, split {split}"
             console.print(Text(where, "cyan"))
             if offset + length < len(ids):
@@ -136,16 +136,6 @@ def show_document(directory: Path, manifest: Manifest, wanted: str) -> None:
         console.print(_chat(tokenizer, breaks, ids, np.stack([spans.begin, spans.end], axis=1)))
     else:
         console.print(Text(tokenizer.decode(ids)))
-
-
-def _pieces(dataset: ShardedDataset, source: str, document: int) -> list[tuple[int, int, int]]:
-    """Row, offset in the document and length of each of its pieces, in the order of the document."""
-    found = []
-    for first, block in dataset.blocks(source):
-        for piece in np.flatnonzero(block.seg_doc == document).tolist():
-            row = first + int(np.searchsorted(block.splits, piece, side="right")) - 1
-            found.append((row, int(block.seg_off[piece]), int(block.seg_len[piece])))
-    return sorted(found, key=lambda piece: piece[1])
 
 
 def _store(directory: Path) -> TokenStore | None:

@@ -220,6 +220,15 @@ class ShardedDataset:
             yield first, block
             first += len(block.ids)
 
+    def pieces_of(self, source: str, document: int) -> list[tuple[int, int, int]]:
+        """Of a document of this source: row, offset in the document and length of each of its pieces, by their offsets."""
+        found: list[tuple[int, int, int]] = []
+        for first, block in self.blocks(source):
+            pieces = np.flatnonzero(block.seg_doc == document)
+            rows = first - 1 + np.searchsorted(block.splits, pieces, side="right")
+            found += zip(*(c.tolist() for c in (rows, block.seg_off[pieces], block.seg_len[pieces])), strict=True)
+        return sorted(found, key=lambda piece: piece[1])
+
     def place(self, number: int) -> tuple[str, int]:
         """Source and row in it of row `number` of the split, sources being in the order of their names."""
         for source, rows in self.rows_per_source.items():
@@ -277,10 +286,8 @@ class _Mapped:
             now, before = self.path.stat(), self._status
         except OSError as error:
             raise ValueError(f"{self.path} can no longer be read ({error.strerror}): {RESTORE}") from None
-        if now.st_size < before.st_size:
-            raise ValueError(
-                f"{self.path} has lost {before.st_size - now.st_size} bytes since it was opened: {RESTORE}"
-            )
+        if (lost := before.st_size - now.st_size) > 0:
+            raise ValueError(f"{self.path} has lost {lost} bytes since it was opened: {RESTORE}")
         fields = ("st_dev", "st_ino", "st_size", "st_mtime_ns")
         if any(getattr(now, field) != getattr(before, field) for field in fields):
             raise ValueError(f"{self.path} was replaced or written to since it was opened: {RESTORE}")

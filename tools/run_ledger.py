@@ -13,7 +13,7 @@ from data_prep.store import TokenStore
 from engine.checkpoint.folder import newest_good
 from storage.shards import ShardedDataset, open_split
 from training.decisions import read_decisions
-from training.ledger import SampleLedger, StageSpan, Use, rows_with
+from training.ledger import SampleLedger, StageSpan, Use
 from training.sections import DataConfig
 from training.state import TrainState
 
@@ -51,7 +51,7 @@ def uses_of(ledger: SampleLedger, wanted: str) -> list[Use]:
         if number is None:
             continue
         for source in dataset.sources:
-            for row in rows_with(dataset, source, number):
+            for row in sorted({row for row, *_ in dataset.pieces_of(source, number)}):
                 known = True
                 uses += ledger.of_row(dataset, source, row)
     if not known:

@@ -110,12 +110,3 @@ class SampleLedger:
             position -= steps * samples
             step += steps
         raise AssertionError("beyond the last step")
-
-
-def rows_with(dataset: ShardedDataset, source: str, document: int) -> list[int]:
-    """The rows of a source that hold a piece of this document, ascending."""
-    rows = set()
-    for first, block in dataset.blocks(source):
-        pieces = np.flatnonzero(block.seg_doc == document)
-        rows |= set((first + np.searchsorted(block.splits, pieces, side="right") - 1).tolist())
-    return sorted(rows)

@@ -117,10 +117,8 @@ class Saves:
         assert self._writing is None
         began = time.perf_counter()
         partial = self._run / "checkpoints" / f".{folder_name(state.step)}.partial"
-        if self._rank == 0:
-            shutil.rmtree(
-                partial, ignore_errors=True
-            )  # before DeepSpeed's first barrier, after which files may be written
+        if self._rank == 0:  # before DeepSpeed's first barrier, after which files may be written
+            shutil.rmtree(partial, ignore_errors=True)
         files = SavedFiles(self._buffers)
         with internals.saving_through(engine.deepspeed, files):
             client_state = {"longform": state.model_dump()}

@@ -51,19 +51,21 @@ def settle(
     """
     config = plan.recipe.training.spikes
     assert config is not None
-    decision = _decide(engine, plan, state, batches, reason, run)
+    found = None if config.policy == "skip" else agree_on_checkpoint(run)[0]
+    decision = _decide(engine, plan, state, batches, reason, found[1].state if found else None)
     decisions = [*state.decisions, decision]
     _check_bound(config, decisions)
     on_first_rank(lambda _: write_decisions(run, decisions))
-    if decision.checkpoint is not None:
-        found, _damaged = agree_on_checkpoint(run)
-        assert found is not None
+    if found is not None:
         state = restore(engine, *found)
     state.decisions = decisions
     return decision, state
 
 
-def _decide(engine: Engine, plan: RunPlan, state: TrainState, batches: list[Batch], reason: str, run: Path) -> Decision:
+def _decide(
+    engine: Engine, plan: RunPlan, state: TrainState, batches: list[Batch], reason: str, saved: TrainState | None
+) -> Decision:
+    """`saved`: the state that the run can go back to, if there is one."""
     config, number = plan.recipe.training.spikes, len(state.stage_samples)
     assert config is not None
     dataset, used = plan.stages[number].dataset, plan.stages[number].batch.samples
@@ -80,10 +82,8 @@ def _decide(engine: Engine, plan: RunPlan, state: TrainState, batches: list[Batc
         document, source = sample.documents[each.place], sample.source
         named.append(Suspect(document=document, source=source, sample=each.sample, loss=loss, targets=each.targets))
     decision = Decision(step=state.step, action="skip", reason=reason, stage=number, suspects=named)
-    found = None if config.policy == "skip" else agree_on_checkpoint(run)[0]
-    if found is None:
+    if saved is None:
         return decision
-    saved = found[1].state
     if config.policy == "reorder":
         begin = saved.consumed_in_stage if len(saved.stage_samples) == number else 0
         changes = {"action": "reorder", "stretch": (begin, first + used)}
