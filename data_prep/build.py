@@ -12,8 +12,9 @@ Of conversations (--messages-field, or --prompt-field and --response-field) a ch
 the assistant writes carries loss (data_prep/chat.py).
 
 The output depends on the plan alone, not on workers, their timing or interruptions. After a kill at any moment the
-same command continues: finished units are kept, the rest is done, packing (seconds) starts over. Steps 3 to 5
-(data_prep/finish.py) alone make another data set of the same token store: data_prep/repack.py.
+same command continues: finished units are kept, the rest is done, packing (seconds) starts over. On many machines with one
+file system, --part 1/8 to 8/8 share step 2 (data_prep/units/parts.py). Steps 3 to 5 (data_prep/finish.py)
+alone make another data set of the same token store: data_prep/repack.py.
 """
 
 if __name__ == "__main__":
@@ -34,7 +35,7 @@ from data_prep.chat import keep_template, read_template
 from data_prep.encode import Work, choose_encoder
 from data_prep.finish import Tokenized, finish
 from data_prep.foresee import say_what_is_foreseen
-from data_prep.ledger import Ledger, read_ledger
+from data_prep.ledger import Ledger, finished_units, read_ledger
 from data_prep.options import BuildOptions, add_packing_arguments, option_problems, packing_from
 from data_prep.plan import (
     TOKENIZER_FOLDER,
@@ -45,11 +46,12 @@ from data_prep.plan import (
     remove_leftovers,
     unfinished,
 )
-from data_prep.records import BadInput
+from data_prep.records import BadInput, Unit
 from data_prep.sources import parse_sources
 from data_prep.summary import by_reason, left_out_words, print_summary
 from data_prep.tokenizer import Tokenizer, open_tokenizer
-from data_prep.workers import encode_units
+from data_prep.units.parts import Share, joined_parts, part_from, parts_wait
+from data_prep.units.pool import encode_units
 from storage.manifest import MANIFEST_FILE, Manifest, read_manifest
 
 
@@ -59,22 +61,18 @@ def build(
     """Run all steps that are still to be done and return the manifest."""
     with locked(output):
         plan.adopt(output)
-        for words in left_out_words(by_reason(plan.left_out)):
-            say(words)
-        if (output / MANIFEST_FILE).exists():
+        _say_what_is_not_read(plan)
+        if is_complete(output):
             say(f"{output} is already complete")
             return read_manifest(output)
-        tokens = output / TOKENS_FOLDER
-        tokens.mkdir(exist_ok=True)
-        remove_leftovers(tokens)
+        tokenizer_file = _begin(plan, tokenizer, output)
         foreseen = say_what_is_foreseen(tokenizer)
-        tokenizer_file = tokenizer.save(output / TOKENIZER_FOLDER)
-        keep_template(plan.options.chat_template, tokenizer_file.parent)
         try:
-            ledgers = _tokenize(plan, tokenizer, tokenizer_file, output, workers, on_error, encoder)
+            ledgers = _tokenize(plan, plan.units, tokenizer, tokenizer_file, output, workers, on_error, encoder)
         except BadInput:
             plan.note_failure(output)
             raise
+        remove_leftovers(output / TOKENS_FOLDER)  # of workers that died on the way
         packages = ("sentencepiece", "tokenizers", *(("transformers", "jinja2") if plan.options.has_chats else ()))
         made = Tokenized(
             ledgers=ledgers,
@@ -87,14 +85,70 @@ def build(
         return finish(plan, tokenizer, tokenizer_file, output, made)
 
 
-def _tokenize(
-    plan: Plan, tokenizer: Tokenizer, tokenizer_file: Path, output: Path, workers: int, on_error: str, encoder: str
-) -> list[Ledger]:
+def build_part(
+    plan: Plan,
+    tokenizer: Tokenizer,
+    output: Path,
+    part: Share,
+    workers: int = 1,
+    on_error: str = "fail",
+    encoder: str = "auto",
+) -> None:
+    """Tokenize the units that fall to this part and are still to be done; others may do so with theirs at the same time."""
+    share = part.of_units(plan.units)
+    with joined_parts(output, plan, lambda: None if is_complete(output) else _begin(plan, tokenizer, output)):
+        _say_what_is_not_read(plan)
+        if is_complete(output):
+            say(f"{output} is already complete")
+            return
+        tokenizer_file = tokenizer.file_in(output / TOKENIZER_FOLDER)
+        try:
+            _tokenize(plan, share, tokenizer, tokenizer_file, output, workers, on_error, encoder)
+        except BadInput:
+            with parts_wait(output):
+                plan.note_failure(output)
+            raise
+        finished = len(finished_units(output / TOKENS_FOLDER))
+    last = "; the same command without --part makes the data set" if finished == len(plan.units) else ""
+    say(f"part {part} has its {len(share):,} units of work; {finished:,} of all {len(plan.units):,} are finished{last}")
+
+
+def is_complete(output: Path) -> bool:
+    """Is there a data set already?"""
+    return (output / MANIFEST_FILE).exists()
+
+
+def _say_what_is_not_read(plan: Plan) -> None:
+    for words in left_out_words(by_reason(plan.left_out)):
+        say(words)
+
+
+def _begin(plan: Plan, tokenizer: Tokenizer, output: Path) -> Path:
+    """What is there before any unit; returns the tokenizer's file. Nobody else may be writing to the folder."""
     tokens = output / TOKENS_FOLDER
-    done = {u.index: ledger for u in plan.units if (ledger := read_ledger(tokens, u.index, plan.sha256))}
+    tokens.mkdir(exist_ok=True)
+    remove_leftovers(tokens)
+    tokenizer_file = tokenizer.save(output / TOKENIZER_FOLDER)
+    keep_template(plan.options.chat_template, tokenizer_file.parent)
+    return tokenizer_file
+
+
+def _tokenize(
+    plan: Plan,
+    units: list[Unit],
+    tokenizer: Tokenizer,
+    tokenizer_file: Path,
+    output: Path,
+    workers: int,
+    on_error: str,
+    encoder: str,
+) -> list[Ledger]:
+    """The ledgers of these units, in their order, each of them finished."""
+    tokens = output / TOKENS_FOLDER
+    done = {u.index: ledger for u in units if (ledger := read_ledger(tokens, u.index, plan.sha256))}
     if on_error == "fail":  # what an earlier run with "skip" left out must be found again
         done = {unit: ledger for unit, ledger in done.items() if not ledger.skipped}
-    todo = unfinished(plan.units, done)
+    todo = unfinished(units, done)
     if todo:
         fields = plan.options.text_field, plan.options.id_field
         chat = plan.options.chat_format(tokenizer)
@@ -105,14 +159,14 @@ def _tokenize(
             accelerated, reason = None, "the tokenizer itself"
         else:
             accelerated, reason = choose_encoder(encoder, tokenizer, todo, plan.files, fields)
-        say(f"{len(plan.units):,} units of work, {len(done):,} done before; encoder: {reason}")
+        say(f"{len(units):,} units of work, {len(done):,} done before; encoder: {reason}")
         places = tokens, tokenizer_file, plan.sha256, plan.files
         work = Work(*places, *fields, plan.options.seed, on_error, accelerated, chat, plan.options.source_field)
-        with Progress("tokenizing", sum(unit.size for unit in plan.units)) as progress:
+        with Progress("tokenizing", sum(unit.size for unit in units)) as progress:
             progress.resume_at(sum(plan.units[unit].size for unit in done))
             for ledger in encode_units(work, todo, workers, progress):
                 done[ledger.unit] = ledger
-    return [done[unit.index] for unit in plan.units]
+    return [done[unit.index] for unit in units]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -134,6 +188,8 @@ def parse_arguments() -> argparse.Namespace:
             words = "" if field.default is None else f" (default: {field.default})"
             add(f"--{name.replace('_', '-')}", type=kind, default=field.default, help=f"{field.description}{words}")
     add("--workers", type=int, default=available_cores(), help="processes (default: the cores, here %(default)s)")
+    parts_help = "do share I of N of the units of work and end; the same command without --part then makes the data set"
+    add("--part", metavar="I/N", help=parts_help)
     add("--on-error", choices=("fail", "skip"), default="fail", help="bad records: end, or leave out and count")
     encoder_help = "auto: gigatoken if installed and proven identical here; plain: never; accelerated: or fail"
     add("--encoder", choices=("auto", "plain", "accelerated"), default="auto", help=encoder_help)
@@ -157,6 +213,7 @@ def main() -> None:
     if arguments.workers < 1:
         raise ValueError(f"--workers {arguments.workers}: at least 1")
     started = time.monotonic()
+    part = None if arguments.part is None else part_from(arguments.part)
     options = options_from(arguments)
     if options.source_field is not None and arguments.source:
         raise ValueError("--source-field names the sources by itself: give the files with --input, not with --source")
@@ -164,6 +221,9 @@ def main() -> None:
     for notice in tokenizer.notices:
         say(notice)
     plan = Plan(parse_sources(arguments.input, arguments.source), options, tokenizer, arguments.on_error)
+    if part is not None:
+        build_part(plan, tokenizer, arguments.output, part, arguments.workers, arguments.on_error, arguments.encoder)
+        return
     manifest = build(plan, tokenizer, arguments.output, arguments.workers, arguments.on_error, arguments.encoder)
     print_summary(manifest, arguments.output, time.monotonic() - started)
 

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 from data_prep.records import LeftOut
-from storage.atomic import write_atomically
+from storage.atomic import own_temporary, write_atomically
 
 
 class Ledger(BaseModel):
@@ -41,7 +41,8 @@ def unit_path(folder: Path, unit: int) -> Path:
 
 
 def write_ledger(folder: Path, ledger: Ledger) -> None:
-    write_atomically(unit_path(folder, ledger.unit).with_suffix(".json"), ledger.model_dump_json(indent=1).encode())
+    path = unit_path(folder, ledger.unit).with_suffix(".json")
+    write_atomically(path, ledger.model_dump_json(indent=1).encode(), own_temporary(path))
 
 
 def read_ledger(folder: Path, unit: int, plan_sha256: str) -> Ledger | None:

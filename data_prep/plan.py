@@ -25,6 +25,7 @@ from storage.manifest import MANIFEST_FILE
 
 PLAN_FILE, LOCK_FILE, TOKENIZER_FOLDER, TOKENS_FOLDER = "plan.json", ".lock", "tokenizer", "tokens"
 PLAN_VERSION = 1
+WAIT = "wait for it or choose another --output"
 
 
 class StoredPlan(NamedTuple):
@@ -89,6 +90,18 @@ class PackingPlan:
             (output / TOKENS_FOLDER / f"unit-{unit:05d}.json").unlink(missing_ok=True)
         if stored != (mine := StoredPlan(here, self.times, self.unit_hashes)):
             write_plan(output, mine)
+
+    def refuse_another(self, output: Path) -> None:
+        """Raise ValueError unless the plan in an output folder, which others are carrying out, is this one."""
+        stored = read_plan(output)
+        if differences := list(_differences(stored.plan, json.loads(json.dumps(self.content)))):
+            raise ValueError(f"parts of another plan ({'; '.join(differences)}) are writing to {output}: {WAIT}")
+        changed = {path for path, time in self.times.items() if stored.times.get(path) != time}
+        if changed:
+            raise ValueError(
+                f"{min(changed)} has another modification time here than where the parts that are writing to {output} began: "
+                "all parts need the same files, so wait for them, or read the input from one file system"
+            )
 
     def note_failure(self, output: Path) -> None:
         """Remember that this plan cannot be carried out with its input as it is."""
@@ -221,18 +234,23 @@ def _differences(there: dict, here: dict, place: str = "") -> Iterator[str]:
 @contextmanager
 def locked(output: Path) -> Iterator[None]:
     """Hold the output folder's lock; it goes when the process does, however that ends."""
+    make_output(output)
+    try:
+        held = lock(output / LOCK_FILE)
+    except BlockingIOError:
+        raise ValueError(f"another build is writing to {output}: {WAIT}") from None
+    with held:
+        yield
+
+
+def make_output(output: Path) -> None:
+    """Raises ValueError where it cannot be a folder."""
     if printable(str(output)) != str(output):
         raise ValueError(f"--output {output}: a name that is not UTF-8 cannot be used; choose another --output")
     try:
         output.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise ValueError(f"--output {output} is not a folder") from None
-    try:
-        held = lock(output / LOCK_FILE)
-    except BlockingIOError:
-        raise ValueError(f"another build is writing to {output}: wait for it or choose another --output") from None
-    with held:
-        yield
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -42,7 +42,7 @@ from data_prep.store import INDEX_FILE, TokenStore
 from data_prep.summary import print_summary
 from data_prep.tokenizer import open_tokenizer
 from data_prep.verify import tokenizer_problem, unit_problem
-from storage.atomic import publish
+from storage.atomic import own_temporary, publish
 from storage.manifest import MANIFEST_FILE, Manifest, PackingPolicy, read_manifest
 
 
@@ -150,7 +150,7 @@ def _ledger_of(path: Path, unit: int, plan_sha256: str) -> Ledger:
 
 
 def _link(source: Path, target: Path) -> None:
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    temporary = own_temporary(target)
     try:
         try:
             temporary.hardlink_to(source)

@@ -110,14 +110,17 @@ class Tokenizer(ABC):
             mask_id=self.mask_id,
         )
 
+    def file_in(self, folder: Path) -> Path:
+        """Where `save` puts the main file."""
+        return folder / (MODEL_FILE if self.type == "sentencepiece" else JSON_FILE)
+
     def save(self, folder: Path) -> Path:
         """Copy the tokenizer's files into a folder under their usual names; returns the main one."""
         folder.mkdir(parents=True, exist_ok=True)
-        target = folder / (MODEL_FILE if self.type == "sentencepiece" else JSON_FILE)
         copy_companions(self.path.parent, folder)
         if self.type == "sentencepiece" and (table := self.path.with_name(JSON_FILE)).is_file():
             write_atomically(folder / JSON_FILE, table.read_bytes())
-        write_atomically(target, self.path.read_bytes())
+        write_atomically(target := self.file_in(folder), self.path.read_bytes())
         return target
 
     def _check_ids(self) -> None:

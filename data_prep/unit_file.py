@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from data_prep.targets import Spans, joined
-from storage.atomic import publish
+from storage.atomic import own_temporary, publish
 from storage.manifest import file_sha256
 
 
@@ -42,7 +42,7 @@ def unit_schema(dtype: np.dtype, targets: bool = False, sources: bool = False) -
 @contextmanager
 def new_stream(path: Path, schema: pa.Schema) -> Iterator[pa.ipc.RecordBatchStreamWriter]:
     """Write an Arrow stream under a temporary name, then sync and rename it; after an error nothing is left."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = own_temporary(path)
     try:
         with temporary.open("wb") as file:
             with pa.ipc.new_stream(file, schema) as stream:

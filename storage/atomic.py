@@ -3,13 +3,19 @@
 import contextlib
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def own_temporary(path: Path) -> Path:
+    """A name beside `path` that nobody else takes, on whatever host: several processes may be writing the same file."""
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex[:16]}.tmp")
+
+
+def write_atomically(path: Path, data: bytes, temporary: Path | None = None) -> None:
     """Replace `path` by `data`: after a crash the file holds either all of the old content or all of the new."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = temporary or path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
         file.write(data)
         file.flush()

@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from data_prep.build import build
+from data_prep.build import build, build_part
 from data_prep.documents import Document, Problems, read_unit
 from data_prep.plan import BuildOptions, Plan
 from data_prep.sources import parse_sources, plan_units
-from data_prep.tokenizer import open_tokenizer
+from data_prep.tokenizer import Tokenizer, open_tokenizer
+from data_prep.units.parts import part_from
 from storage.manifest import Manifest, PackingPolicy
 
 ROOT = Path(__file__).parents[2]
@@ -24,11 +25,22 @@ def build_here(
     inputs, tokenizer, output: Path, workers: int = 1, on_error="fail", encoder="plain", **options
 ) -> Manifest:
     """`data_prep.build` within this process; `options` are of BuildOptions or PackingPolicy."""
+    plan, opened = plan_of(inputs, tokenizer, on_error, **options)
+    return build(plan, opened, output, workers, on_error, encoder)
+
+
+def build_part_here(part: str, inputs, tokenizer, output: Path, on_error="fail", **options) -> None:
+    """`--part` of it."""
+    plan, opened = plan_of(inputs, tokenizer, on_error, **options)
+    build_part(plan, opened, output, part_from(part), 1, on_error, "plain")
+
+
+def plan_of(inputs, tokenizer, on_error="fail", **options) -> tuple[Plan, Tokenizer]:
     packing = {name: options.pop(name) for name in PackingPolicy.model_fields if name in options}
     chosen = BuildOptions(packing=PackingPolicy(**{"seq_length": 128} | packing), **options)
     opened = open_tokenizer(tokenizer)
     sources = parse_sources([str(path) for path in inputs], [])
-    return build(Plan(sources, chosen, opened, on_error), opened, output, workers, on_error, encoder)
+    return Plan(sources, chosen, opened, on_error), opened
 
 
 def read(
@@ -70,7 +82,7 @@ def run(module: str, *arguments, **environment: str) -> subprocess.CompletedProc
 
 def contents(output: Path) -> dict[str, str]:
     """Hash of every file that makes up a data set, without the local parts (plan with its file times, lock)."""
-    skipped = ("plan.json", ".lock", "manifest.json")
+    skipped = ("plan.json", ".lock", ".lock-parts", "manifest.json")
     files = [path for path in output.rglob("*") if path.is_file() and path.name not in skipped]
     hashes = {str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     manifest = json.loads((output / "manifest.json").read_text())
