@@ -5,7 +5,7 @@
 Without --full: the manifest's fingerprint, the hashes of the tokenizer's files, and of every shard its existence, size,
 place, schema and row count (milliseconds a shard); of conversations also that what carries loss lies where it can, and is as
 much as the manifest says. With --full also the SHA-256 of every byte. Every problem is printed;
-the exit code is 0 only if there is none.
+the exit code is 0 only if there is none. DATA may also be what data_prep.export wrote.
 """
 
 if __name__ == "__main__":
@@ -16,13 +16,14 @@ if __name__ == "__main__":
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from console.command import CommandParser, run_command
 from console.progress import Progress
+from data_prep.export_files import EXPORT_FILE, export_problems, read_export
 from data_prep.ledger import Ledger
 from data_prep.plan import TOKENS_FOLDER
 from data_prep.store import INDEX_FILE, TokenStore
@@ -161,22 +162,35 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="folder made by data_prep.build")
     parser.add_argument("--full", action="store_true", help="also hash every byte (about 2 GB/s; default: no)")
     arguments = parser.parse_args()
+    how = "every byte hashed" if arguments.full else "sizes and structure; --full also hashes every byte"
+    if (arguments.data / EXPORT_FILE).exists():
+        exported = read_export(arguments.data)
+        total = sum(facts["bytes"] for facts in exported["files"])
+        checked = _checked(export_problems(arguments.data, arguments.full), total)
+        print(f"{arguments.data} is intact: {len(exported['files']):,} files, {checked / 1e6:,.1f} MB ({how})")
+        print(f"exported from {exported['fingerprint']}")
+        return
     manifest = read_manifest(arguments.data)
     shards = [s for sources in manifest.splits.values() for entry in sources.values() for s in entry.shards]
+    checked = _checked(problems(arguments.data, arguments.full), sum(shard.bytes for shard in shards))
+    rows = sum(shard.rows for shard in shards)
+    print(f"{arguments.data} is intact: {rows:,} rows in {len(shards):,} shards, {checked / 1e6:,.1f} MB ({how})")
+    print(f"fingerprint {manifest.fingerprint}")
+
+
+def _checked(results: Iterable[tuple[int, str | None]], total: int) -> int:
+    """The bytes that were checked; ends the process if something is wrong with them."""
     found: list[str] = []
     checked = 0
-    with Progress("verifying", sum(shard.bytes for shard in shards)) as progress:
-        for size, problem in problems(arguments.data, arguments.full):
+    with Progress("verifying", total) as progress:
+        for size, problem in results:
             found += [problem] if problem else []
             checked += size
             progress.advance(size)
     if found:
         print("\n".join(f"error: {problem}" for problem in found), file=sys.stderr)
         sys.exit(2)
-    rows = sum(shard.rows for shard in shards)
-    how = "every byte hashed" if arguments.full else "sizes and structure; --full also hashes every byte"
-    print(f"{arguments.data} is intact: {rows:,} rows in {len(shards):,} shards, {checked / 1e6:,.1f} MB ({how})")
-    print(f"fingerprint {manifest.fingerprint}")
+    return checked
 
 
 if __name__ == "__main__":
