@@ -7,8 +7,6 @@ The page carries its own compressed copy of plotly.js, so it opens from disk on 
 import base64
 import gzip
 import html
-import json
-import os
 import statistics
 import sys
 from collections.abc import Sequence
@@ -25,6 +23,7 @@ from console.command import CommandParser
 from model.config import ModelConfig
 from tools import run_plots
 from tools.evaluation import plots as evaluation_plots
+from tools.page import definitions, details, options_of, style, table, write_page
 from tools.run_history import Run, read_run
 from tools.run_plots import validation_scores
 from training.metrics import with_prefix
@@ -36,15 +35,16 @@ def page(run: Run) -> str:
     """The whole page. Values from the run's files are escaped: a name cannot become markup or a script."""
     measured = evaluation_plots.figure(run.evaluations)
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        style=style(),
         title=html.escape(run.name),
         status=html.escape(_status(run)),
-        tiles=_definitions(_tiles(run)),
-        head=_definitions(_head(run)),
-        axes=_options({name: axis["title"] for name, axis in run_plots.AXES.items()}, "step"),
-        degrees=_options({name: name for name in ("off", *run_plots.SMOOTHING)}, run_plots.first_smoothing(run)),
+        tiles=definitions(_tiles(run)),
+        head=definitions(_head(run)),
+        axes=options_of({name: axis["title"] for name, axis in run_plots.AXES.items()}, "step"),
+        degrees=options_of({name: name for name in ("off", *run_plots.SMOOTHING)}, run_plots.first_smoothing(run)),
         validation=_validation_table(run),
         scores=_score_table(run),
-        facts="".join(_facts_section(name, value) for name, value in run.facts.items()),
+        facts="".join(details(name, value) for name, value in run.facts.items()),
         figure=run_plots.figure(run).to_json(),
         evaluations="null" if measured is None else measured.to_json(),
         plotly=_compressed_plotly(),
@@ -145,16 +145,6 @@ def _median(run: Run, key: str) -> float:
     return statistics.median([record[key] for record in run.steps if record[key] is not None] or [0.0])
 
 
-def _definitions(pairs: list[tuple[str, str]]) -> str:
-    return "".join(f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd></div>" for name, text in pairs)
-
-
-def _options(names: dict[str, str], chosen: str) -> str:
-    return "".join(
-        f'<option value="{name}"{" selected" if name == chosen else ""}>{text}</option>' for name, text in names.items()
-    )
-
-
 def _validation_table(run: Run) -> str:
     rows = []
     for name, scores in validation_scores(run).items():
@@ -163,39 +153,14 @@ def _validation_table(run: Run) -> str:
         for score in (best, scores[-1]):
             cells += [f"{score['step']:,}", _number(score["loss"]), _number(score.get("bits_per_byte"))]
         rows.append(cells)
-    return _table(
+    return table(
         ["set", *(f"{when} {what}" for when in ("best", "last") for what in ("step", "loss", "bits/byte"))], rows
     )
 
 
 def _score_table(run: Run) -> str:
     head = ["checkpoint", "data", "source", "loss", "bits/byte", "targets"]
-    return _table(head, evaluation_plots.score_rows(run.evaluations))
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    """Empty without rows, which hides its section."""
-    if not rows:
-        return ""
-    lines = [_cells("th", head), *(_cells("td", row) for row in rows)]
-    return f"<table class=numbers><tr>{'</tr><tr>'.join(lines)}</tr></table>"
-
-
-def _cells(tag: str, texts: list[str]) -> str:
-    return "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in texts)
-
-
-def _facts_section(name: str, value: Any) -> str:
-    rows = "".join(
-        f"<tr><th>{html.escape(key)}</th><td>{html.escape(text)}</td></tr>" for key, text in _flattened(value, "")
-    )
-    return f"<details><summary>{html.escape(name)}</summary><table>{rows}</table></details>"
-
-
-def _flattened(value: Any, prefix: str) -> list[tuple[str, str]]:
-    if isinstance(value, dict) and value:
-        return [row for key, item in value.items() for row in _flattened(item, f"{prefix}.{key}" if prefix else key)]
-    return [(prefix, value if isinstance(value, str) else json.dumps(value))]
+    return table(head, evaluation_plots.score_rows(run.evaluations))
 
 
 def _number(value: float | None) -> str:
@@ -207,33 +172,13 @@ def _compressed_plotly() -> str:
     return base64.b64encode(gzip.compress(get_plotlyjs().encode(), 9, mtime=0)).decode()
 
 
-def write_report(run_dir: Path, output: Path) -> None:
-    """Writes the page in one rename, so a browser that reloads it never sees half of it."""
-    text = page(read_run(run_dir))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(output)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = CommandParser(prog="python -m tools.report", description=__doc__.partition("\n")[0])
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a training run, finished or going on")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="page to write (default: RUN/report.html)")
     options = parser.parse_args(arguments)
     output = options.output or options.run / "report.html"
-    try:
-        write_report(options.run, output)
-    except (ValueError, OSError) as error:
-        print(f"tools.report: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    print(f"{output} ({output.stat().st_size / 2**20:.1f} MiB): open it in a browser")
-    return 0
+    return write_page("tools.report", output, lambda: page(read_run(options.run)))
 
 
 if __name__ == "__main__":
