@@ -28,9 +28,9 @@ from data_prep.export_files import (
     EXPORT_FILE,
     FORMATS,
     Entry,
+    FilePart,
     Format,
-    Part,
-    Written,
+    WrittenPart,
     export_problems,
     file_facts,
     read_export,
@@ -50,7 +50,7 @@ EXPORT_VERSION = 1
 PARTS_FOLDER = ".parts"
 
 
-class Documents:
+class WholeDocuments:
     """The documents of each source of each split; entry i is the i-th that was not removed."""
 
     def __init__(self, data: Path, manifest: Manifest) -> None:
@@ -66,7 +66,7 @@ class Documents:
     def of(self, split: str, source: str) -> StoredDocuments:
         return self.store.documents(split, source)
 
-    def entries(self, part: Part) -> Iterator[Entry]:
+    def entries(self, part: FilePart) -> Iterator[Entry]:
         documents = self.of(part.split, part.source)
         for i in range(part.first, part.last):
             tokens, number = documents.tokens(i), int(documents.doc[i])
@@ -77,7 +77,7 @@ class Documents:
             yield Entry(tokens, np.array([len(tokens)], np.int32), fields)
 
 
-class Rows:
+class PackedRows:
     """The packed rows of each source of each split."""
 
     def __init__(self, data: Path, manifest: Manifest) -> None:
@@ -88,7 +88,7 @@ class Rows:
         """Tokens of each entry, int64 [entries]."""
         return np.full(self.splits[split].rows_per_source.get(source, 0), self.row_tokens, np.int64)
 
-    def entries(self, part: Part) -> Iterator[Entry]:
+    def entries(self, part: FilePart) -> Iterator[Entry]:
         dataset = self.splits[part.split]
         for i in range(part.first, part.last):
             row, spans = dataset.row(part.source, i), dataset.spans(part.source, i)
@@ -114,7 +114,9 @@ def export(data: Path, format_: str, output: Path, of: What = "documents") -> di
             f"{data} holds conversations of which only a part carries loss, and a .bin cannot say which: "
             "use --format mds or parquet"
         )
-    content: Documents | Rows = Documents(data, manifest) if of == "documents" else Rows(data, manifest)
+    content: WholeDocuments | PackedRows = (
+        WholeDocuments(data, manifest) if of == "documents" else PackedRows(data, manifest)
+    )
     _verify(data, manifest)
     partial = output.with_name(f".{output.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
@@ -159,7 +161,7 @@ def _begin(partial: Path, plan: dict[str, Any]) -> None:
         path.unlink()
 
 
-def _write(partial: Path, manifest: Manifest, content: Documents | Rows, writer: Format) -> dict[str, Any]:
+def _write(partial: Path, manifest: Manifest, content: WholeDocuments | PackedRows, writer: Format) -> dict[str, Any]:
     dtype = "uint16" if manifest.dtype == "uint16" else "int32"
     files: list[dict[str, Any]] = []
     splits: dict[str, dict[str, Any]] = {}
@@ -189,7 +191,9 @@ def _write(partial: Path, manifest: Manifest, content: Documents | Rows, writer:
     return {"dtype": dtype, **ids, "splits": splits, "files": files}
 
 
-def _parts(content: Documents | Rows, split: str, source: str, dtype: str, part_bytes: int | None) -> list[Part]:
+def _parts(
+    content: WholeDocuments | PackedRows, split: str, source: str, dtype: str, part_bytes: int | None
+) -> list[FilePart]:
     """A part ends with the entry by which it reaches its bytes."""
     sizes = content.sizes(split, source) * np.dtype(dtype).itemsize
     if not len(sizes):
@@ -201,10 +205,10 @@ def _parts(content: Documents | Rows, split: str, source: str, dtype: str, part_
         while edges[-1] < len(sizes):
             before = ends[edges[-1] - 1] if edges[-1] else 0
             edges.append(min(len(sizes), int(np.searchsorted(ends, before + part_bytes)) + 1))
-    return [Part(split, source, number, edges[number], edges[number + 1]) for number in range(len(edges) - 1)]
+    return [FilePart(split, source, number, edges[number], edges[number + 1]) for number in range(len(edges) - 1)]
 
 
-def _done(partial: Path, part: Part) -> dict[str, Any] | None:
+def _done(partial: Path, part: FilePart) -> dict[str, Any] | None:
     """What is known of a part that an interrupted export finished."""
     try:
         ledger = json.loads((partial / PARTS_FOLDER / f"{part.name}.json").read_bytes())
@@ -214,7 +218,7 @@ def _done(partial: Path, part: Part) -> dict[str, Any] | None:
     return ledger if intact else None
 
 
-def _finish_part(partial: Path, part: Part, written: Written) -> dict[str, Any]:
+def _finish_part(partial: Path, part: FilePart, written: WrittenPart) -> dict[str, Any]:
     ledger = {"files": [file_facts(partial, file) for file in written.files], "shard": written.shard}
     write_atomically(partial / PARTS_FOLDER / f"{part.name}.json", json.dumps(ledger).encode())
     return ledger

@@ -40,7 +40,7 @@ class Entry(NamedTuple):
     """What else is known of it, by column: whole numbers, texts, and arrays of numbers, [n] or [n, 2]."""
 
 
-class Part(NamedTuple):
+class FilePart(NamedTuple):
     """The entries first .. last (exclusive) of a source of a split, which go to one file (or pair of files)."""
 
     split: str
@@ -54,14 +54,14 @@ class Part(NamedTuple):
         return f"{self.split}-{self.source}-{self.number:05d}"
 
 
-class Written(NamedTuple):
+class WrittenPart(NamedTuple):
     files: list[str]
     """Below the export's folder."""
     shard: dict[str, Any] | None = None
     """What the index of a source says of it (mds)."""
 
 
-def write_megatron(root: Path, part: Part, entries: Iterable[Entry], dtype: str) -> Written:
+def write_megatron(root: Path, part: FilePart, entries: Iterable[Entry], dtype: str) -> WrittenPart:
     """A .bin and its .idx. Of rows the padding is left out: a sequence is a piece of a document."""
     name = f"{part.split}-{part.source}"
     lengths: list[np.ndarray] = [np.zeros(0, np.int32)]
@@ -73,7 +73,7 @@ def write_megatron(root: Path, part: Part, entries: Iterable[Entry], dtype: str)
             ends.append(ends[-1] + len(entry.pieces))
     with new_file(root / f"{name}.idx") as file:
         _write_megatron_index(file, np.concatenate(lengths), np.array(ends, np.int64), np.dtype(dtype))
-    return Written([f"{name}.bin", f"{name}.idx"])
+    return WrittenPart([f"{name}.bin", f"{name}.idx"])
 
 
 def _write_megatron_index(file: BinaryIO, lengths: np.ndarray, ends: np.ndarray, dtype: np.dtype) -> None:
@@ -89,7 +89,7 @@ def _write_megatron_index(file: BinaryIO, lengths: np.ndarray, ends: np.ndarray,
     file.write(ends.tobytes())
 
 
-def write_parquet(root: Path, part: Part, entries: Iterable[Entry], dtype: str) -> Written:
+def write_parquet(root: Path, part: FilePart, entries: Iterable[Entry], dtype: str) -> WrittenPart:
     """A table; a row group is about 16 MB of ids."""
     name = f"{part.split}/{part.source}-{part.number:05d}.parquet"
     schema: pa.Schema | None = None
@@ -105,7 +105,7 @@ def write_parquet(root: Path, part: Part, entries: Iterable[Entry], dtype: str) 
             writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
         assert writer is not None, "a part has entries"
         writer.close()
-    return Written([name])
+    return WrittenPart([name])
 
 
 def _parquet_schema(entry: Entry, dtype: str) -> pa.Schema:
@@ -143,7 +143,7 @@ def _batches(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
         yield batch
 
 
-def write_mds(root: Path, part: Part, entries: Iterable[Entry], dtype: str) -> Written:
+def write_mds(root: Path, part: FilePart, entries: Iterable[Entry], dtype: str) -> WrittenPart:
     """A shard: number of samples, where each begins and the last ends (uint32), the settings as JSON, the samples."""
     name = f"{part.split}/{part.source}/shard.{part.number:05d}.mds"
     encodings: dict[str, str] = {}
@@ -177,7 +177,7 @@ def write_mds(root: Path, part: Part, entries: Iterable[Entry], dtype: str) -> W
             digest.update(data)
             file.write(data)
     raw = {"basename": Path(name).name, "bytes": int(begin[-1]), "hashes": {"sha1": digest.hexdigest()}}
-    return Written([name], settings | {"samples": len(samples), "raw_data": raw, "zip_data": None})
+    return WrittenPart([name], settings | {"samples": len(samples), "raw_data": raw, "zip_data": None})
 
 
 def _mds_encoding(value: Any) -> str:
@@ -201,7 +201,7 @@ def write_mds_index(root: Path, split: str, source: str, shards: list[dict[str, 
 
 
 class Format(NamedTuple):
-    write: Callable[[Path, Part, Iterable[Entry], str], Written]
+    write: Callable[[Path, FilePart, Iterable[Entry], str], WrittenPart]
     part_bytes: int | None
     """Ids of a part, about; None: a source is one part."""
     spans: bool

@@ -32,7 +32,7 @@ class Efficiency(NamedTuple):
     """Tokens that hold a single byte of a character."""
 
 
-class Sample(NamedTuple):
+class SampleText(NamedTuple):
     key: str
     text: str
     tokens: int
@@ -89,12 +89,12 @@ class Reader:
         for i in range(step // 2, len(documents), step):
             yield documents.tokens(i)[:LONGEST_MEASURED]
 
-    def samples(self, documents: StoredDocuments) -> list[Sample]:
+    def samples(self, documents: StoredDocuments) -> list[SampleText]:
         """The beginnings of documents that lie evenly over all."""
         count = min(SAMPLES, len(documents))
         return [self._sample(documents, (2 * n + 1) * len(documents) // (2 * count)) for n in range(count)]
 
-    def _sample(self, documents: StoredDocuments, i: int) -> Sample:
+    def _sample(self, documents: StoredDocuments, i: int) -> SampleText:
         ids = documents.tokens(i)
         data = b"".join([self.pieces[token] for token in ids[:SAMPLE_TOKENS].tolist()])
         text = data.decode(errors="replace").lstrip(" ")
@@ -102,7 +102,7 @@ class Reader:
             text = text.rstrip("\ufffd")
         shown = "".join(_shown(character) for character in text[:SAMPLE_CHARACTERS])
         whole = len(ids) <= SAMPLE_TOKENS and len(text) <= SAMPLE_CHARACTERS
-        return Sample(documents.key(i), shown, len(ids), looks_like_code(shown), whole)
+        return SampleText(documents.key(i), shown, len(ids), looks_like_code(shown), whole)
 
 
 def looks_like_code(text: str) -> bool:

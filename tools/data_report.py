@@ -24,7 +24,7 @@ from data_prep.plan import TOKENS_FOLDER
 from data_prep.store import SPLITS, TokenStore
 from data_prep.tokenizer import open_tokenizer
 from storage.manifest import Manifest, read_manifest
-from tools.data_facts import Efficiency, Reader, Sample, length_classes
+from tools.data_facts import Efficiency, Reader, SampleText, length_classes
 from tools.page import definitions, details, style, table, write_page
 
 TEMPLATE = Path(__file__).with_name("data_report.html")
@@ -165,13 +165,13 @@ def _left_out(manifest: Manifest) -> str:
     return table(["reason", "count", ""], rows)
 
 
-def _sample_section(source: str, samples: list[Sample]) -> str:
+def _sample_section(source: str, samples: list[SampleText]) -> str:
     if not samples:
         return ""
     return _section(f"Documents of {source}", "".join(_sample(sample) for sample in samples))
 
 
-def _sample(sample: Sample) -> str:
+def _sample(sample: SampleText) -> str:
     what = f"{sample.key}, {sample.tokens:,} tokens" + ("" if sample.is_whole else ", its beginning")
     look = 'class="sample code" dir="ltr" tabindex="0"' if sample.is_code else 'class="sample" dir="auto"'
     return f"<p>{html.escape(what)}</p><div {look}>{html.escape(sample.text)}</div>"

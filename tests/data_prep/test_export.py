@@ -21,7 +21,7 @@ from data_prep.export import export
 from data_prep.export_files import (
     FORMATS,
     Entry,
-    Part,
+    FilePart,
     export_problems,
     write_mds,
     write_mds_index,
@@ -154,7 +154,7 @@ entries = st.lists(
 @given(entries)
 @settings(max_examples=10)
 def test_any_entries_are_read_as_they_were(tmp_path_factory, megatron, mds, drawn):
-    folder, part = tmp_path_factory.mktemp("any"), Part("train", "a", 0, 0, len(drawn))
+    folder, part = tmp_path_factory.mktemp("any"), FilePart("train", "a", 0, 0, len(drawn))
     made = [
         Entry(
             np.array([*chain(*pieces), *[0] * padding], np.uint32),
