@@ -39,6 +39,10 @@ SECTIONS: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
         ("Attention of the busiest rank beyond the average", "attention_imbalance", {}),
         ("Peak memory of the first rank", "memory_bytes", {}),
     ],
+    "Goodput": [
+        ("Share of the wall time that was productive", "/^goodput/share$/", {}),
+        ("Where the wall time went (seconds)", "/^goodput/.+_seconds$/", {}),
+    ],
     "Progress": [
         ("Tokens", "tokens", {}),
         ("Samples", "samples", {}),

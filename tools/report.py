@@ -1,6 +1,7 @@
 """A run as one HTML page that needs no network: `python -m tools.report RUN -o report.html`.
 
-Reads RUN/metrics.jsonl and RUN/run.json, and what tools.evaluate kept in RUN/evaluations; the run may still be going on.
+Reads RUN/metrics.jsonl, RUN/run.json and RUN/goodput.json, and what tools.evaluate kept in RUN/evaluations; the run may still
+be going on.
 The page carries its own compressed copy of plotly.js, so it opens from disk on a machine that is cut off from everything.
 """
 
@@ -23,9 +24,11 @@ from console.command import CommandParser
 from model.config import ModelConfig
 from tools import run_plots
 from tools.evaluation import plots as evaluation_plots
+from tools.goodput_bar import bar, launch_rows
 from tools.page import definitions, details, options_of, style, table, write_page
 from tools.run_history import Run, read_run
 from tools.run_plots import validation_scores
+from training.goodput import share_of
 from training.metrics import with_prefix
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -42,6 +45,8 @@ def page(run: Run) -> str:
         head=definitions(_head(run)),
         axes=options_of({name: axis["title"] for name, axis in run_plots.AXES.items()}, "step"),
         degrees=options_of({name: name for name in ("off", *run_plots.SMOOTHING)}, run_plots.first_smoothing(run)),
+        goodput=bar(run.times),
+        launches=table(*launch_rows(run.times)),
         validation=_validation_table(run),
         scores=_score_table(run),
         facts="".join(details(name, value) for name, value in run.facts.items()),
@@ -80,6 +85,8 @@ def _tiles(run: Run) -> list[tuple[str, str]]:
         ("skipped steps", str(last["skipped_steps"])),
         ("resumes", str(_resumes(run))),
     ]
+    if run.times:
+        tiles.append(("goodput", f"{share_of(run.times.seconds):.1%}"))
     return tiles
 
 

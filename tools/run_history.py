@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tools.evaluation.files import read_evaluations
+from training.goodput import RunTimes, read_times
 from training.metrics import METRICS_FILE
 from training.records import read_records
 
@@ -23,6 +24,7 @@ class Run(NamedTuple):
     events: list[dict[str, Any]]
     facts: dict[str, Any]
     evaluations: list[dict[str, Any]]
+    times: RunTimes | None
 
 
 def read_run(run_dir: Path) -> Run:
@@ -42,6 +44,7 @@ def read_run(run_dir: Path) -> Run:
         [record for record in records if "event" in record],
         known if isinstance(known, dict) else {"run": known},
         read_evaluations(run_dir),
+        read_times(run_dir),
     )
 
 

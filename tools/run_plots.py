@@ -24,7 +24,7 @@ AXES = {
     "tokens": {"title": "tokens", "tickformat": "~s"},
     "hours": {"title": "hours of training", "tickformat": "~g"},
 }
-EVENT_COLORS = {"resume": "#f59e0b", "skip": "#ef4444", "checkpoint": "#9ca3af"}
+EVENT_COLORS = {"resume": "#f59e0b", "restart": "#b91c1c", "skip": "#ef4444", "checkpoint": "#9ca3af"}
 # title, record key, factor from the record's unit to the axis's, format of the axis's ticks, axis type, whether it is noisy
 PANELS = (
     ("Learning rate", "learning_rate", 1.0, ".2~e", "linear", False),

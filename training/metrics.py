@@ -13,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
+from training.goodput import share_of
 from training.records import RecordFile, read_records
 from training.sections import MetricsConfig
 from training.wandb_run import WandbRun
@@ -87,6 +88,7 @@ class MetricsLogger:
         memory_bytes: int | None = None,
         wire_bytes: int | None = None,
         adapters: Mapping[str, Any] | None = None,
+        wall_seconds: Mapping[str, float] | None = None,
     ) -> None:
         """Reports one optimizer step.
 
@@ -99,6 +101,7 @@ class MetricsLogger:
             attention_imbalance: how much more attention the busiest rank had in this step than the average one, as a share.
             wire_bytes: what the first rank handed to the calls of a compressed reduction; left out where there is none.
             adapters: further figures by name: see `engine.survey.figures`.
+            wall_seconds: where the time of the run went, by kind, over all launches: see `training.goodput`.
         """
         record = {
             "samples": samples,
@@ -116,6 +119,9 @@ class MetricsLogger:
         if wire_bytes is not None:
             record["wire_bytes"] = wire_bytes
         record |= adapters or {}
+        if wall_seconds is not None:
+            record["goodput"] = round(share_of(wall_seconds), 4)
+            record["wall_seconds"] = {kind: round(seconds, 3) for kind, seconds in wall_seconds.items()}
         self._last = {"step": step, **record}
         self._speeds.append(rates.tokens_per_second)
         self._write(step, record)
@@ -133,6 +139,12 @@ class MetricsLogger:
         The report marks `resume`, `checkpoint` and `skip`; W&B shows a run as preempted, not failed, after a `stop`.
         """
         self._write(step, {"event": event, **details})
+
+    def say(self, step: int, text: str) -> None:
+        """On the console alone."""
+        for sink in self._sinks:
+            if isinstance(sink, Console):
+                sink.say(step, text)
 
     def go_back(self, step: int) -> None:
         """The steps after this one will be done, and reported, again."""
@@ -172,7 +184,7 @@ class Console:
         self._step_width = len(str(total_steps))
 
     def write(self, record: dict[str, Any]) -> None:
-        cells = [f"step {record['step']:>{self._step_width}}/{self._total_steps}"]
+        cells: list[str] = []
         if "validation" in record:
             cells += [_validation_cell(name, scores) for name, scores in record["validation"].items()]
         elif "event" in record:
@@ -180,8 +192,11 @@ class Console:
             cells.append(" ".join([record["event"], *(f"{key}={_short(value)}" for key, value in details.items())]))
         else:
             cells += self._metrics_cells(record)
+        self.say(record["step"], *cells)
+
+    def say(self, step: int, *cells: str) -> None:
         with contextlib.suppress(BrokenPipeError):
-            print(" | ".join(cells), flush=True)
+            print(" | ".join([f"step {step:>{self._step_width}}/{self._total_steps}", *cells]), flush=True)
 
     def go_back(self, step: int) -> None:
         """What was printed stays."""

@@ -78,6 +78,9 @@ def wandb_values(record: dict[str, Any]) -> dict[str, float]:
             values |= _of_adapters(kind, record.get(key, {}))
         if "effective_adapters" in record:
             values["adapters/effective"] = record["effective_adapters"]
+        if "goodput" in record:
+            values["goodput/share"] = record["goodput"]
+            values |= {f"goodput/{kind}_seconds": seconds for kind, seconds in record["wall_seconds"].items()}
     return {key: value for key, value in finite(values).items() if value is not None}
 
 

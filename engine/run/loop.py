@@ -17,6 +17,7 @@ from engine.run.stopping import agree_to_stop, give_up_after_skips
 from engine.step import StepResult, train_step
 from launch.signals import StopSignal
 from training.batch import Batch
+from training.goodput import REWIND
 from training.state import TrainState
 
 
@@ -79,7 +80,7 @@ def train(loop: TrainingLoop, outputs: Outputs, stop: StopSignal) -> int:
         outputs.report(done.result, done.learning_rate, state)
         if done.spike:
             outputs.complete(engine)
-            with outputs.watchdog.aside("rewind"):
+            with outputs.watchdog.aside(REWIND):
                 decision, loop.state = settle(engine, plan, state, done.micro_batches, done.spike, outputs.run)
             outputs.decided(decision, loop.state.step)
             if decision.checkpoint is not None:

@@ -19,11 +19,13 @@ from engine.run.supervised import StepFile, taken_restart
 from engine.run.validation import validate_all
 from engine.run.watchdog import Watchdog
 from engine.step import StepResult
+from launch.beginning import begins_of_launch
 from launch.rank import PRESENT
 from launch.signals import StopSignal
 from launch.topology import wandb_mode
 from training.decisions import Decision
 from training.environment import peak_memory_bytes
+from training.goodput import DATA, GOODPUT_FILE, SAVE, UPDATE, VALIDATION, Goodput, PhaseClock, read_times
 from training.metrics import MetricsLogger
 from training.state import TrainState
 from training.throughput import StepClock, peak_rate
@@ -41,6 +43,10 @@ class Outputs:
         self, engine: Engine, plan: RunPlan, state: TrainState, facts: dict[str, Any], run: Path, lock: IO | None
     ) -> None:
         self.plan, self.facts, self.run, self.lock = plan, facts, run, lock
+        self._phases = PhaseClock()
+        self._goodput: Goodput | None = None
+        """On the first rank."""
+        self._exit_code: int | None = None
         peak = peak_rate(engine.device, torch.bfloat16 if plan.half_precision else torch.float32)
         self.clock = StepClock(engine.sum_over_ranks([peak.flops_per_second])[0])
         self.logger = MetricsLogger(
@@ -55,7 +61,8 @@ class Outputs:
             wandb_mode=wandb_mode(),
         )
         self._step_file = StepFile(run) if lock else None
-        self.watchdog = Watchdog(run, plan.recipe.training.hang_seconds, PRESENT[0] if PRESENT else None)
+        roll_call = PRESENT[0] if PRESENT else None
+        self.watchdog = Watchdog(run, plan.recipe.training.hang_seconds, roll_call, self._phases)
         self.pace = Pace(engine)
         self._step = state.step
         self._device = engine.device
@@ -66,9 +73,20 @@ class Outputs:
     def __enter__(self) -> Self:
         self.logger.__enter__()
         self.watchdog.__enter__()
-        if self._step_file and (restart := taken_restart(self.run)):
-            self.logger.log_event(self._step, "restart", **restart)
+        if self.lock:
+            restart = taken_restart(self.run)
+            self._goodput = self._open_goodput(restart.get("reason", ""))
+            if restart:
+                self.logger.log_event(self._step, "restart", **restart)
         return self
+
+    def _open_goodput(self, reason: str) -> Goodput:
+        try:
+            read_times(self.run)
+        except ValueError as error:
+            (self.run / GOODPUT_FILE).unlink()
+            self.logger.log_event(self._step, "notice", text=f"{error}, from here on: it was removed")
+        return Goodput(self.run, self._phases, self._step, begins_of_launch(), reason)
 
     def __exit__(self, *exception: Any) -> None:
         self.watchdog.close(failed=exception[0] is not None)
@@ -76,6 +94,8 @@ class Outputs:
             self._step_file.close()
         self._saves.leave()
         self.logger.__exit__(*exception)
+        if self._goodput:
+            self._goodput.close(self._exit_code)
 
     def announce(self, stage: Stage, step: int) -> None:
         """What is trained on from here, and what a token of it costs."""
@@ -88,17 +108,20 @@ class Outputs:
     @contextlib.contextmanager
     def waiting_for_data(self) -> Iterator[None]:
         """The samples of a step are awaited in here; afterwards it is computed."""
-        self.watchdog.enter("waiting for data")
+        self._phases.enter(DATA)
         with self.clock.waiting_for_data(), self.pace.waiting_for_data():
             yield
-        self.watchdog.enter("forward, backward and update")
+        self._phases.enter(UPDATE)
 
     def report(self, result: StepResult, learning_rate: float, state: TrainState) -> None:
         """`state`: after the step."""
         self._step = state.step
-        self._tell_of_saves()
         self.clock.step_done(self.plan.step_tokens)
         self.watchdog.step_done(state.step)
+        self._tell_of_saves()
+        if self._goodput:
+            self._goodput.step_done(state.step)
+            self._goodput.keep()
         if self._step_file:
             self._step_file.mark(state.step)
         if not result.applied:
@@ -127,6 +150,7 @@ class Outputs:
                 memory_bytes=peak_memory_bytes(self._device),
                 wire_bytes=result.wire_bytes,
                 adapters=result.adapters,
+                wall_seconds=self._goodput.times.seconds if self._goodput else None,
             )
 
     def decided(self, decision: Decision, step: int) -> None:
@@ -143,7 +167,7 @@ class Outputs:
 
     def validate(self, engine: Engine, stopping: Callable[[], bool], step: int) -> None:
         """The scores of all sets. Collective over all ranks, as is `stopping`."""
-        with self.watchdog.aside("validation"):
+        with self.watchdog.aside(VALIDATION):
             scores = validate_all(engine, self.plan, stopping)
         if scores:
             self.logger.log_validation(step, scores)
@@ -158,7 +182,7 @@ class Outputs:
         self.complete(engine)
         if self.lock:
             check_claim(self.run, self.lock)
-        with self.watchdog.aside("save"):
+        with self.watchdog.aside(SAVE):
             self._saves.begin(engine, state)
         if not self._background:
             self.complete(engine)
@@ -166,6 +190,9 @@ class Outputs:
     def close(self, exit_code: int) -> None:
         """After the last step of this launch."""
         self.watchdog.close()
+        self._exit_code = exit_code
+        if self._goodput:
+            self.logger.say(self._step, self._goodput.times.words)
         self.logger.close(exit_code)
 
     def ended(self, engine: Engine, state: TrainState, stop: StopSignal) -> int:
@@ -181,7 +208,7 @@ class Outputs:
 
         Raises ValueError where it failed and none that follows can make up for it.
         """
-        with self.watchdog.aside("save"):
+        with self.watchdog.aside(SAVE):
             outcome = self._saves.wait(engine)
         self._tell_of_saves()
         if outcome and outcome.problem and (last or not outcome.may_pass):

@@ -23,11 +23,11 @@ class StepFile:
         os.close(self._file)
 
 
-def taken_restart(run: Path) -> dict[str, Any] | None:
+def taken_restart(run: Path) -> dict[str, Any]:
     """What the supervisor says of this launch, where it is a restart; said once."""
     try:
         told = json.loads((run / RESTART).read_bytes())
         (run / RESTART).unlink()
     except (OSError, ValueError):
-        return None
+        return {}
     return told

@@ -9,20 +9,19 @@ import contextlib
 import json
 import socket
 import statistics
-import sys
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
+from engine.run.stacks import Answer, apart, grouped, stacks_here, write_text
 from launch.peers import FAREWELL_SECONDS, RollCall
 from launch.signals import EXIT_HUNG, end
-from storage.atomic import write_atomically
+from training.goodput import BETWEEN, END, REWIND, SAVE, START, VALIDATION, PhaseClock
 
 WINDOW_STEPS = 50
 LEAST_STEPS = 5
@@ -34,42 +33,23 @@ RANKS_PER_SECOND = 2000
 
 ANSWER_SECONDS = 3.0
 STORE_SECONDS = 3.0
-UNWATCHED = ("start", "validation", "save", "rewind", "end")
-MAIN = "MainThread"
-
-
-class Answer(NamedTuple):
-    """What a rank says to an alarm."""
-
-    rank: int
-    phase: str
-    seconds: float
-    """How long it has been in this phase."""
-    threads: dict[str, str]
-    """Stack of each Python thread, the innermost call last."""
-
-    @property
-    def waits_for_others(self) -> bool:
-        return "distributed_c10d.py" in self.threads[MAIN]
-
-    @property
-    def place(self) -> tuple[str, str]:
-        """What ranks have in common that are in the same state."""
-        return self.phase, self.threads[MAIN]
+UNWATCHED = (START, VALIDATION, SAVE, REWIND, END)
 
 
 class Watchdog:
-    """Knows the phase this rank is in and what steps usually take; silent until a step takes far longer."""
+    """Knows what steps usually take; silent until one takes far longer."""
 
-    def __init__(self, run: Path, grace_seconds: float | None, roll_call: RollCall | None) -> None:
-        """A step may take twice its usual time and `grace_seconds`; None: any time. `roll_call`: None for one rank."""
-        self._run, self._grace, self._roll_call = run, grace_seconds, roll_call
+    def __init__(self, run: Path, grace_seconds: float | None, roll_call: RollCall | None, phases: PhaseClock) -> None:
+        """A step may take twice its usual time and `grace_seconds`; None: any time. `roll_call`: None for one rank.
+
+        `phases`: which this rank is in.
+        """
+        self._run, self._grace, self._roll_call, self._phases = run, grace_seconds, roll_call, phases
         self._rank = roll_call.rank if roll_call else 0
         self._pause = max(LOOK_SECONDS, (roll_call.world_size if roll_call else 1) / RANKS_PER_SECOND)
         self._taken: deque[float] = deque(maxlen=WINDOW_STEPS)
         self._step, self._alarms = 0, 0
         self._began = time.monotonic()
-        self.enter("start")
         self._closed = threading.Event()
         self._store_thread = ThreadPoolExecutor(1)
 
@@ -80,28 +60,23 @@ class Watchdog:
 
     def close(self, failed: bool = False) -> None:
         """Stop watching; a rank that has `failed` still answers the others, who may wait for it, until its process ends."""
-        self.enter("end")
+        self._phases.enter(END)
         if not failed:
             self._closed.set()
-
-    def enter(self, phase: str) -> None:
-        """This rank is in another phase from now on."""
-        self._phase, self._phase_began = phase, time.monotonic()
 
     @contextlib.contextmanager
     def aside(self, phase: str) -> Iterator[None]:
         """What is done in here belongs to no step."""
-        before, began = self._phase, time.monotonic()
-        self.enter(phase)
-        yield
-        self._began += time.monotonic() - began
-        self.enter(before)
+        began = time.monotonic()
+        with self._phases.aside(phase):
+            yield
+            self._began += time.monotonic() - began
 
     def step_done(self, step: int) -> None:
         now = time.monotonic()
         self._taken.append(now - self._began)
         self._step, self._began = step, now
-        self.enter("between steps")
+        self._phases.enter(BETWEEN)
 
     def forget_usual(self) -> None:
         """Steps are of another kind from now on."""
@@ -111,7 +86,7 @@ class Watchdog:
     def _overdue(self) -> float | None:
         """What a step usually takes, where this one has taken too long."""
         taken = list(self._taken)
-        if self._phase in UNWATCHED or len(taken) < LEAST_STEPS or self._grace is None:
+        if self._phases.phase in UNWATCHED or len(taken) < LEAST_STEPS or self._grace is None:
             return None
         usual = statistics.median(taken)
         return usual if time.monotonic() - self._began > 2 * usual + self._grace else None
@@ -217,7 +192,7 @@ class Watchdog:
             first, phases = members[0], f"{members[0].phase}, for {max(each.seconds for each in members):.0f} s"
             parts.append(f"{self._named([each.rank for each in members])}: {phases}")
             parts += [f"thread {name}\n{stack}" for name, stack in first.threads.items()]
-        writer = threading.Thread(target=_write_text, args=(file, "\n\n".join(parts)), daemon=True)
+        writer = threading.Thread(target=write_text, args=(file, "\n\n".join(parts)), daemon=True)
         writer.start()
         writer.join(STORE_SECONDS)  # where the file system is what hangs, the job ends without it
         return sentence
@@ -226,44 +201,8 @@ class Watchdog:
         return self._roll_call.named(ranks) if self._roll_call else f"{socket.gethostname()} (rank 0)"
 
     def _answer(self) -> Answer:
-        return Answer(self._rank, self._phase, round(time.monotonic() - self._phase_began, 1), stacks_here())
-
-
-def stacks_here() -> dict[str, str]:
-    """The stack of each Python thread of this process but the calling one, the main thread's first."""
-    names = {thread.ident: thread.name for thread in threading.enumerate()}
-    frames = {names.get(ident, str(ident)): frame for ident, frame in sys._current_frames().items()}
-    frames.pop(threading.current_thread().name, None)
-    stacks = {name: "".join(traceback.format_stack(frame)) for name, frame in frames.items()}
-    return {MAIN: stacks.pop(MAIN)} | stacks
-
-
-def grouped(answers: list[Answer]) -> list[list[Answer]]:
-    """Those in the same phase and place, the smallest group first."""
-    groups: dict[tuple[str, str], list[Answer]] = {}
-    for answer in answers:
-        groups.setdefault(answer.place, []).append(answer)
-    return sorted(groups.values(), key=lambda members: (len(members), members[0].rank))
-
-
-def apart(answers: list[Answer]) -> list[Answer]:
-    """Those for whom the others wait; empty where all are in the same place."""
-    groups = grouped(answers)
-    if len(groups) == 1:
-        return []
-    free = [answer for answer in answers if not answer.waits_for_others]
-    without_data = [answer for answer in answers if answer.phase == "waiting for data"]
-    for odd in (free, without_data):
-        if 0 < len(odd) < len(answers):
-            return min(grouped(odd), key=len)
-    return groups[0]
+        return Answer(self._rank, self._phases.phase, round(self._phases.phase_seconds, 1), stacks_here())
 
 
 def _get_if_there(store: Any, key: str) -> bytes | None:
     return store.get(key) if store.check([key]) else None
-
-
-def _write_text(file: Path, text: str) -> None:
-    with contextlib.suppress(OSError):
-        file.parent.mkdir(exist_ok=True)
-        write_atomically(file, text.encode())

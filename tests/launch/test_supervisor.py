@@ -10,6 +10,7 @@ from launch.supervisor import Ending, why_not_again
 from tests.engine.programs import prepare
 from tests.processes import ROOT, free_port, run_cli, start_cli
 from tests.test_stopping import LONG, hearing, named, records, wait_until_all_have_ended
+from training.goodput import read_times
 
 CRASH = Ending(1, 7, "KeyError: 'a'")
 KILLED = Ending(247, 7, "a collective failed: node1 (rank 1) was killed, pid 17")
@@ -128,6 +129,7 @@ def test_a_killed_rank_of_a_real_run_and_a_request_to_stop(tmp_path):
     assert restart["reason"].startswith("killed: a collective failed: ")
     assert "(rank 1) was killed" in restart["reason"]
     assert restart["after_step"] >= 4
+    assert [launch.reason for launch in read_times(run).launches] == ["", restart["reason"]]
     assert [stop["reason"] for stop in named(run, "stop")] == ["SIGUSR1"]
 
     with start_cli(supervise) as running:  # which is killed itself

@@ -10,6 +10,7 @@ from wandb_workspaces.workspaces.internal import View
 from tests.processes import run_cli
 from tests.training.test_metrics import log, open_logger
 from tools.dashboard import main, specification, workspace
+from training.goodput import KINDS
 from training.metrics import METRICS_FILE
 from training.records import read_records
 from training.wandb_run import wandb_values
@@ -27,7 +28,7 @@ def panels(spec) -> list[dict]:
 
 def test_every_logged_key_is_in_exactly_one_panel(spec, tmp_path):
     with open_logger(tmp_path) as logger:
-        log(logger, 1)
+        log(logger, 1, wall_seconds=dict.fromkeys(KINDS, 1.0))
         logger.log_validation(1, {"long books": {"loss": 2.0, "bits_per_byte": 0.75, "targets": 3}})
         logger.log_event(1, "checkpoint")
     logged = {key for record in read_records(tmp_path / METRICS_FILE) for key in wandb_values(record)}

@@ -18,6 +18,7 @@ from tests.training.test_metrics import log, open_logger
 from tools.evaluation.files import store_evaluation
 from tools.report import main, page
 from tools.run_history import read_run
+from training.goodput import GOODPUT_FILE, KINDS, LaunchTimes, RunTimes
 from training.metrics import METRICS_FILE
 from training.throughput import Rates
 
@@ -216,6 +217,30 @@ def test_one_analysis_alone_is_drawn_and_none_leaves_no_section(tmp_path):
     assert {trace.type for trace in figure.data} == {"heatmap"}
 
 
+def write_times(folder: Path, reason: str) -> None:
+    seconds = dict.fromkeys(KINDS, 0.0)
+    launches = [
+        LaunchTimes(began=0, heard=110, after_step=0, step=25, seconds=seconds | {"productive": 100, "start_up": 10}),
+        LaunchTimes(began=130, heard=190, after_step=20, step=22, recomputed_steps=2, reason=reason,
+                    seconds=seconds | {"recomputed": 50, "restart": 20, "start_up": 10}),
+        LaunchTimes(began=200, heard=210, after_step=20, step=20, seconds=seconds | {"start_up": 10, "restart": 10}),
+    ]  # fmt: skip
+    times = RunTimes(furthest_step=25, launches=launches)
+    (folder / GOODPUT_FILE).write_text(times.model_dump_json())
+
+
+def test_where_the_time_went_and_why_each_launch_began(tmp_path):
+    write_run(tmp_path)
+    assert "goodput" not in Page(page(read_run(tmp_path))).visible
+    write_times(tmp_path, reason=f"killed: {HOSTILE}")
+    shown = Page(page(read_run(tmp_path)))
+    for words in ("goodput47.6%", "productive 47.6%, 0:01:40", "recomputed 23.8%, 50.0 s", "restart 14.3%, 30.0 s",
+                  "21–22", f"killed: {HOSTILE}", "the one before was killed or failed", "1970-01-01 00:02:10"):  # fmt: skip
+        assert words in shown.visible
+    assert "save stall" not in shown.visible
+    assert shown.tags.count("script") == 4
+
+
 def test_text_from_the_run_stays_text(tmp_path):
     folder = tmp_path / "<script>"
     folder.mkdir()
@@ -263,6 +288,7 @@ def test_command_writes_the_page_where_it_is_told(tmp_path, capsys):
         (METRICS_FILE, None, "metrics.jsonl does not exist: give the folder that train.py was told to write"),
         (METRICS_FILE, b'{"step"\n{"step": 2, "loss": 1.0}\n', "metrics.jsonl:1: not a record"),
         ("run.json", b"{", "run.json is not valid JSON"),
+        (GOODPUT_FILE, b"{", "goodput.json cannot be read: remove it"),
         ("evaluations/step-00000001-data.json", b"{", "step-00000001-data.json is not valid JSON"),
     ],
 )

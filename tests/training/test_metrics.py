@@ -9,10 +9,12 @@ import time
 
 import pytest
 
+from training.goodput import KINDS
 from training.metrics import METRICS_FILE, MetricsLogger, with_prefix
 from training.records import read_records
 from training.sections import MetricsConfig
 from training.throughput import Rates
+from training.wandb_run import wandb_values
 
 WITHOUT_WANDB = MetricsConfig(log_every_steps=5, wandb=False)
 
@@ -36,6 +38,18 @@ def log(logger: MetricsLogger, step: int, **changes) -> None:
         "memory_bytes": 2**30,
     }
     logger.log_step(step, **(values | changes))
+
+
+def test_where_the_time_went_is_part_of_a_record(tmp_path):
+    seconds = dict.fromkeys(KINDS, 0.0) | {"productive": 30.00049, "start_up": 10.0}
+    with open_logger(tmp_path) as logger:
+        log(logger, 5, wall_seconds=seconds)
+    (record,) = read_records(tmp_path / METRICS_FILE)
+    assert record["goodput"] == 0.75
+    assert record["wall_seconds"] == seconds | {"productive": 30.0}
+    shown = {key: value for key, value in wandb_values(record).items() if key.startswith("goodput/")}
+    assert shown.pop("goodput/share") == 0.75
+    assert shown == {f"goodput/{kind}_seconds": value for kind, value in record["wall_seconds"].items()}
 
 
 def test_records_hold_every_key(tmp_path):

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from engine.run import outputs, samples
-from engine.run.watchdog import Answer, apart
+from engine.run.stacks import Answer, apart
 from launch.rank import run_rank
 from launch.signals import StopSignal
 from tests.engine.programs import prepare
