@@ -41,6 +41,7 @@ class Engine:
         """Of a mixture whose prior is learned."""
         self.gate = Gate(self.base_optimizer, lambda: float(self.optimizer._global_grad_norm), reduction)
         self._found = torch.zeros(0)
+        self._totals: list[float] | None = None
         if self.zero_stage in (1, 2):
             internals.leave_out_module_weights(deepspeed)
 
@@ -107,7 +108,18 @@ class Engine:
 
     def judge_by(self, judge: Judge | None, targets: int) -> None:
         """Let `judge` refuse the next step, which has so many targets over all ranks, or nobody."""
-        self.gate.expect(judge and (lambda norm: judge(self.sum_over_tokens(self.found.tolist())[1] / targets, norm)))
+        self._totals = None
+
+        def judged(norm: float) -> bool:
+            self._totals = self.sum_over_tokens(self.found.tolist())
+            assert judge
+            return judge(self._totals[1] / targets, norm)
+
+        self.gate.expect(judge and judged)
+
+    def totals(self, found: Tensor) -> list[float]:
+        """Over all ranks, of what `update` has returned: summed here, unless the judge had to know them before."""
+        return self._totals or self.sum_over_tokens(found.tolist())
 
     def evaluate(self, batches: list[Batch]) -> float:
         """This rank's sum of the cross-entropy over batches of one shape, without gradients."""

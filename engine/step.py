@@ -46,7 +46,7 @@ def train_step(
     engine.judge_by(judge, max(found.targets, 1))
     # DeepSpeed averages over the ranks that hold other tokens and divides by the accumulation steps; both are undone here.
     weight = engine.mesh.data * engine.mesh.sequence * len(micro_batches) / max(found.targets, 1)
-    sums = engine.sum_over_tokens(engine.update(micro_batches, z_loss_weight, weight).tolist())
+    sums = engine.totals(engine.update(micro_batches, z_loss_weight, weight))
     objective, loss = (total / max(found.targets, 1) for total in sums[:2])
     norm = engine.deepspeed.get_global_grad_norm()
     applied = engine.deepspeed.was_step_applied() and not engine.gate.refused
