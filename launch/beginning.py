@@ -15,16 +15,16 @@ SUPERVISOR = "tools.supervise"
 
 def begins_of_launch() -> list[float]:
     """Unix times at which the launchers of this process on this host and the process itself began, the earliest first."""
-    found = []
-    for process in (psutil.Process(), *launchers()):
-        with contextlib.suppress(psutil.Error, OSError, ValueError):
+    found = [begin(psutil.Process())]
+    for process in launchers():
+        with contextlib.suppress(psutil.Error):  # it ends just now
             if SUPERVISOR not in process.cmdline()[:4]:
-                found.append(_begin(process))
+                found.append(begin(process))
     return sorted(found)
 
 
-def _begin(process: psutil.Process) -> float:
-    """To a hundredth of a second, where `create_time` counts from a boot that is known to the second."""
+def begin(process: psutil.Process) -> float:
+    """Unix time, to a hundredth of a second, where `create_time` counts from a boot that is known to the second."""
     try:
         ticks = int(Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[19])
         return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))

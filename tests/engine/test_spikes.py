@@ -26,6 +26,7 @@ from tests.processes import ROOT, run_cli
 from tests.training.corpus import build
 from training.data import training_order
 from training.decisions import DECISIONS_FILE
+from training.goodput import read_times
 from training.ledger import SampleLedger, StageSpan
 from training.records import read_records
 from training.sections import DataConfig
@@ -257,6 +258,8 @@ def test_train_py_rewinds_and_says_so(setting, tmp_path):
     (told,) = [r for r in records[0] if r.get("event") == "spike"]
     assert told["documents"][0].startswith(f"{corrupt} of ")
     assert told["step"] == (told["spike_step"] - 1) // SAVED_EVERY * SAVED_EVERY
+    again = [read_times(tmp_path / name).launches[0].recomputed_steps for name in ("first", "second")]
+    assert again == [told["spike_step"] - told["step"], 0]
     assert not [r for r in records[1] if r.get("event") == "spike"]
     newest = [tmp_path / name / "checkpoints" / f"step-{STEPS:08d}" for name in ("first", "second")]
     weights = [read_manifest(folder).files for folder in newest]
