@@ -8,7 +8,8 @@ rows of a mapped file assigned to a reused int64 buffer, below which nothing tha
 
 To the first batch: an index of 10^9 rows (as many shards as 4096-token rows would need, all the same small file), opened
 in a fresh process and shuffled; what grows is the manifest's list of shards. Beside it what
-`torch.utils.data.DistributedSampler` does at the start of every epoch in every rank.
+`torch.utils.data.DistributedSampler` does at the start of every epoch in every rank. Last, what `tools.ledger` asks of such
+a data set: when documents are trained on, and what steps have.
 """
 
 import sys
@@ -34,8 +35,10 @@ def main() -> None:
         first_batch,
         first_indices,
         in_fresh_process,
+        ledger_answers,
         measure,
         write_data,
+        write_documents,
         write_index,
     )
 
@@ -65,6 +68,12 @@ def main() -> None:
             print(
                 f"{'DistributedSampler':<56}{theirs['rows']:>14,}{theirs['seconds']:>9.3f}{theirs['megabytes']:>9.0f}"
             )
+        asked = write_documents(root / str(INDEX_ROWS))
+        answers = in_fresh_process(ledger_answers, " ".join(map(str, [root / str(INDEX_ROWS), *asked])))
+        print(
+            f"\nledger of {answers['rows']:,} rows and documents, index not in memory: {answers['seconds']:.2f} s for all,"
+        )
+        print(f"{answers['document_ms']:.1f} ms a document, {answers['step_ms']:.1f} ms a step of 1,024 rows")
     ratio = result["this reader: input_ids"] / bare
     print(f"\ninput_ids at {ratio:.2f}x the bare copy (target {TARGET_RATIO}x)", end="; ")
     print(f"first batch of 10^9 rows after {ours['seconds']:.2f} s (target {TARGET_SECONDS} s)")

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 import subprocess
 import sys
 import time
@@ -9,18 +10,24 @@ from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import psutil
+import pyarrow as pa
 import torch
 from datasets import load_from_disk
 from torch.utils.data import DistributedSampler
 
 from data_prep.pack import pack, write_split
-from storage.manifest import Manifest, PackingPolicy, SourceRows, TokenizerInfo
-from storage.shards import ShardedDataset, ShardWriter, open_split, write_manifest
+from storage.documents import rows_of, shards_hash, write_manifest
+from storage.lookup import RUN, write_lookup
+from storage.manifest import Manifest, PackingPolicy, SourceRows, TokenizerInfo, save_manifest
+from storage.shards import ShardedDataset, ShardWriter, open_split
 from training.data import TrainingData, make_batch, train_loader, training_order
+from training.ledger import SampleLedger, StageSpan
 from training.sections import DataConfig
+from training.state import TrainState
 
 SEQ_LENGTH, BATCH_ROWS, ROUNDS, SAMPLES = 4096, 8, 30, 512
 TARGET_RATIO, TARGET_SECONDS = 1.5, 1.0
@@ -168,7 +175,78 @@ def write_index(directory: Path, rows: int) -> None:
     assert shard.rows >= SHARD_ROWS
     shards = [shard] * max(1, rows // shard.rows)
     entry = small.splits["train"]["random"].model_copy(update={"shards": shards, "rows": shard.rows * len(shards)})
-    write_manifest(directory, small.model_copy(update={"splits": {"train": {"random": entry}}}))
+    save_manifest(directory, small.model_copy(update={"splits": {"train": {"random": entry}}}))
+
+
+def write_documents(directory: Path) -> list[int]:
+    """The index of a document a row, in order. Of all runs but the middle one only the ends are there; documents of that one."""
+    dataset = open_split(directory, "train", verify="none")
+    file = directory / "train/documents-random.arrow"
+    write_lookup(file, shards_hash(dataset, "random"), ())
+    schema = pa.ipc.open_stream(file).schema
+    runs = -(-len(dataset) // RUN)
+    ends = np.arange(runs)[:, None] * RUN + [0, RUN - 1]
+    ends[-1, 1] = len(dataset) - 1
+    with file.open("wb") as output, pa.ipc.new_stream(_WithHoles(output), schema) as stream:
+        for number, (first, last) in enumerate(ends.tolist()):
+            column = np.zeros(last - first + 1, np.int64)
+            column[[0, -1]] = first, last
+            if number == runs // 2:
+                column = np.arange(first, last + 1)
+            stream.write_batch(pa.record_batch([pa.array(column.view(np.uint64)), pa.array(column)], schema=schema))
+        stream.write_batch(pa.record_batch([pa.array([], kind) for kind in schema.types], schema=schema))
+    first, last = ends[runs // 2].tolist()
+    return np.random.default_rng(0).integers(first, last, 20).tolist()
+
+
+class _WithHoles:
+    """A file in which long stretches of zeros take no room."""
+
+    closed = False
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+
+    def write(self, data: bytes) -> int:
+        if len(data) % 8 or len(filled := np.flatnonzero(np.frombuffer(data, np.uint64))) > len(data) // 16:
+            return self.file.write(data)
+        begin = self.file.tell()
+        self.file.truncate(begin + len(data))
+        for place in filled.tolist():
+            self.file.seek(begin + 8 * place)
+            self.file.write(data[8 * place : 8 * place + 8])
+        return self.file.seek(begin + len(data)) - begin
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def ledger_answers(words: str) -> dict[str, float]:
+    """Open a run's data in this process and answer for documents, and for three steps of 1,024 rows."""
+    directory, *documents = words.split()
+    _forget(Path(directory) / "train/documents-random.arrow")
+    before, started = psutil.Process().memory_info().rss, time.perf_counter()
+    dataset = open_split(Path(directory), "train", verify="none")
+    steps = 3 * len(dataset) // 1024
+    stage = StageSpan("all", dataset, DataConfig(), 0, steps, 1024)
+    ledger = SampleLedger([stage], TrainState(data_fingerprint="", seed=0, wandb_id=""), [])
+    opened = time.perf_counter()
+    for document in documents:
+        (row,) = rows_of(dataset, "random", int(document))
+        assert len(list(ledger.of_row(dataset, "random", row))) == 3
+    asked = time.perf_counter()
+    for step in (1, steps // 2, steps):
+        ledger.of_step(step)
+    ended = time.perf_counter()
+    each = {"document_ms": (asked - opened) / len(documents) * 1e3, "step_ms": (ended - asked) / 3 * 1e3}
+    return figures(len(dataset), started, before) | each
+
+
+def _forget(file: Path) -> None:
+    """Let what the system holds of a file be read anew."""
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def first_batch(directory: str) -> dict[str, float]:

@@ -22,7 +22,7 @@ from data_prep.chat_tokens import ChatEncoder
 from data_prep.documents import read_unit
 from data_prep.ledger import Ledger, unit_path, write_ledger
 from data_prep.records import Conversation, Document, InputFile, Problems, SourcedDocument, Unit
-from data_prep.sources import hash64
+from data_prep.sources import hash64, key_prefix
 from data_prep.targets import Spans
 from data_prep.tokenizer import Tokenizer, open_tokenizer
 from data_prep.unit_file import DocumentBatch, write_unit
@@ -251,7 +251,7 @@ class UnitEncoder:
             counts["fallback"] += int(np.count_nonzero(kinds == 2))
             nbytes = [len(text) for text in texts]
             counts["text_bytes"] += sum(nbytes)
-            prefix = f"{self.work.seed}\0{unit.source}\0"
+            prefix = key_prefix(self.work.seed, unit.source)
             yield DocumentBatch(
                 ids,
                 lengths,

@@ -22,12 +22,14 @@ from data_prep.cut import Breaks, count_cuts, structure_windows
 from data_prep.ledger import Ledger
 from data_prep.pack import Packing, pack, write_split
 from data_prep.plan import TOKENS_FOLDER, PackingPlan
+from data_prep.sources import key_prefix
 from data_prep.store import LEFT_OUT, SPLITS, Columns, TokenStore, read_columns, write_index
 from data_prep.summary import statistics, target_statistics
 from data_prep.token_bytes import token_bytes
 from data_prep.tokenizer import Tokenizer
+from storage.documents import write_manifest
 from storage.manifest import LeftOutFiles, Manifest, SourceRows, token_dtype
-from storage.shards import ShardWriter, write_manifest
+from storage.shards import ShardWriter
 
 FEW_ROWS, FEW_TARGETS = 4, 1000
 """Of a validation split; with fewer its loss says next to nothing."""
@@ -90,7 +92,8 @@ def _index(plan: PackingPlan, made: Tokenized, tokens: Path) -> tuple[Columns, n
         raise ValueError(f"the input holds no text: {sum(ledger.empty for ledger in made.ledgers)} empty documents")
     if plan.options.validation_fraction > 0:
         _fill_validation(columns, split, names)
-    write_index(tokens, columns, split, [ledger.documents for ledger in made.ledgers], names)
+    prefixes = [key_prefix(plan.options.seed, source.name) for source in plan.sources]
+    write_index(tokens, columns, split, [ledger.documents for ledger in made.ledgers], names, prefixes)
     return columns, split, duplicates
 
 

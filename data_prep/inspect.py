@@ -30,6 +30,7 @@ from data_prep.store import TokenStore
 from data_prep.summary import cut_words, left_out_words, target_words
 from data_prep.token_bytes import token_bytes
 from data_prep.tokenizer import Tokenizer, open_tokenizer
+from storage.documents import pieces_of
 from storage.manifest import Manifest, read_manifest
 from storage.shards import ShardedDataset, open_split
 
@@ -126,7 +127,7 @@ def show_document(directory: Path, manifest: Manifest, wanted: str) -> None:
     if split is None:
         console.print(Text("left out as an exact duplicate", "cyan"))
     elif split in manifest.splits:
-        for row, offset, length in ShardedDataset(directory, split, manifest).pieces_of(source, number):
+        for row, offset, length in pieces_of(ShardedDataset(directory, split, manifest), source, number):
             where = f"tokens {offset:,}-{offset + length - 1:,} in row {row} of source {source}, split {split}"
             console.print(Text(where, "cyan"))
             if offset + length < len(ids):

@@ -23,6 +23,11 @@ def hash64(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
+def key_prefix(seed: int, source: str) -> str:
+    """What is hashed before the key of a document, so that seeds and sources are divided independently."""
+    return f"{seed}\0{source}\0"
+
+
 def parse_sources(inputs: list[str], named: list[str]) -> list[Source]:
     """Sources of `--input PLACE...` (called "documents") and of `--source NAME=PLACE[:WEIGHT]`, a name may repeat."""
     places: dict[str, list[str]] = {"documents": list(inputs)} if inputs else {}

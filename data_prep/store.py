@@ -3,6 +3,7 @@
     DATA/tokens/unit-00000.arrow   documents of one unit of work, in input order (Arrow stream)
     DATA/tokens/unit-00000.json    its ledger: written after the unit is complete, so a unit without one does not exist
     DATA/tokens/index.arrow        one row per stored document of all units: length, bytes, source, split
+    DATA/tokens/keys.arrow         the documents by the hashes of their keys (storage/lookup.py)
 
     column    type                       per document
     tokens    large_list<uint16|uint32>  ids, BOS (where the tokenizer has one) and EOS included
@@ -23,6 +24,7 @@ and where a field of the input names it:
 A document's number is its position over all units. Duplicates that are left out keep theirs.
 """
 
+import hashlib
 import json
 from bisect import bisect_right
 from collections import OrderedDict
@@ -35,10 +37,13 @@ import numpy as np
 import pyarrow as pa
 
 from data_prep.ledger import unit_path
+from data_prep.sources import hash64
 from data_prep.targets import Spans, joined
-from data_prep.unit_file import UnitFile, new_stream
+from data_prep.unit_file import UnitFile
+from storage.atomic import new_stream
+from storage.lookup import Lookup, write_lookup
 
-INDEX_FILE = "index.arrow"
+INDEX_FILE, KEYS_FILE = "index.arrow", "keys.arrow"
 SPLITS = ("train", "validation")
 LEFT_OUT = len(SPLITS)  # the split number of a duplicate that was removed
 OPEN_UNITS, MOST_SOURCES = 64, 1 << 16
@@ -88,9 +93,15 @@ def read_columns(folder: Path, unit_sources: Sequence[int], names: list[str]) ->
     return columns._replace(source=place[columns.source]), ordered
 
 
-def write_index(folder: Path, columns: Columns, split: np.ndarray, units: list[int], sources: list[str]) -> None:
-    """`split[d]` is a position in SPLITS or LEFT_OUT; `units[u]` the number of documents in unit u."""
-    metadata = {"units": json.dumps(units), "sources": json.dumps(sources)}
+def write_index(
+    folder: Path, columns: Columns, split: np.ndarray, units: list[int], sources: list[str], prefixes: list[str]
+) -> None:
+    """`split[d]` is a position in SPLITS or LEFT_OUT; `units[u]` the number of documents in unit u; `prefixes`: what stood
+    before a key, in one unit or another, when it was hashed (`data_prep.sources.key_prefix`)."""
+    keys = hashlib.sha256(columns.key_hash.tobytes()).hexdigest()
+    write_lookup(folder / KEYS_FILE, keys, [(columns.key_hash, np.arange(len(columns.key_hash)))])
+    metadata = {"units": json.dumps(units), "sources": json.dumps(sources), "keys": keys}
+    metadata["prefixes"] = json.dumps(prefixes)
     schema = pa.schema(INDEX_SCHEMA, metadata)
     arrays = [columns.length, columns.nbytes, columns.source, split.astype(np.uint8)]
     with new_stream(folder / INDEX_FILE, schema) as stream:
@@ -111,6 +122,8 @@ class TokenStore:
         self._length, self._nbytes, self._source, self._split = columns
         self.sources: list[str] = json.loads(metadata[b"sources"])
         self._unit_ends: list[int] = np.cumsum(json.loads(metadata[b"units"]), dtype=np.int64).tolist()
+        self._by_key = Lookup.open(self.folder / KEYS_FILE, metadata.get(b"keys", b"").decode())
+        self._prefixes: list[str] = json.loads(metadata.get(b"prefixes", b"[]"))
         self._open: OrderedDict[int, UnitFile] = OrderedDict()
 
     @classmethod
@@ -153,7 +166,10 @@ class TokenStore:
         return self._unit(unit).key(row)
 
     def find(self, key: str) -> int | None:
-        """Number of the first document with this key; reads the keys of all units up to it."""
+        """Number of the first document with this key; a store without an index of keys has them read up to it."""
+        if self._by_key:
+            same_hash = [document for prefix in self._prefixes for document in self._by_key.find(hash64(prefix + key))]
+            return min((document for document in same_hash if self.key(document) == key), default=None)
         start = 0
         for unit, end in enumerate(self._unit_ends):
             row = self._unit(unit).find(key)

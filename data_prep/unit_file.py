@@ -1,9 +1,7 @@
 """The file of one unit of a token store (see data_prep/store.py): written in batches of documents, read by memory map."""
 
-import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from data_prep.targets import Spans, joined
-from storage.atomic import own_temporary, publish
+from storage.atomic import new_stream
 from storage.manifest import file_sha256
 
 
@@ -37,22 +35,6 @@ def unit_schema(dtype: np.dtype, targets: bool = False, sources: bool = False) -
     if sources:
         columns |= {"source": pa.string()}
     return pa.schema(columns)
-
-
-@contextmanager
-def new_stream(path: Path, schema: pa.Schema) -> Iterator[pa.ipc.RecordBatchStreamWriter]:
-    """Write an Arrow stream under a temporary name, then sync and rename it; after an error nothing is left."""
-    temporary = own_temporary(path)
-    try:
-        with temporary.open("wb") as file:
-            with pa.ipc.new_stream(file, schema) as stream:
-                yield stream
-            file.flush()
-            os.fsync(file.fileno())
-        publish(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def write_unit(

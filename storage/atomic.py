@@ -7,6 +7,8 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
+
 
 def own_temporary(path: Path) -> Path:
     """A name beside `path` that nobody else takes, on whatever host: several processes may be writing the same file."""
@@ -44,4 +46,20 @@ def finished_folder(output: Path) -> Iterator[Path]:
         publish(partial, output)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def new_stream(path: Path, schema: pa.Schema) -> Iterator[pa.ipc.RecordBatchStreamWriter]:
+    """Write an Arrow stream under a temporary name, then sync and rename it; after an error nothing is left."""
+    temporary = own_temporary(path)
+    try:
+        with temporary.open("wb") as file:
+            with pa.ipc.new_stream(file, schema) as stream:
+                yield stream
+            file.flush()
+            os.fsync(file.fileno())
+        publish(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
         raise

@@ -2,6 +2,7 @@
 
     DATA/manifest.json                       what is here (storage/manifest.py), written last
     DATA/<split>/shard-<source>-00000.arrow  rows; a record batch is a fixed number of rows
+    DATA/<split>/documents-<source>.arrow    which rows hold a document (storage/documents.py)
     DATA/<split>/state.json, dataset_info.json   let `datasets.load_from_disk` open the split in place
 
 What a row holds: storage/rows.py. Only the stream form of Arrow can be opened in place by `datasets`, but a stream cut
@@ -19,10 +20,8 @@ import numpy as np
 import pyarrow as pa
 
 from storage.atomic import publish
-from storage.manifest import Manifest, Shard, file_sha256, read_manifest, save_manifest, write_datasets_index
+from storage.manifest import Manifest, Shard, file_sha256, read_manifest
 from storage.rows import (
-    SEGMENT_COLUMNS,
-    TARGET_COLUMN,
     Row,
     RowBlock,
     record_batch,
@@ -171,12 +170,6 @@ class _Tee:
         self.output.flush()
 
 
-def write_manifest(directory: Path, manifest: Manifest) -> Manifest:
-    """Finish a data set: the index files of `datasets`, then the manifest; return it with its fingerprint."""
-    write_datasets_index(directory, manifest, SEGMENT_COLUMNS, TARGET_COLUMN if manifest.target_spans else None)
-    return save_manifest(directory, manifest)
-
-
 class ShardedDataset:
     """The rows of one split as zero-copy numpy views over memory-mapped shards.
 
@@ -219,15 +212,6 @@ class ShardedDataset:
             block, _ = self.find(number, first)
             yield first, block
             first += len(block.ids)
-
-    def pieces_of(self, source: str, document: int) -> list[tuple[int, int, int]]:
-        """Of a document of this source: row, offset in the document and length of each of its pieces, by their offsets."""
-        found: list[tuple[int, int, int]] = []
-        for first, block in self.blocks(source):
-            pieces = np.flatnonzero(block.seg_doc == document)
-            rows = first - 1 + np.searchsorted(block.splits, pieces, side="right")
-            found += zip(*(c.tolist() for c in (rows, block.seg_off[pieces], block.seg_len[pieces])), strict=True)
-        return sorted(found, key=lambda piece: piece[1])
 
     def place(self, number: int) -> tuple[str, int]:
         """Source and row in it of row `number` of the split, sources being in the order of their names."""

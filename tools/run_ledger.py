@@ -1,5 +1,6 @@
 """The ledger of a run's folder, and how `tools.ledger` shows it."""
 
+import contextlib
 import csv
 import json
 import sys
@@ -9,8 +10,10 @@ from shlex import quote
 from rich.console import Console
 from rich.table import Table
 
+from console.progress import say
 from data_prep.store import TokenStore
 from engine.checkpoint.folder import newest_good
+from storage.documents import index_documents, is_indexed, rows_of
 from storage.shards import ShardedDataset, open_split
 from training.decisions import read_decisions
 from training.ledger import SampleLedger, StageSpan, Use
@@ -31,7 +34,7 @@ def open_ledger(run: Path) -> SampleLedger:
     state = found[1].state if found else TrainState(data_fingerprint="", seed=seed, wandb_id="")
     stages = []
     for stage in facts["data"]["stages"]:
-        dataset = open_split(Path(stage["path"]), "train")
+        dataset = open_split(Path(stage["path"]), "train", verify="none")  # a shard is checked when it is mapped
         if dataset.manifest.fingerprint != stage["fingerprint"]:
             raise ValueError(f"{stage['path']} is not the data set that the run was trained on: restore it")
         weights = DataConfig(weights=stage["weights"])
@@ -51,7 +54,11 @@ def uses_of(ledger: SampleLedger, wanted: str) -> list[Use]:
         if number is None:
             continue
         for source in dataset.sources:
-            for row in sorted({row for row, *_ in dataset.pieces_of(source, number)}):
+            if not is_indexed(dataset, source):
+                say(f"{dataset.directory}: every row of {source} is read once, for an index of its documents")
+                with contextlib.suppress(OSError):  # read-only: the next question reads them again
+                    index_documents(dataset, source)
+            for row in rows_of(dataset, source, number):
                 known = True
                 uses += ledger.of_row(dataset, source, row)
     if not known:

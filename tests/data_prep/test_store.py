@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from data_prep import store
 from data_prep.ledger import Ledger, read_ledger, unit_path, write_ledger
+from data_prep.sources import hash64, key_prefix
 from data_prep.store import LEFT_OUT, TokenStore, read_columns, write_index
 from data_prep.unit_file import DocumentBatch, write_unit
 from tests.properties import examples
@@ -17,7 +18,7 @@ def batch(documents: list[list[int]], first: int, dtype) -> DocumentBatch:
         np.array([len(d) for d in documents]),
         [f"key{first + i}" for i in range(len(documents))],
         [first + i for i in range(len(documents))],
-        [(first + i) << 40 for i in range(len(documents))],
+        [hash64(f"{key_prefix(0, 'even')}key{first + i}") for i in range(len(documents))],
         [bytes([i % 250]) * 16 for i in range(first, first + len(documents))],
     )
 
@@ -33,7 +34,7 @@ def write_store(folder, units: list[list[list[list[int]]]], dtype=np.uint16, spl
         counts.append(sum(map(len, batches)))
     columns, _ = read_columns(folder, [unit % 2 for unit in range(len(units))], ["even", "odd"])
     split = np.zeros(number, np.uint8) if split is None else np.array(split)
-    write_index(folder, columns, split, counts, ["even", "odd"])
+    write_index(folder, columns, split, counts, ["even", "odd"], [key_prefix(0, "even")])
     return TokenStore.open(folder)
 
 

@@ -14,7 +14,7 @@ from engine.run.plan import make_plan
 from engine.run.resume import check_resumable
 from launch.topology import Topology
 from model.config import ModelConfig
-from storage.shards import write_manifest
+from storage.documents import write_manifest
 from tests.engine.kept import kept
 from tests.engine.programs import moved_at, prepare, stopped, zero
 from tests.forks import run_python, start_python

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.manifest import NOT_FINGERPRINTED, Manifest, fingerprint, read_manifest, save_manifest, token_dtype
-from storage.shards import RowBlock, ShardWriter, open_split, rows_per_batch, write_manifest
+from storage.shards import RowBlock, ShardWriter, open_split, rows_per_batch
 from tests.properties import examples
 from tests.training.corpus import build, document_tokens
 
@@ -317,7 +317,7 @@ def test_opening_maps_but_does_not_read(tmp_path):
         os.link(tmp_path / writer.shards[0].file, tmp_path / name)
         shards.append(writer.shards[0].model_copy(update={"file": name}))
     entry = small.splits["train"]["books"].model_copy(update={"rows": 1024 * len(shards), "shards": shards})
-    write_manifest(tmp_path, small.model_copy(update={"splits": {"train": {"books": entry}}}))
+    save_manifest(tmp_path, small.model_copy(update={"splits": {"train": {"books": entry}}}))
 
     dataset = open_split(tmp_path, "train", verify="none")
     process = psutil.Process()

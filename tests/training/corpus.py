@@ -7,8 +7,9 @@ import numpy as np
 
 from data_prep.pack import Packing, pack, write_split
 from data_prep.targets import spans_of
+from storage.documents import write_manifest
 from storage.manifest import Manifest, PackingPolicy, SourceRows, TokenizerInfo, token_dtype
-from storage.shards import ShardWriter, write_manifest
+from storage.shards import ShardWriter
 
 PAD = 3
 

@@ -79,20 +79,6 @@ def test_nothing_comes_twice_in_an_epoch_and_what_was_left_out_does_not_come(led
     assert (gone.source, gone.row, gone.epoch) not in places
 
 
-def test_rows_of_a_document(ledger):
-    dataset = ledger.stages[0].dataset
-    for document in (0, 7, 35):
-        expected = [
-            (source, row)
-            for source, rows in dataset.rows_per_source.items()
-            for row in range(rows)
-            if document in dataset.row(source, row).seg_doc
-        ]
-        assert [
-            (s, row) for s in dataset.sources for row in sorted({row for row, *_ in dataset.pieces_of(s, document)})
-        ] == expected
-
-
 def test_a_step_that_is_not_there(ledger):
     with pytest.raises(ValueError, match="the run has the steps 1 to 40, not 41"):
         ledger.of_step(41)
