@@ -72,6 +72,7 @@ INTERNALS = [
         ("pg_map", C10D, HERE, "groups to destroy", "tests/engine/test_internals.py"),
         ("checkpoint_engine", ENGINE, HERE, "what a checkpoint's files hold", SAVES),
         ("_copy_recovery_script", ENGINE, HERE, "no programs beside checkpoints", SAVES),
+        ("_checkpoint_tag_validation", ENGINE, HERE, "no wait for what all ranks know", SAVES),
         (
             "_save",
             "torch.serialization",
@@ -161,14 +162,17 @@ def leave_out_module_weights(engine: DeepSpeedEngine) -> None:
 
 @contextlib.contextmanager
 def saving_through(engine: DeepSpeedEngine, files: CheckpointEngine) -> Iterator[None]:
-    """Within it, what `save_checkpoint` would write goes to `files`, and nothing else is written."""
+    """Within it, what `save_checkpoint` would write goes to `files`, and nothing else is written.
+
+    The ranks do not compare their tags, for which all would wait twice: they have made them of the same step.
+    """
     usual, engine.checkpoint_engine = engine.checkpoint_engine, files
-    engine._copy_recovery_script = lambda _: None
+    engine._copy_recovery_script = engine._checkpoint_tag_validation = lambda _: None
     try:
         yield
     finally:
         engine.checkpoint_engine = usual
-        del engine._copy_recovery_script
+        del engine._copy_recovery_script, engine._checkpoint_tag_validation
 
 
 def set_micro_batch_size(engine: DeepSpeedEngine, rows: int) -> None:

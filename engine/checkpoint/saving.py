@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 
 from engine import internals
@@ -131,7 +132,6 @@ class Saves:
         place |= {"base": engine.base, "state": state.model_copy(deep=True)}
         if engine.prior:
             place["prior"] = engine.prior.state
-        files.check_room(*engine.sum_over_ranks([files.bytes, self._free() if self._rank == 0 else 0.0]))
         self._written.clear()
         task = _Task(files, partial, place, began, time.perf_counter() - began)
         if self._buffers is None:
@@ -173,6 +173,10 @@ class Saves:
 
     def _finish(self, task: "_Task") -> None:
         """All that follows the snapshot."""
+        if self._buffers is not None:
+            room = torch.tensor([task.files.bytes, self._free() if self._rank == 0 else 0.0], dtype=torch.float64)
+            dist.all_reduce(room, group=self._group)
+            task.files.check_room(*room.tolist())
         parts: list[Any] = [None] * dist.get_world_size()
         mine = self._attempt(task, lambda: self._write(task))
         self._written.set()
