@@ -143,3 +143,29 @@ def test_a_full_disk_does_not_end_training_before_its_last_save(train, tmp_path)
         assert sorted(good + failed) == list(range(1, 9))
         assert all("training goes on" in record["text"] for record in events(copy, "checkpoint_failed"))
         assert not list((copy / "checkpoints").glob(".*"))
+
+
+def read_only(folder: Path, command: list[str]) -> list[str]:
+    """The command where this folder is mounted without the right to write, which root has not either."""
+    script = 'mount --bind "$0" "$0"; mount -o remount,bind,ro "$0"; exec "$@"'
+    return ["unshare", "--mount", "bash", "-ec", script, str(folder), sys.executable, *command]
+
+
+def test_folders_that_may_only_be_read(train, tmp_path):
+    """Of the data nothing else is asked; a run that cannot be written says where, before or at its first save."""
+    if reason := missing_device():
+        pytest.skip(reason)
+    run, data = tmp_path / "run", Path(train[train.index("--data") + 1])
+    limits = ["--schedule.warmup_steps", "0", "--schedule.decay_steps", "null", "--schedule.schedule", "constant"]
+    command = [*train, "--output", str(run), *limits, "--training.max_steps"]
+    done = run_cli(read_only(data, [*command, "1"]), timeout=300)
+    assert done.returncode == 0, done.stderr
+    for folder, sentence in (
+        (run, rf"error: --output {run}: Read-only file system"),
+        (run / "checkpoints", rf"error: {run}/checkpoints: the checkpoint of step 2 .*\(Read-only file system\); .*"),
+    ):
+        done = run_cli(read_only(folder, [*command, "2"]), timeout=300)
+        assert done.returncode == 2, done.stderr
+        (line,) = done.stderr.splitlines()
+        assert re.fullmatch(sentence, line), line
+        assert kept(run) == [1]

@@ -15,13 +15,13 @@ from engine.run.folder import check_claim
 from engine.run.pace import Pace
 from engine.run.plan import RunPlan
 from engine.run.stages import Stage
-from engine.run.supervised import StepFile, taken_restart
 from engine.run.validation import validate_all
 from engine.run.watchdog import Watchdog
 from engine.step import StepResult
 from launch.beginning import begins_of_launch
 from launch.rank import PRESENT
 from launch.signals import StopSignal
+from launch.told import StepFile, taken_restart
 from launch.topology import wandb_mode
 from training.decisions import Decision
 from training.environment import peak_memory_bytes

@@ -17,7 +17,7 @@ import yaml
 from engine.checkpoint.manifest import read_manifest
 from engine.run.rewind import recall_decisions, settle
 from engine.run.validation import validate_all
-from launch.supervisor import documents_of_step
+from launch.endings import documents_of_step
 from storage.manifest import token_dtype
 from storage.shards import open_split
 from tests.engine.programs import BF16, RECIPE, Run, shipped, zero

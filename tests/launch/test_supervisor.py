@@ -2,11 +2,13 @@
 
 import signal
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
+from launch.endings import Ending, why_not_again
 from launch.signals import EXIT_HUNG
-from launch.supervisor import Ending, why_not_again
 from tests.engine.programs import prepare
 from tests.processes import ROOT, free_port, run_cli, start_cli
 from tests.test_stopping import LONG, hearing, named, records, wait_until_all_have_ended
@@ -43,7 +45,7 @@ def test_what_is_restarted(ending, earlier, sentence):
 
 
 STAND_IN = """
-import json, pathlib, signal, sys, time
+import json, os, pathlib, signal, sys, time
 run = pathlib.Path(sys.argv[sys.argv.index("--output") + 1])
 run.mkdir(exist_ok=True)
 turn = len(list(run.glob("launch-*")))
@@ -58,6 +60,12 @@ if code == "wait":
     signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
     (run / "waits").touch()
     time.sleep(100)
+if code == "deaf":
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    (run / "waits").touch()
+    time.sleep(100)
+if code == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
 sys.exit(code)
 """
 
@@ -107,6 +115,63 @@ def test_who_is_asked_to_stop_asks_the_ranks(number, code, tmp_path):
         running.wait_for((tmp_path / "run/waits").exists)
         running.send_signal(number)
         assert running.finish(30).returncode == code, running.stderr
+
+
+@pytest.mark.parametrize(
+    ("numbers", "grace", "code", "words"),
+    [
+        ([signal.SIGTERM], "1", 137, "supervisor: ends what is left after 1 s"),
+        ([signal.SIGINT, signal.SIGINT], "600", 130, "supervisor: ends, interrupted again"),
+        ([signal.SIGINT], "1", 130, "supervisor: ends what is left after 1 s"),
+    ],
+)
+def test_who_does_not_end_in_time_is_killed(numbers, grace, code, words, tmp_path):
+    (tmp_path / "train.py").write_text(STAND_IN)
+    command = [sys.executable, "-m", "tools.supervise", "--grace-seconds", grace, "--", sys.executable, "train.py"]
+    with start_cli([*command, '[[3, "deaf", ""]]', "--output", "run"], cwd=tmp_path) as running:
+        running.wait_for((tmp_path / "run/waits").exists)
+        for number in numbers:
+            running.send_signal(number)
+            time.sleep(0.3)  # equal signals that wait become one
+        assert running.finish(30).returncode == code, running.stderr
+        assert running.stderr.splitlines() == [words]
+        assert running.alive() == 0
+
+
+SRUN = """#!/bin/bash
+# Two tasks, of which the second is said to be on another host; SIGUSR1 is passed on, and the exit code is the largest.
+trap 'kill -USR1 "${tasks[@]}"' USR1
+"$@" & tasks+=($!)
+(shift 3; exec sleep 100) & tasks+=($!)
+for task in 0 1; do
+    while kill -0 "${tasks[task]}" 2>/dev/null; do wait "${tasks[task]}"; code=$?; done
+    if [ $code -eq 137 ]; then echo "srun: error: node2: task 1: Killed" >&2; kill "${tasks[1]}"; exit 137; fi
+    [ $task -eq 0 ] && worst=$code
+done
+exit $worst
+"""
+
+
+def test_under_slurm_a_killed_task_is_named_and_a_request_reaches_the_tasks(tmp_path):
+    """The same decisions as with any launcher; SIGUSR1 goes through `srun`, which alone reaches the other hosts."""
+    (tmp_path / "train.py").write_text(STAND_IN)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/srun").write_text(SRUN)
+    (tmp_path / "bin/srun").chmod(0o755)
+    scenario = '[[3, "killed", ""], [5, "wait", ""]]'
+    command = [sys.executable, "-m", "tools.supervise", "--", "srun", sys.executable, "train.py", scenario]
+    path = f"{tmp_path}/bin:{Path(sys.executable).parent}:/usr/bin:/bin"
+    with start_cli([*command, "--output", "run"], cwd=tmp_path, env={"PATH": path}) as running:
+        running.wait_for((tmp_path / "run/waits").exists)
+        running.send_signal(signal.SIGTERM)
+        done = running.finish(30)
+        assert running.alive() == 0
+    assert done.returncode == 75, done.stderr
+    told = "supervisor: restart 1 of at most 10 in 1 s, after step 3: killed: node2: task 1: Killed"
+    assert told in done.stderr.splitlines()
+    refused = run_cli([*command[:3], "--hostfile", "hosts", *command[3:], "--output", "run"], cwd=tmp_path)
+    assert refused.returncode == 2
+    assert refused.stderr == "error: --hostfile is for `deepspeed`: let the words after -- begin with train.py\n"
 
 
 def test_a_killed_rank_of_a_real_run_and_a_request_to_stop(tmp_path):

@@ -1,4 +1,4 @@
-"""What a run and its supervisor tell each other, in files of its folder (see `launch/supervisor.py`)."""
+"""What a run and its supervisor tell each other, in files of the run's folder."""
 
 import contextlib
 import json
@@ -6,7 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from launch.supervisor import RESTART, STEP
+STEP = ".step"
+"""The last step of a launch, kept by its first rank."""
+RESTART = ".restart.json"
+"""What the next launch has to report of its restart."""
 
 
 class StepFile:
@@ -21,6 +24,25 @@ class StepFile:
 
     def close(self) -> None:
         os.close(self._file)
+
+
+def read_step(run: Path) -> int | None:
+    """None before the first step of the launch."""
+    try:
+        return int((run / STEP).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def forget(run: Path, file: str) -> None:
+    """Take one of these files away. A folder that refuses keeps it: the run says so in its own words."""
+    with contextlib.suppress(OSError):
+        (run / file).unlink(missing_ok=True)
+
+
+def tell_restart(run: Path, told: dict[str, Any]) -> None:
+    with contextlib.suppress(OSError):
+        (run / RESTART).write_text(json.dumps(told))
 
 
 def taken_restart(run: Path) -> dict[str, Any]:
