@@ -175,7 +175,13 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__,
     )
     add = parser.add_argument
-    add("--input", nargs="+", default=[], metavar="DOCS", help="files, folders or globs (source `documents`)")
+    add(
+        "--input",
+        nargs="+",
+        default=[],
+        metavar="DOCS",
+        help="files, folders or globs, here or at s3://... (source `documents`)",
+    )
     add("--source", action="append", default=[], metavar="NAME=PATH:WEIGHT", help="a named source; may be repeated")
     add("--tokenizer", required=True, help="SentencePiece .model, tokenizer.json, or a folder with one")
     add("--output", type=Path, required=True, help="folder of the data set")

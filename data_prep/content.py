@@ -4,7 +4,6 @@ import bz2
 import codecs
 import io
 import lzma
-import os
 import re
 import zlib
 from collections.abc import Callable, Generator, Iterator
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 
 import zstandard
 
+from data_prep.elsewhere import READ_BYTES, open_file
 from data_prep.formats import (
     HEAD_BYTES,
     SIGNATURES,
@@ -20,7 +20,6 @@ from data_prep.formats import (
     encoding_of,
 )
 
-READ_BYTES = 1 << 20
 COMPRESSED_BYTES = 1 << 14
 """Read at a time: little, since a few bytes may hold megabytes of one character."""
 LARGEST_WINDOW = 1 << 31  # of `zstd --long=31`
@@ -56,8 +55,9 @@ class Content:
     def __init__(self, path: str, promised: str | None = None) -> None:
         """`promised`: the compression by the file's name; its first bytes decide."""
         self.damage: Damage | None = None
-        self._raw: io.BufferedReader = io.BufferedReader(io.FileIO(path), READ_BYTES)
-        self._size = os.fstat(self._raw.fileno()).st_size
+        self._raw = open_file(path)
+        self._size = self._raw.seek(0, io.SEEK_END)
+        self._raw.seek(0)
         head = self._raw.peek(HEAD_BYTES)[:HEAD_BYTES]
         self._compression = compression_of(head, promised) or ""
         self.stream: io.BufferedReader = self._raw

@@ -11,9 +11,9 @@ import json
 import sys
 from collections.abc import Generator, Iterable, Iterator
 from itertools import chain
-from pathlib import Path
 
-from data_prep.content import READ_BYTES, Content
+from data_prep.content import Content
+from data_prep.elsewhere import READ_BYTES, file_identity, open_file
 from data_prep.records import Document, Fields, InputFile, Problems, Renderer, Unit, checked_document, column_problem
 from data_prep.tables import read_table
 
@@ -48,8 +48,7 @@ def read_unit(
 
 
 def _check_unchanged(file: InputFile) -> None:
-    stat = Path(file.path).stat()
-    if (stat.st_size, stat.st_mtime_ns) != (file.size, file.mtime_ns):
+    if file_identity(file.path) != (file.size, file.mtime_ns):
         raise ValueError(f"{file.path} changed while the data set was being built: run the command again")
 
 
@@ -197,7 +196,7 @@ def _report_line(place: str, line: bytes, error: Exception, problems: Problems) 
 
 def _count_lines(path: str, end: int) -> int:
     count = 0
-    with Path(path).open("rb") as handle:
+    with open_file(path) as handle:
         while end > 0 and (block := handle.read(min(READ_BYTES, end))):
             count, end = count + block.count(b"\n"), end - len(block)
     return count

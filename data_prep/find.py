@@ -1,6 +1,7 @@
 """Which files a source consists of, and which of those that lie beside them are no documents, with the reason.
 
-Nothing is opened here but the list of a saved `datasets` folder: a FIFO would never return.
+Nothing is opened here but the list of a saved `datasets` folder: a FIFO would never return. Places elsewhere:
+data_prep/elsewhere.py.
 """
 
 import errno
@@ -12,25 +13,30 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from data_prep.formats import KNOWN, file_format
+from data_prep.elsewhere import file_identity, remote_files
+from data_prep.formats import (
+    DATASETS_MARKS,
+    HIDDEN,
+    KNOWN,
+    OUR_MARKS,
+    OURS,
+    UNKNOWN,
+    UNLISTED,
+    file_format,
+)
 from data_prep.records import InputFile, LeftOut, printable
+from storage.remote import is_remote
 
-UNKNOWN = "none of the known suffixes"
-HIDDEN = "hidden"
-UNLISTED = "no data file of the saved `datasets` folder"
 CLOSED_FOLDER = "a folder that cannot be opened (what it holds cannot be counted)"
 LINKS = {errno.ENOENT: "a link to nothing", errno.ELOOP: "a link that leads to itself"}
 STRANGE = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
-DATASETS_MARKS = {"state.json", "dataset_info.json"}
-OUR_MARKS = ({"plan.json", ".lock"}, {"manifest.json", "dataset_dict.json"})
-"""Either is in every data set that this program makes, the first also in an unfinished one."""
 
 
 class Source(NamedTuple):
     name: str
     weight: float | None
     places: tuple[str, ...]
-    """Files, folders and globs."""
+    """Files, folders and globs, here or elsewhere (s3://...)."""
 
 
 Found = tuple[Path, str | LeftOut]
@@ -46,7 +52,19 @@ def find_files(source: Source, on_error: str = "fail") -> tuple[list[InputFile],
     walk = _Walk(on_error)
     chosen: dict[str, tuple[str, str, str]] = {}
     left_out: dict[str, LeftOut] = {}
+    identities: dict[str, tuple[int, int]] = {}
     for place in source.places:
+        if is_remote(place):
+            before = len(chosen)
+            for name, url, identity, verdict in remote_files(place):
+                if isinstance(verdict, LeftOut):
+                    left_out[url] = verdict
+                else:
+                    chosen.setdefault(url, (name, url, verdict))
+                    identities[url] = identity
+            if len(chosen) == before:
+                raise ValueError(f"{place} holds no new document files (known: {KNOWN}; saved `datasets` folders)")
+            continue
         matches = [place] if os.path.lexists(place) else sorted(glob.glob(place, recursive=True))  # noqa: PTH207 (absolute patterns)
         if not matches:
             raise ValueError(f"there is no file or folder {place} (source {source.name})")
@@ -71,11 +89,11 @@ def find_files(source: Source, on_error: str = "fail") -> tuple[list[InputFile],
     files: list[InputFile] = []
     taken: dict[str, int] = {}
     for name, file, format_ in sorted(chosen.values()):
-        facts = Path(file).stat()
+        where = file if file in identities else str(Path(file).absolute())
         name = printable(name)
         taken[name] = taken.get(name, 0) + 1
         unique = name if taken[name] == 1 else f"{name}@{taken[name]}"
-        files.append(InputFile(str(Path(file).absolute()), unique, format_, facts.st_size, facts.st_mtime_ns))
+        files.append(InputFile(where, unique, format_, *(identities.get(file) or file_identity(file))))
     return files, [
         entry for path, entry in sorted(left_out.items()) if entry.files and os.path.realpath(path) not in chosen
     ]
@@ -127,7 +145,7 @@ class _Walk:
     def _look_into(self, folder: Path, folders: list[str], names: list[str]) -> tuple[list[Found], list[str]]:
         """What lies in a folder, and those of its folders that are to be looked into."""
         if any(marks <= {*names} for marks in OUR_MARKS):
-            return [(folder, _folder_left_out(folder, "a data set of this program"))], []
+            return [(folder, _folder_left_out(folder, OURS))], []
         if {*names} >= DATASETS_MARKS:
             return self._saved_datasets(folder, folders, names), []
         hidden = [name for name in folders if name.startswith(".")]

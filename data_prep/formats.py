@@ -38,6 +38,13 @@ ENCODINGS = {  # the longer marks first: one of UTF-32 begins with one of UTF-16
     codecs.BOM_UTF16_BE: "utf-16",
 }
 HEAD_BYTES = 512
+UNKNOWN = "none of the known suffixes"
+HIDDEN = "hidden"
+UNLISTED = "no data file of the saved `datasets` folder"
+OURS = "a data set of this program"
+DATASETS_MARKS = {"state.json", "dataset_info.json"}
+OUR_MARKS = ({"plan.json", ".lock"}, {"manifest.json", "dataset_dict.json"})
+"""Either is in every data set that this program makes, the first also in an unfinished one."""
 
 
 def file_format(name: str) -> str | None:

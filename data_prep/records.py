@@ -17,6 +17,7 @@ class InputFile(NamedTuple):
     """By its name: a kind, and behind a dot the compression."""
     size: int
     mtime_ns: int
+    """When it was changed; of a file elsewhere a number that changes with it."""
 
     @property
     def kind(self) -> str:

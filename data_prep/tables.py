@@ -1,17 +1,16 @@
 """Documents in tables: Parquet and Arrow files, by row groups and record batches."""
 
 import hashlib
-import os
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.content import READ_BYTES
+from data_prep.elsewhere import READ_BYTES, open_file, open_table
 from data_prep.records import Document, Fields, InputFile, Problems, Unit, checked_document, column_problem
+from storage.remote import RemoteError
 
 TABLE_ROWS = 64
 FILE_MAGIC = b"ARROW1"
@@ -33,20 +32,18 @@ def table_groups(path: str, format_: str) -> list[Group]:
     try:
         with _TABLES[format_](path) as table:
             groups.extend(table.groups())
+    except RemoteError:
+        raise
     except TABLE_ERRORS:
         groups.append(Group(0, 0))
     return groups
-
-
-def _mapped(path: str) -> pa.MemoryMappedFile:
-    return pa.memory_map(os.fsencode(path))  # a name need not be UTF-8
 
 
 class _Parquet:
     lost = "in row groups that are not read whole (their bytes of the columns that are read)"
 
     def __init__(self, path: str) -> None:
-        self.map = _mapped(path)
+        self.map = open_table(path)
         self.file = pq.ParquetFile(self.map, page_checksum_verification=True)
         self.schema = self.file.schema_arrow
 
@@ -82,6 +79,8 @@ class _Parquet:
             for batch in self._batches(TABLE_ROWS, group, columns):
                 yield batch
                 done += batch.num_rows
+        except RemoteError:
+            raise
         except TABLE_ERRORS:
             yield from islice(self._batches(1, group, columns), done, None)
 
@@ -92,7 +91,7 @@ class _Parquet:
 
 class _Arrow:
     def __init__(self, path: str) -> None:
-        self.map = _mapped(path)
+        self.map = open_table(path)
         is_file = self.map.read(STREAM_BEGIN).startswith(FILE_MAGIC)
         self.end = self._end(is_file)
         self.lost = "in record batches that are damaged, or behind these"
@@ -168,12 +167,14 @@ def read_table(
 ) -> Iterator[Document]:
     """The rows of a unit's groups; of a damaged group those before the damage, and then the next group."""
     if digest is not None and unit.start == 0:  # the file's first unit vouches for all of it
-        with Path(file.path).open("rb") as handle:
+        with open_file(file.path) as handle:
             while block := handle.read(READ_BYTES):
                 digest.update(block)
     try:
         table = _TABLES[file.format](file.path)
         problem = _schema_problem(table.schema, fields)
+    except RemoteError:  # the connection, not the file
+        raise
     except TABLE_ERRORS as error:  # a name that is no text among them
         problems.report(file.path, f"not a readable {file.format} file", " ".join(str(error).split()))
         return problems.leave_out(file.path, "damaged", file.size)
@@ -204,6 +205,8 @@ def _up_to_error(batches: Iterator[pa.RecordBatch], errors: list[str]) -> Iterat
     """The batches before an error, whose words go to `errors`."""
     try:
         yield from batches
+    except RemoteError:
+        raise
     except TABLE_ERRORS as error:
         errors.append(" ".join(str(error).split()))
 

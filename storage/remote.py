@@ -34,8 +34,12 @@ def is_remote(place: str) -> bool:
     return bool(separator) and protocol.isalnum() and protocol not in ("file", "local")
 
 
+class RemoteError(ValueError):
+    """A server that cannot be reached or refuses: nothing about the files there."""
+
+
 class Remote:
-    """A place elsewhere, a file or a folder, by its URL. Errors are ValueErrors that name it."""
+    """A place elsewhere, a file or a folder, by its URL. Errors are RemoteErrors that name it."""
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
@@ -44,11 +48,11 @@ class Remote:
             self.files, self.path = fsspec.core.url_to_fs(self.url)
         except ImportError as error:
             package = EXTRAS.get(protocol, str(error))
-            raise ValueError(
+            raise RemoteError(
                 f"{url}: {protocol}:// needs {package}, which is not installed: see requirements-storage.txt"
             ) from None
         except ValueError as error:
-            raise ValueError(f"{url}: {error}") from None
+            raise RemoteError(f"{url}: {error}") from None
 
     def child(self, name: str) -> "Remote":
         """A place below."""
@@ -84,7 +88,7 @@ class Remote:
         if end is None:
             info = self.info()
             if info is None:
-                raise ValueError(f"there is no {self.url}")
+                raise RemoteError(f"there is no {self.url}")
             end = info.size
         parts = []
         while begin < end:
@@ -118,14 +122,16 @@ class Remote:
             try:
                 return action()
             except FileNotFoundError as error:
-                raise ValueError(f"{self.url} does not exist ({_words(error)})") from None
+                raise RemoteError(f"{self.url} does not exist ({_words(error)})") from None
+            except RemoteError:
+                raise
             except PermissionError as error:
-                raise ValueError(f"{self.url}: no right to do this ({_words(error)}): check keys and policy") from None
+                raise RemoteError(f"{self.url}: no right to do this ({_words(error)}): check keys and policy") from None
             except Exception as error:  # each protocol has errors of its own
                 if type(error).__name__ in NO_KEYS:
-                    raise ValueError(f"{self.url}: {_words(error)}") from None
+                    raise RemoteError(f"{self.url}: {_words(error)}") from None
                 if attempt == ATTEMPTS - 1:
-                    raise ValueError(
+                    raise RemoteError(
                         f"{self.url} cannot be reached ({_words(error)}), tried {ATTEMPTS} times: run the same command again"
                     ) from None
             time.sleep(wait)
