@@ -13,7 +13,7 @@ help:
 	@echo "make bench-gpu         the model's training step and long rows on a GPU, with MFU"
 	@echo "make test-checkpoint   a real pretrained checkpoint (downloads 93 MB)"
 
-.venv/installed: requirements.txt requirements-extra.txt requirements-dev.txt requirements-readers.txt requirements-storage.txt
+.venv/installed: requirements.txt requirements-extra.txt requirements-cluster.txt requirements-dev.txt requirements-readers.txt requirements-storage.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-readers.txt

@@ -13,8 +13,8 @@ the assistant writes carries loss (data_prep/chat.py).
 
 The output depends on the plan alone, not on workers, their timing or interruptions. After a kill at any moment the
 same command continues: finished units are kept, the rest is done, packing (seconds) starts over. On many machines with one
-file system, --part 1/8 to 8/8 share step 2 (data_prep/units/parts.py). Steps 3 to 5 (data_prep/finish.py)
-alone make another data set of the same token store: data_prep/repack.py.
+file system, --part 1/8 to 8/8 share step 2 (data_prep/units/parts.py), or a Ray cluster does it (--engine ray). Steps 3 to
+5 (data_prep/finish.py) alone make another data set of the same token store: data_prep/repack.py.
 """
 
 if __name__ == "__main__":
@@ -23,9 +23,12 @@ if __name__ == "__main__":
     end_at_ctrl_c()
 
 import argparse
+import importlib
 import importlib.metadata
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from pydantic import ValidationError
 
@@ -55,10 +58,27 @@ from data_prep.units.pool import encode_units
 from storage.manifest import MANIFEST_FILE, Manifest, read_manifest
 
 
+class How(NamedTuple):
+    """What the result does not depend on."""
+
+    workers: int | None = 1
+    """None: as many as there is room for on the Ray cluster."""
+    on_error: str = "fail"
+    encoder: str = "auto"
+    ray_address: str | None = None
+
+
 def build(
-    plan: Plan, tokenizer: Tokenizer, output: Path, workers: int = 1, on_error: str = "fail", encoder: str = "auto"
+    plan: Plan,
+    tokenizer: Tokenizer,
+    output: Path,
+    workers: int | None = 1,
+    on_error: str = "fail",
+    encoder: str = "auto",
+    ray_address: str | None = None,
 ) -> Manifest:
     """Run all steps that are still to be done and return the manifest."""
+    how = How(workers, on_error, encoder, ray_address)
     with locked(output):
         plan.adopt(output)
         _say_what_is_not_read(plan)
@@ -68,7 +88,7 @@ def build(
         tokenizer_file = _begin(plan, tokenizer, output)
         foreseen = say_what_is_foreseen(tokenizer)
         try:
-            ledgers = _tokenize(plan, plan.units, tokenizer, tokenizer_file, output, workers, on_error, encoder)
+            ledgers = _tokenize(plan, plan.units, tokenizer, tokenizer_file, output, how)
         except BadInput:
             plan.note_failure(output)
             raise
@@ -90,7 +110,7 @@ def build_part(
     tokenizer: Tokenizer,
     output: Path,
     part: Share,
-    workers: int = 1,
+    workers: int | None = 1,
     on_error: str = "fail",
     encoder: str = "auto",
 ) -> None:
@@ -103,7 +123,7 @@ def build_part(
             return
         tokenizer_file = tokenizer.file_in(output / TOKENIZER_FOLDER)
         try:
-            _tokenize(plan, share, tokenizer, tokenizer_file, output, workers, on_error, encoder)
+            _tokenize(plan, share, tokenizer, tokenizer_file, output, How(workers, on_error, encoder))
         except BadInput:
             with parts_wait(output):
                 plan.note_failure(output)
@@ -139,14 +159,12 @@ def _tokenize(
     tokenizer: Tokenizer,
     tokenizer_file: Path,
     output: Path,
-    workers: int,
-    on_error: str,
-    encoder: str,
+    how: How,
 ) -> list[Ledger]:
     """The ledgers of these units, in their order, each of them finished."""
     tokens = output / TOKENS_FOLDER
     done = {u.index: ledger for u in units if (ledger := read_ledger(tokens, u.index, plan.sha256))}
-    if on_error == "fail":  # what an earlier run with "skip" left out must be found again
+    if how.on_error == "fail":  # what an earlier run with "skip" left out must be found again
         done = {unit: ledger for unit, ledger in done.items() if not ledger.skipped}
     todo = unfinished(units, done)
     if todo:
@@ -154,19 +172,27 @@ def _tokenize(
         chat = plan.options.chat_format(tokenizer)
         if chat:
             chat.check()
-            if encoder == "accelerated":
+            if how.encoder == "accelerated":
                 raise ValueError("--encoder accelerated: conversations are encoded by the tokenizer itself")
             accelerated, reason = None, "the tokenizer itself"
         else:
-            accelerated, reason = choose_encoder(encoder, tokenizer, todo, plan.files, fields)
+            accelerated, reason = choose_encoder(how.encoder, tokenizer, todo, plan.files, fields)
         say(f"{len(units):,} units of work, {len(done):,} done before; encoder: {reason}")
         places = tokens, tokenizer_file, plan.sha256, plan.files
-        work = Work(*places, *fields, plan.options.seed, on_error, accelerated, chat, plan.options.source_field)
+        work = Work(*places, *fields, plan.options.seed, how.on_error, accelerated, chat, plan.options.source_field)
         with Progress("tokenizing", sum(unit.size for unit in units)) as progress:
             progress.resume_at(sum(plan.units[unit].size for unit in done))
-            for ledger in encode_units(work, todo, workers, progress):
+            for ledger in _encode(work, todo, how, progress):
                 done[ledger.unit] = ledger
     return [done[unit.index] for unit in units]
+
+
+def _encode(work: Work, units: list[Unit], how: How, progress: Progress) -> Iterator[Ledger]:
+    if how.ray_address is None:
+        return encode_units(work, units, how.workers or available_cores(), progress)
+    from data_prep.units.ray import encode_on_ray
+
+    return encode_on_ray(work, units, how.ray_address, how.workers, progress)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -193,7 +219,12 @@ def parse_arguments() -> argparse.Namespace:
             kind = int if "int" in str(field.annotation) else float if field.annotation is float else str
             words = "" if field.default is None else f" (default: {field.default})"
             add(f"--{name.replace('_', '-')}", type=kind, default=field.default, help=f"{field.description}{words}")
-    add("--workers", type=int, default=available_cores(), help="processes (default: the cores, here %(default)s)")
+    workers_help = f"processes (default: the cores, here {available_cores()}; of a Ray cluster all)"
+    add("--workers", type=int, help=workers_help)
+    add("--engine", choices=("pool", "ray"), default="pool", help="who tokenizes: processes here, or a Ray cluster")
+    add(
+        "--ray-address", metavar="HOST:PORT", help="the cluster's head (default: the cluster that this node is part of)"
+    )
     parts_help = "do share I of N of the units of work and end; the same command without --part then makes the data set"
     add("--part", metavar="I/N", help=parts_help)
     add("--on-error", choices=("fail", "skip"), default="fail", help="bad records: end, or leave out and count")
@@ -214,10 +245,26 @@ def options_from(arguments: argparse.Namespace) -> BuildOptions:
         raise ValueError(option_problems(error)) from None
 
 
+def ray_address_from(arguments: argparse.Namespace) -> str | None:
+    """Raises ValueError where Ray cannot be used."""
+    if arguments.engine != "ray":
+        if arguments.ray_address is not None:
+            raise ValueError(f"--ray-address {arguments.ray_address} needs --engine ray")
+        return None
+    if arguments.part is not None:
+        raise ValueError("--part and --engine ray both share out the units of work: choose one")
+    try:
+        importlib.import_module("ray")
+    except ImportError:
+        raise ValueError("--engine ray needs Ray, on all nodes: pip install -r requirements-cluster.txt") from None
+    return arguments.ray_address or "auto"
+
+
 def main() -> None:
     arguments = parse_arguments()
-    if arguments.workers < 1:
+    if arguments.workers is not None and arguments.workers < 1:
         raise ValueError(f"--workers {arguments.workers}: at least 1")
+    ray_address = ray_address_from(arguments)
     started = time.monotonic()
     part = None if arguments.part is None else part_from(arguments.part)
     options = options_from(arguments)
@@ -227,10 +274,11 @@ def main() -> None:
     for notice in tokenizer.notices:
         say(notice)
     plan = Plan(parse_sources(arguments.input, arguments.source), options, tokenizer, arguments.on_error)
+    how = arguments.workers, arguments.on_error, arguments.encoder
     if part is not None:
-        build_part(plan, tokenizer, arguments.output, part, arguments.workers, arguments.on_error, arguments.encoder)
+        build_part(plan, tokenizer, arguments.output, part, *how)
         return
-    manifest = build(plan, tokenizer, arguments.output, arguments.workers, arguments.on_error, arguments.encoder)
+    manifest = build(plan, tokenizer, arguments.output, *how, ray_address)
     print_summary(manifest, arguments.output, time.monotonic() - started)
 
 
