@@ -1,8 +1,10 @@
 """Where the time of a real run went, over a kill: it adds up to what a clock outside says, and the steps done again are known."""
 
+import contextlib
 import time
 
 import psutil
+import pytest
 
 from engine.checkpoint.manifest import step_of, steps
 from tests.engine.programs import prepare
@@ -17,10 +19,12 @@ LONG = ["--training.max_steps", "100000", "--schedule.decay_steps", "null"]
 MORE_STEPS = 20
 
 
-def first_rank(launcher: int) -> psutil.Process:
-    children = psutil.Process(launcher).children(recursive=True)
-    (rank,) = [child for child in children if "--local_rank=0" in child.cmdline()[:6]]
-    return rank
+def first_rank(launcher: int) -> psutil.Process | None:
+    for child in psutil.Process(launcher).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "--local_rank=0" in child.cmdline()[:6]:
+                return child
+    return None
 
 
 def test_a_killed_and_continued_run_is_accounted_for(tmp_path):
@@ -43,14 +47,13 @@ def test_a_killed_and_continued_run_is_accounted_for(tmp_path):
     furthest, saved = read_times(run).furthest_step, step_of(steps(run)[0])
     assert furthest > saved
     with launch("--training.max_steps", str(furthest + MORE_STEPS), "--schedule.decay_steps", "null") as running:
-        running.wait_for(lambda: len(read_times(run).launches) == 2, 300)
-        first_rank(running.process.pid).wait(300)
+        running.wait_for(lambda: first_rank(running.process.pid), 300).wait(300)
         wall = time.time() - began
         done = running.finish()
     assert done.returncode == 0, done.stderr
     times = read_times(run)
     first, second = times.launches
-    assert abs(sum(times.seconds.values()) - wall) < 0.01 * wall
+    assert sum(times.seconds.values()) == pytest.approx(wall, rel=0.01)
     assert (first.after_step, first.exit_code, first.recomputed_steps) == (0, None, 0)
     assert (second.after_step, second.step, second.exit_code) == (saved, furthest + MORE_STEPS, 0)
     assert second.recomputed_steps == furthest - saved
