@@ -20,6 +20,10 @@ FINAL = (0, EXIT_BAD_INPUT, EXIT_RUN_AGAIN, EXIT_INTERRUPTED)
 SAID_CODE = re.compile(rb"exits with return code = (-?\d+)|exitcode\s*: (-?\d+)")
 """How DeepSpeed's and torch's launchers, which have codes of their own, say that of a rank."""
 SAID_LOST = re.compile(rb"pdsh@\S+: (\S+): ssh exited with exit code 255")
+SAID_APART = re.compile(rb"\bRendezvous(Closed|Connection|Timeout)Error\b")
+"""As torchrun does, when those of the other hosts have not ended yet, or are not there again."""
+SAID_WHO = re.compile(r"^\s+(host|rank) +: (\S+)")
+"""In torchrun's words on the rank that failed first, the only ones on one that was killed."""
 SAID_ERROR = re.compile(r"(?:^|: )error: (.*)")
 MOST_NAMED = 20
 
@@ -36,6 +40,8 @@ class Ending(NamedTuple):
     """Hosts that do not answer any more."""
     returned: tuple[str, ...] = ()
     """Hosts for which it was told to save and end: they answer again."""
+    apart: bool = False
+    """Its launcher has not met those of the other hosts."""
 
     @property
     def reason(self) -> str:
@@ -69,7 +75,8 @@ class Listener:
     """Passes on what a launch says on standard error, and remembers what it has said of its end."""
 
     def __init__(self, process: subprocess.Popen) -> None:
-        self.words, self._codes = "", list[int]()
+        self.words, self.apart, self._codes = "", False, list[int]()
+        self._who: dict[str, str] = {}
         self.lost: set[str] = set()
         """Hosts whose ssh has ended without a word of theirs."""
         self._process = process
@@ -78,6 +85,8 @@ class Listener:
 
     def join(self) -> None:
         self._thread.join(5.0)  # a process that has left the launch may keep its end of the pipe
+        if not self.words and len(self._who) == 2:
+            self.words = "{host} (rank {rank})".format(**self._who)
 
     def code(self, of_launcher: int) -> int:
         """That of the rank which ended first, where the launcher has told; else the launcher's, as a shell says it."""
@@ -94,8 +103,12 @@ class Listener:
                 self._codes.append(int(code[1] or code[2]))
             if lost := SAID_LOST.search(line):
                 self.lost.add(lost[1].decode())
-            if error := SAID_ERROR.search(line.decode(errors="replace").rstrip()):
+            self.apart = self.apart or bool(SAID_APART.search(line))
+            text = line.decode(errors="replace").rstrip()
+            if error := SAID_ERROR.search(text):
                 self.words = error[1]
+            elif who := SAID_WHO.search(text):
+                self._who[who[1]] = who[2]
 
 
 def documents_of_step(run: Path, step: int) -> str:

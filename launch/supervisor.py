@@ -34,6 +34,8 @@ PROBE_SECONDS, SECOND_LOOK_SECONDS = 5.0, 2.5
 """For which a host may take to answer, and one to which the connection has ended."""
 RETURN_SECONDS = 15.0
 """How often missing hosts are looked for, which must answer twice in a row."""
+MEET_SECONDS = 2.0
+"""Until a restart is tried again that has not met the launchers of other hosts: these may still be saving."""
 NOTICE_HOST = "-o ServerAliveInterval=2 -o ServerAliveCountMax=5"
 """Lets pdsh end soon after a host has vanished without closing its connection: a heartbeat to every host."""
 WRAPPER = f'trap "" USR1; export PDSH_SSH_ARGS_APPEND="$PDSH_SSH_ARGS_APPEND {NOTICE_HOST}"; exec "$@"'
@@ -60,12 +62,15 @@ class Supervisor:
     def run(self) -> int:
         """The exit code of the last launch."""
         earlier: list[Ending] = []
-        here = self._answering()
+        here, begun = self._answering(), 0.0
         threading.Thread(target=self._slots.foresee, daemon=True).start()
         while True:
             ending, after = self._launch(self._slots.on(here), here)
             if self._requests:
                 break
+            if ending.apart and earlier and time.monotonic() < begun + self._grace:
+                time.sleep(MEET_SECONDS)
+                continue
             ending = ending._replace(lost=tuple(host for host in here if host not in after))
             here = after
             if sentence := why_not_again(ending, earlier, self._most):
@@ -75,6 +80,7 @@ class Supervisor:
                 return ending.code
             earlier.append(ending)
             self._announce(earlier, here)
+            begun = time.monotonic()
             if self._requests:
                 break
         if self._requests[0] == signal.SIGINT:
@@ -125,9 +131,10 @@ class Supervisor:
             answering = self._end_all(signal.SIGKILL, [host for host in self._slots.hosts if host not in broken])
             process.wait()
             heard.join()
-            forget(self._run, RESTART)  # of a launch that had no time to report it
+            if not heard.apart:
+                forget(self._run, RESTART)  # of a launch that had no time to report it
         words = f"no answer from {', '.join(sorted(broken))}" if broken else heard.words
-        ending = Ending(heard.code(process.returncode), read_step(self._run), words, (), returned)
+        ending = Ending(heard.code(process.returncode), read_step(self._run), words, (), returned, heard.apart)
         return ending, [host for host in here if host in answering] if not returned else answering
 
     def _follow(

@@ -79,6 +79,18 @@ sys.exit(code)
             3,
             "supervisor: restart 2 of at most 10 in 1 s, after step 5: exit",
         ),
+        (
+            '[[3, 1, "gone"], [0, 1, "RendezvousClosedError"], [5, 0, ""]]',
+            0,
+            3,
+            "supervisor: restart 1 of at most 10 in",
+        ),
+        (
+            '[[0, 1, "RendezvousClosedError"]]',
+            1,
+            1,
+            "supervisor: not restarted: it ended before its first step, which a restart does not cure (exit code 1: Ren",
+        ),
         ('[[3, 1, "a 1"], [3, 1, "a 2"]]', 1, 2, "supervisor: not restarted: step 4 failed a second time for the same"),
         ('[[0, 1, "a 1"]]', 1, 1, "supervisor: not restarted: it ended before its first step"),
         ('[[4, 2, "full"]]', 2, 1, "supervisor: not restarted: what it says has to be mended (exit code 2: full)"),
