@@ -25,7 +25,7 @@ from launch.endings import Ending, Listener, documents_of_step, why_not_again
 from launch.remote import where_it_works
 from launch.signals import EXIT_INTERRUPTED, EXIT_RUN_AGAIN, LAUNCHER_MODULES, LAUNCHERS
 from launch.slots import Slots
-from launch.told import RESTART, STEP, forget, read_step, tell_restart
+from launch.told import forget_restart, step_mark, step_since, tell_restart
 
 LONGEST_PAUSE_SECONDS = 60.0
 TELL_SECONDS = 2.0
@@ -119,7 +119,7 @@ class Supervisor:
 
     def _launch(self, slots: dict[str, int], here: list[str]) -> tuple[Ending, list[str]]:
         """How it ended, and the hosts that answer then; no rank of it is left on them."""
-        forget(self._run, STEP)
+        self._mark = step_mark(self._run)
         with tempfile.TemporaryDirectory(prefix="supervise-") as folder:
             command = self._command(slots, Path(folder))
             process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
@@ -132,9 +132,11 @@ class Supervisor:
             process.wait()
             heard.join()
             if not heard.apart:
-                forget(self._run, RESTART)  # of a launch that had no time to report it
+                forget_restart(self._run)  # of a launch that had no time to report it
         words = f"no answer from {', '.join(sorted(broken))}" if broken else heard.words
-        ending = Ending(heard.code(process.returncode), read_step(self._run), words, (), returned, heard.apart)
+        ending = Ending(
+            heard.code(process.returncode), step_since(self._run, self._mark), words, (), returned, heard.apart
+        )
         return ending, [host for host in here if host in answering] if not returned else answering
 
     def _follow(
@@ -151,7 +153,11 @@ class Supervisor:
             if absent and not returned and now - looked > RETURN_SECONDS:
                 found = where_it_works(absent, "true", PROBE_SECONDS)
                 twice = found & seen
-                if twice and read_step(self._run) is not None and self._slots.gains({*here, *twice}, slots):
+                if (
+                    twice
+                    and step_since(self._run, self._mark) is not None
+                    and self._slots.gains({*here, *twice}, slots)
+                ):
                     returned = tuple(sorted(twice))
                 looked, seen = time.monotonic(), found
             if (self._requests or returned) and now - told > TELL_SECONDS:

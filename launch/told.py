@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 STEP = ".step"
-"""The last step of a launch, kept by its first rank."""
+"""The last step that was done, kept by the first rank."""
 RESTART = ".restart.json"
 """What the next launch has to report of its restart."""
 
@@ -26,18 +26,23 @@ class StepFile:
         os.close(self._file)
 
 
-def read_step(run: Path) -> int | None:
-    """None before the first step of the launch."""
+def step_mark(run: Path) -> tuple[int, str] | None:
+    """When the last step was marked, and what it was. No launch takes it away: on other hosts of it others may read it."""
     try:
-        return int((run / STEP).read_text())
-    except (OSError, ValueError):
+        return (run / STEP).stat().st_mtime_ns, (run / STEP).read_text()
+    except OSError:
         return None
 
 
-def forget(run: Path, file: str) -> None:
-    """Take one of these files away. A folder that refuses keeps it: the run says so in its own words."""
+def step_since(run: Path, before: tuple[int, str] | None) -> int | None:
+    """The last step of a launch; None before its first. `before`: the mark when it began."""
+    mark = step_mark(run)
+    return int(mark[1]) if mark and mark != before and mark[1].strip().isdecimal() else None
+
+
+def forget_restart(run: Path) -> None:
     with contextlib.suppress(OSError):
-        (run / file).unlink(missing_ok=True)
+        (run / RESTART).unlink()
 
 
 def tell_restart(run: Path, told: dict[str, Any]) -> None:
