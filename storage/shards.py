@@ -21,20 +21,17 @@ import pyarrow as pa
 
 from storage.atomic import publish
 from storage.manifest import Manifest, Shard, file_sha256, read_manifest
+from storage.mapped import MappedShard, map_shard
+from storage.on_demand import on_demand
 from storage.rows import (
     Row,
     RowBlock,
     record_batch,
-    row_block,
     rows_per_batch,
     shard_schema,
 )
 
 SHARD_BYTES = 1 << 28
-
-LOOK_SECONDS = 0.02
-"""Between two looks at a mapped file, which may cost a request to a file server."""
-RESTORE = "restore it, check the data with `python -m data_prep.verify`, and run the same command again"
 
 Verify = Literal["none", "quick", "full"]
 
@@ -177,7 +174,7 @@ class ShardedDataset:
     used after a fork and may be pickled: mappings are inherited by the one and left behind by the other.
 
     Whoever asks for a row of a shard that was shortened, replaced or removed since gets a ValueError: what is mapped of
-    such a file may be other rows, or end the process with SIGBUS. A file is looked at once in `LOOK_SECONDS`.
+    such a file may be other rows, or end the process with SIGBUS. A file is looked at once in `mapped.LOOK_SECONDS`.
     """
 
     def __init__(self, directory: Path, split: str, manifest: Manifest) -> None:
@@ -188,13 +185,14 @@ class ShardedDataset:
         self._shards = [entries[name].shards for name in self.sources]
         self._shard_rows = [shards[0].rows for shards in self._shards]
         self._batch_rows = rows_per_batch(manifest.packing.row_tokens, manifest.dtype)
-        self._mapped: list[list[_Mapped | None]] = [[None] * len(shards) for shards in self._shards]
+        self._mapped: list[list[MappedShard | None]] = [[None] * len(shards) for shards in self._shards]
+        self._on_demand, self._brought = on_demand(self.directory), 0
 
     def __len__(self) -> int:
         return sum(self.rows_per_source.values())
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_mapped": [[None] * len(shards) for shards in self._shards]}
+        return self.__dict__ | {"_mapped": [[None] * len(shards) for shards in self._shards], "_brought": 0}
 
     def find(self, source: int, row: int) -> tuple[RowBlock, int]:
         """The block that holds row `row` of `self.sources[source]`, and the row's index in it."""
@@ -238,44 +236,37 @@ class ShardedDataset:
         """Check every shard against the manifest; yield it with a sentence on what is wrong, or None."""
         for source, shards in zip(self.sources, self._shards, strict=True):
             for number, shard in enumerate(shards):
+                path = self.directory / shard.file
+                if self._on_demand is not None:
+                    if not full:  # compared with its hash when it comes
+                        yield shard, None
+                        continue
+                    self._on_demand.use(shard.file, path.stat)
                 identity = shard_identity(self.split, source, number)
-                yield shard, _shard_problem(self.directory / shard.file, shard, self.manifest, identity, full)
+                yield shard, _shard_problem(path, shard, self.manifest, identity, full)
 
-    def _map(self, source: int, shard: int) -> "_Mapped":
+    def _map(self, source: int, shard: int) -> MappedShard:
         entry = self._shards[source][shard]
         path = self.directory / entry.file
         try:
-            before = path.stat()
-            schema, batches = _map_shard(path)
+            if self._on_demand is None:
+                mapped = MappedShard(path)
+            else:
+                self._let_go(entry.bytes, self._on_demand.limit)
+                mapped = self._on_demand.use(entry.file, lambda: MappedShard(path, may_go=True))
         except (OSError, pa.ArrowException) as error:
             raise ValueError(f"{path} cannot be read ({error}): run `python -m data_prep.verify`") from None
-        expected = _schema(self.manifest)
-        if not schema.equals(expected) or sum(batch.num_rows for batch in batches) != entry.rows:
+        if not mapped.schema.equals(_schema(self.manifest)) or mapped.rows != entry.rows:
             raise ValueError(f"{path} does not hold the {entry.rows} rows of the manifest: restore it")
-        self._mapped[source][shard] = mapped = _Mapped(path, before, [row_block(batch) for batch in batches])
+        self._mapped[source][shard] = mapped
         return mapped
 
-
-class _Mapped:
-    """The rows of a file, as long as it is the one that was mapped."""
-
-    good_until = 0.0
-
-    def __init__(self, path: Path, status: os.stat_result, blocks: list[RowBlock]) -> None:
-        self.path, self.blocks, self._status = path, blocks, status
-
-    def look(self) -> None:
-        """Raises ValueError when the file changed."""
-        try:
-            now, before = self.path.stat(), self._status
-        except OSError as error:
-            raise ValueError(f"{self.path} can no longer be read ({error.strerror}): {RESTORE}") from None
-        if (lost := before.st_size - now.st_size) > 0:
-            raise ValueError(f"{self.path} has lost {lost} bytes since it was opened: {RESTORE}")
-        fields = ("st_dev", "st_ino", "st_size", "st_mtime_ns")
-        if any(getattr(now, field) != getattr(before, field) for field in fields):
-            raise ValueError(f"{self.path} was replaced or written to since it was opened: {RESTORE}")
-        self.good_until = time.monotonic() + LOOK_SECONDS
+    def _let_go(self, size: int, limit: int) -> None:
+        """Unmap all shards before there are more bytes of them than `limit`: each keeps its file's bytes on the disk."""
+        self._brought += size
+        if self._brought > limit:
+            self._mapped = [[None] * len(shards) for shards in self._shards]
+            self._brought = size
 
 
 def open_split(directory: Path, split: str, verify: Verify = "quick", vocab_size: int | None = None) -> ShardedDataset:
@@ -298,11 +289,6 @@ def open_split(directory: Path, split: str, verify: Verify = "quick", vocab_size
     return dataset
 
 
-def _map_shard(path: Path) -> tuple[pa.Schema, list[pa.RecordBatch]]:
-    with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as stream:
-        return stream.schema, list(stream)
-
-
 def _schema(manifest: Manifest) -> pa.Schema:
     return shard_schema(manifest.packing.row_tokens, manifest.dtype, target_spans=manifest.target_spans)
 
@@ -313,7 +299,7 @@ def _shard_problem(path: Path, shard: Shard, manifest: Manifest, identity: dict[
     if difference := path.stat().st_size - shard.bytes:
         return f"{path} is {abs(difference)} bytes {'longer' if difference > 0 else 'shorter'} than its manifest says"
     try:
-        schema, batches = _map_shard(path)
+        schema, batches = map_shard(path)
     except (OSError, pa.ArrowException) as error:
         return f"{path} is not a readable Arrow stream ({error})"
     metadata = schema.metadata or {}

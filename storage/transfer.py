@@ -153,8 +153,10 @@ def _sha256(remote: Remote, size: int) -> str:
     return digest.hexdigest()
 
 
-def pull(place: Remote, listing: Listing, target: Path, advance: Advance) -> None:
-    """Download what the listing names to a folder that is there when it is whole. Raises ValueError."""
+def pull(
+    place: Remote, listing: Listing, target: Path, advance: Advance, add: Callable[[Path], None] | None = None
+) -> None:
+    """Download what the listing names to a folder that is there when it is whole; `add` puts more into it. Raises ValueError."""
     if target.is_symlink() or (target.exists() and not (target.is_dir() and not any(target.iterdir()))):
         raise ValueError(f"{target} is there already: choose another folder, or remove it")
     partial = target.with_name(f".{target.name}.partial")
@@ -172,6 +174,8 @@ def pull(place: Remote, listing: Listing, target: Path, advance: Advance) -> Non
                 advance(size)
 
         _all(lambda name: fetch(place.child(name), listing.files[name], partial / name, count), listing.files)
+        if add is not None:
+            add(partial)
         (partial / LOCK_FILE).unlink()
         (partial / FILES_FILE).unlink()
         publish(partial, target)

@@ -18,6 +18,7 @@ from console.progress import Progress
 from data_prep.export_files import EXPORT_FILE, export_problems, read_export
 from data_prep.verify import problems
 from storage.manifest import MANIFEST_FILE
+from storage.on_demand import ON_DEMAND_FILE
 from storage.remote import Remote
 from storage.transfer import Listing, listing_of, push
 
@@ -37,6 +38,8 @@ def verified(folder: Path) -> Listing:
         raise ValueError(
             f"{folder} is no data set, export or checkpoint: {MANIFEST_FILE} cannot be read ({error})"
         ) from None
+    if (folder / ON_DEMAND_FILE).is_file():
+        raise ValueError(f"{folder} has its shards elsewhere ({ON_DEMAND_FILE} says where): pull it whole first")
     if "splits" in content:
         _no_problem([problem for _, problem in problems(folder, full=True) if problem])
         found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())

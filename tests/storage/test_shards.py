@@ -210,7 +210,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("kind", CHANGES)
 def test_a_shard_that_changes_while_it_is_read_is_named(data, monkeypatch, kind):
-    monkeypatch.setattr("storage.shards.LOOK_SECONDS", 0)
+    monkeypatch.setattr("storage.mapped.LOOK_SECONDS", 0)
     dataset = open_split(data, "train")
     shard, other, *_ = shard_files(data)
     assert len(dataset.row("books", 0).ids)
