@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from data_prep import pack as pack_module
 from data_prep.pack import pack, write_split
 from storage.manifest import PackingPolicy
-from storage.shards import Row, ShardWriter, row_block
+from storage.rows import row_block
+from storage.shards import Row, ShardWriter
 from tests.properties import examples
 from tests.training.corpus import PAD, MadeDocuments
 
