@@ -128,6 +128,8 @@ class Remote:
             except PermissionError as error:
                 raise RemoteError(f"{self.url}: no right to do this ({_words(error)}): check keys and policy") from None
             except Exception as error:  # each protocol has errors of its own
+                if getattr(error, "status", None) in (401, 403):  # of a web server
+                    raise RemoteError(f"{self.url}: no right to do this ({_words(error)})") from None
                 if type(error).__name__ in NO_KEYS:
                     raise RemoteError(f"{self.url}: {_words(error)}") from None
                 if attempt == ATTEMPTS - 1:

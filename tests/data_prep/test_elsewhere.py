@@ -78,6 +78,19 @@ def test_patterns_and_single_files(corpus, place):
         assert found == expected, pattern
 
 
+def test_a_file_of_a_web_server(corpus, place, s3):  # noqa: F811
+    with pytest.raises(ValueError, match="no right to do this"):
+        read(f"{s3}/ours/corpus/a.jsonl")
+    Remote(place).files.chmod("ours", acl="public-read")
+    for name in ("a.jsonl", "g.parquet"):
+        Remote(f"{place}/{name}").files.chmod(f"ours/corpus/{name}", acl="public-read")
+    for name in ("a.jsonl", "g.parquet"):
+        found, _ = read(f"{s3}/ours/corpus/{name}")
+        assert found == read(corpus / name)[0]
+    with pytest.raises(ValueError, match="nothing"):
+        read(f"{s3}/ours/corpus/nothing.jsonl")
+
+
 def test_cut_connections_change_nothing(corpus, place, s3, monkeypatch):  # noqa: F811
     monkeypatch.setattr(elsewhere, "READ_BYTES", 16_384)
     monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0.01)
