@@ -102,7 +102,7 @@ def build(
             created_by={name: importlib.metadata.version(name) for name in packages},
             foreseen=foreseen,
         )
-        return finish(plan, tokenizer, tokenizer_file, output, made)
+        return finish(plan, tokenizer, tokenizer_file, output, made, workers or available_cores())
 
 
 def build_part(

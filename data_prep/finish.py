@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import shutil
 from collections import Counter
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,19 +19,18 @@ import numpy as np
 from pydantic import JsonValue
 
 from console.progress import Progress, say
-from data_prep.cut import Breaks, count_cuts, structure_windows
 from data_prep.ledger import Ledger
-from data_prep.pack import Packing, pack, write_split
+from data_prep.pack import RowCounts, total_of
 from data_prep.plan import TOKENS_FOLDER, PackingPlan
+from data_prep.rows import Group, RowJob, choose_rows, write_rows
 from data_prep.sources import key_prefix
 from data_prep.store import LEFT_OUT, SPLITS, Columns, TokenStore, read_columns, write_index
 from data_prep.summary import statistics, target_statistics
-from data_prep.token_bytes import token_bytes
 from data_prep.tokenizer import Tokenizer
 from storage.documents import write_manifest
 from storage.manifest import LeftOutFiles, Manifest, SourceRows, token_dtype
-from storage.shards import ShardWriter
 
+ROWS_FOLDER = "rows.tmp"
 FEW_ROWS, FEW_TARGETS = 4, 1000
 """Of a validation split; with fewer its loss says next to nothing."""
 
@@ -48,13 +48,21 @@ class Tokenized(NamedTuple):
     repacked_from: str | None = None
 
 
-def finish(plan: PackingPlan, tokenizer: Tokenizer, tokenizer_file: Path, output: Path, made: Tokenized) -> Manifest:
-    """Index the output folder's token store, pack it and write the manifest."""
+def finish(
+    plan: PackingPlan, tokenizer: Tokenizer, tokenizer_file: Path, output: Path, made: Tokenized, workers: int = 1
+) -> Manifest:
+    """Index the output folder's token store, pack it in so many processes and write the manifest."""
     columns, split, duplicates = _index(plan, made, output / TOKENS_FOLDER)
-    packings, cuts = _choose_rows(plan, tokenizer, output)
-    _say_if_few(list(packings.get("validation", {}).values()))
-    numbers = statistics(made.ledgers, columns, split, duplicates, packings, cuts) | made.foreseen
-    splits = _write_rows(plan, tokenizer, output, packings)
+    places = output, output / TOKENS_FOLDER, output / ROWS_FOLDER, tokenizer_file
+    job = RowJob(*places, plan.options.packing, plan.options.seed, plan.options.has_chats, plan.sha256)
+    try:
+        chosen, sums, cuts = _choose_rows(job, sum(ledger.tokens for ledger in made.ledgers), workers)
+        _say_if_few(list(sums.get("validation", {}).values()))
+        numbers = statistics(made.ledgers, columns, split, duplicates, sums, cuts) | made.foreseen
+        del columns, split, duplicates
+        splits = _write_rows(plan, job, chosen, sums, workers)
+    finally:
+        shutil.rmtree(job.scratch, ignore_errors=True)
     if plan.options.has_chats:
         numbers["targets"] = target_statistics(splits)
     manifest = Manifest(
@@ -119,41 +127,30 @@ def _fill_validation(columns: Columns, split: np.ndarray, names: list[str]) -> N
 
 
 def _choose_rows(
-    plan: PackingPlan, tokenizer: Tokenizer, output: Path
-) -> tuple[dict[str, dict[str, Packing]], dict[str, Counter[str]]]:
-    """By split and source what each row will hold; by split the cuts of each kind."""
-    store, policy = TokenStore.open(output / TOKENS_FOLDER), plan.options.packing
-    breaks = Breaks(token_bytes(tokenizer))
-    packings: dict[str, dict[str, Packing]] = {}
+    job: RowJob, tokens: int, workers: int
+) -> tuple[list[tuple[Group, RowCounts]], dict[str, dict[str, RowCounts]], dict[str, Counter[str]]]:
+    """The groups of rows; their sums by split and source; by split the cuts of each kind."""
+    chosen: list[tuple[Group, RowCounts]] = []
     cuts: dict[str, Counter[str]] = {}
-    parts = {(split, source): store.documents(split, source) for split in SPLITS for source in store.sources}
-    longer = sum(int(part.length[part.length > policy.row_tokens].sum()) for part in parts.values())
-    with Progress("cutting", longer * store.dtype.itemsize * (1 + (policy.cut == "structure"))) as progress:
-
-        def advance(tokens: int) -> None:
-            progress.advance(tokens * store.dtype.itemsize)
-
-        for (split, source), documents in parts.items():
-            if not len(documents):
-                continue
-            windows = structure_windows(documents, policy, breaks, advance) if policy.cut == "structure" else None
-            packing = pack(documents.length, policy.row_tokens, policy, plan.options.seed, windows)
-            if plan.options.has_chats:
-                packing = packing.with_targets(documents.targets()[0])
-            if not packing.rows:
-                raise ValueError(
-                    f"{source}: its {int(documents.length.sum())} tokens for {split} do not fill one row of "
-                    f"{policy.row_tokens}: use --tail pad or a smaller --seq-length"
-                )
-            ends = packing.piece_off + packing.piece_len
-            cuts.setdefault(split, Counter()).update(count_cuts(documents, packing.piece_doc, ends, breaks, advance))
-            packings.setdefault(split, {})[source] = packing
-    return packings, cuts
+    with Progress("cutting", tokens) as progress:
+        for group, counts, kinds in choose_rows(job, workers, progress.advance):
+            chosen.append((group, counts))
+            cuts.setdefault(group.split, Counter()).update(kinds)
+    sums: dict[str, dict[str, RowCounts]] = {}
+    for (split, source), parts in groupby(chosen, lambda pair: pair[0][:2]):
+        mine = total_of([counts for _, counts in parts])
+        if not mine.rows:
+            raise ValueError(
+                f"{source}: its {mine.tokens} tokens for {split} do not fill one row of "
+                f"{job.policy.row_tokens}: use --tail pad or a smaller --seq-length"
+            )
+        sums.setdefault(split, {})[source] = mine
+    return chosen, sums, cuts
 
 
-def _say_if_few(validation: list[Packing]) -> None:
+def _say_if_few(validation: list[RowCounts]) -> None:
     """That a loss over so little text says next to nothing, while the data can still be built otherwise."""
-    rows, targets = sum(packing.rows for packing in validation), sum(packing.targets for packing in validation)
+    rows, targets = total_of(validation).rows, total_of(validation).targets
     if rows and (rows < FEW_ROWS or targets < FEW_TARGETS):
         say(
             f"validation has {rows:,} {'row' if rows == 1 else 'rows'} with {targets:,} targets: its loss will be noise; build "
@@ -162,33 +159,31 @@ def _say_if_few(validation: list[Packing]) -> None:
 
 
 def _write_rows(
-    plan: PackingPlan, tokenizer: Tokenizer, output: Path, packings: dict[str, dict[str, Packing]]
+    plan: PackingPlan,
+    job: RowJob,
+    chosen: list[tuple[Group, RowCounts]],
+    sums: dict[str, dict[str, RowCounts]],
+    workers: int,
 ) -> dict[str, dict[str, SourceRows]]:
-    store, policy = TokenStore.open(output / TOKENS_FOLDER), plan.options.packing
     weights = {source.name: source.weight for source in plan.sources}
-    row_bytes = policy.row_tokens * store.dtype.itemsize
-    splits: dict[str, dict[str, SourceRows]] = {}
     for split in SPLITS:
-        shutil.rmtree(output / split, ignore_errors=True)
-    rows = sum(packing.rows for sources in packings.values() for packing in sources.values())
-    with Progress("packing", rows * row_bytes) as progress:
-        for split, source, packing in ((s, n, p) for s, sources in packings.items() for n, p in sources.items()):
-            documents = store.documents(split, source)
-            chats = plan.options.has_chats
-            writer = ShardWriter(
-                output, split, source, policy.row_tokens, str(store.dtype), {"plan": plan.sha256}, target_spans=chats
-            )
-            shards = write_split(
-                documents, packing, writer, tokenizer.pad_id, lambda n: progress.advance(n * row_bytes)
-            )
-            splits.setdefault(split, {})[source] = SourceRows(
-                documents=len(documents),
-                bytes=int(documents.nbytes.sum()),
-                tokens=int(documents.length.sum()),
-                rows=packing.rows,
-                targets=packing.targets,
-                target_bytes=int(documents.targets()[1].sum()) if chats else None,
+        shutil.rmtree(job.output / split, ignore_errors=True)
+    row_bytes = job.policy.row_tokens * TokenStore.open(job.tokens).dtype.itemsize
+    with Progress("packing", sum(counts.rows for _, counts in chosen) * row_bytes) as progress:
+        shards = write_rows(job, chosen, workers, lambda rows: progress.advance(rows * row_bytes))
+    return {
+        split: {
+            source: SourceRows(
+                documents=counts.documents,
+                bytes=counts.bytes,
+                tokens=counts.tokens,
+                rows=counts.rows,
+                targets=counts.targets,
+                target_bytes=counts.target_bytes if job.targets else None,
                 weight=weights.get(source),
-                shards=shards,
+                shards=shards[split, source],
             )
-    return splits
+            for source, counts in sources.items()
+        }
+        for split, sources in sums.items()
+    }

@@ -6,10 +6,10 @@ documents behind neighbouring rows stay close together on disk.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain, pairwise, repeat
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -72,6 +72,26 @@ class Packing:
         return replace(self, piece_targets=spans.select(self.piece_doc).clip(first, end))
 
 
+class RowCounts(NamedTuple):
+    """What was chosen of a group, or of several."""
+
+    documents: int = 0
+    bytes: int = 0
+    tokens: int = 0
+    target_bytes: int = 0
+    rows: int = 0
+    row_tokens: int = 0
+    padding: int = 0
+    targets: int = 0
+    documents_cut: int = 0
+    documents_cut_though_fitting: int = 0
+    tokens_dropped: int = 0
+
+
+def total_of(counts: list[RowCounts]) -> RowCounts:
+    return RowCounts(*map(sum, zip(*counts, strict=True))) if counts else RowCounts()
+
+
 @dataclass(frozen=True)
 class _Rows:
     """Pieces with the row each belongs to, before and after rows are put into their final order."""
@@ -104,9 +124,23 @@ def pack(
         groups = _bestfit_groups(lengths, policy, windows or fixed_windows(lengths, policy))
     else:
         groups = _concat_groups(lengths, policy)
+    return _packing(lengths, enumerate(groups), policy, seed)
+
+
+def pack_group(
+    lengths: np.ndarray, policy: PackingPolicy, seed: int, number: int, windows: Windows | None = None
+) -> Packing:
+    """The rows that `pack` makes of these documents where they are group `number` of all (policy bestfit)."""
+    assert policy.policy == "bestfit"
+    pieces = windows or fixed_windows(lengths, policy)
+    group = _bestfit(_Rows(np.empty_like(pieces.doc), *pieces), policy)
+    return _packing(lengths, [(number, group)], policy, seed)
+
+
+def _packing(lengths: np.ndarray, groups: Iterable[tuple[int, _Rows]], policy: PackingPolicy, seed: int) -> Packing:
     parts: list[_Rows] = []
     rows = 0
-    for number, part in enumerate(groups):
+    for number, part in groups:
         count = int(part.row.max(initial=-1)) + 1
         place = rows + np.random.default_rng([seed, number]).permutation(count)
         row = place[part.row]
@@ -119,14 +153,14 @@ def pack(
     whole = np.zeros(len(lengths), bool)
     whole[doc[length == lengths[doc]]] = True
     return Packing(
-        row_tokens=row_tokens,
+        row_tokens=policy.row_tokens,
         row_splits=np.searchsorted(row, np.arange(rows + 1)),
         piece_doc=doc,
         piece_off=off,
         piece_len=length,
         piece_ctx=ctx,
         documents_cut=int((~whole).sum()),
-        documents_cut_though_fitting=int((~whole & (lengths <= row_tokens)).sum()),
+        documents_cut_though_fitting=int((~whole & (lengths <= policy.row_tokens)).sum()),
         tokens_dropped=int(lengths.sum()) - _distinct_tokens(doc, off, length) if policy.tail == "drop" else 0,
     )
 
@@ -143,16 +177,20 @@ def _bestfit_groups(lengths: np.ndarray, policy: PackingPolicy, windows: Windows
     limits = np.flatnonzero(np.diff(group, prepend=-1, append=group[-1:] + 1))
     pieces = _Rows(np.empty_like(windows.doc), *windows)
     for first, last in pairwise(np.searchsorted(windows.doc, limits)):
-        part = pieces.select(np.arange(first, last), pieces.row)
-        by_size = np.argsort(-part.len, kind="stable")
-        row = np.fromiter(_best_fit_decreasing(part.len[by_size], policy.row_tokens), np.int64, len(by_size))
-        rows = part.select(by_size, np.empty(len(by_size), np.int64))
-        fill = np.bincount(row, weights=rows.len)
-        if policy.tail == "drop" and fill.min() < policy.row_tokens / 2:
-            emptiest = int(fill.argmin())
-            kept = np.flatnonzero(row != emptiest)
-            rows, row = rows.select(kept, rows.row), row[kept] - (row[kept] > emptiest)
-        yield _Rows(row, rows.doc, rows.off, rows.len, rows.ctx)
+        yield _bestfit(pieces.select(np.arange(first, last), pieces.row), policy)
+
+
+def _bestfit(part: _Rows, policy: PackingPolicy) -> _Rows:
+    """The pieces of one group, placed."""
+    by_size = np.argsort(-part.len, kind="stable")
+    row = np.fromiter(_best_fit_decreasing(part.len[by_size], policy.row_tokens), np.int64, len(by_size))
+    rows = part.select(by_size, np.empty(len(by_size), np.int64))
+    fill = np.bincount(row, weights=rows.len)
+    if policy.tail == "drop" and fill.min() < policy.row_tokens / 2:
+        emptiest = int(fill.argmin())
+        kept = np.flatnonzero(row != emptiest)
+        rows, row = rows.select(kept, rows.row), row[kept] - (row[kept] > emptiest)
+    return _Rows(row, rows.doc, rows.off, rows.len, rows.ctx)
 
 
 def _best_fit_decreasing(sizes: np.ndarray, capacity: int) -> Iterator[int]:

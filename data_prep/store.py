@@ -118,7 +118,8 @@ class TokenStore:
                 index, metadata = stream.read_all(), stream.schema.metadata
         except (OSError, pa.ArrowInvalid) as error:
             raise ValueError(f"{folder} is not a complete token store: {error}") from None
-        columns = [index[name].to_numpy() for name in INDEX_SCHEMA]
+        chunks = [index[name].chunks for name in INDEX_SCHEMA]  # one of each, as it was written: mapped, not read
+        columns = [np.concatenate([c.to_numpy() for c in cs]) if len(cs) != 1 else cs[0].to_numpy() for cs in chunks]
         self._length, self._nbytes, self._source, self._split = columns
         self.sources: list[str] = json.loads(metadata[b"sources"])
         self._unit_ends: list[int] = np.cumsum(json.loads(metadata[b"units"]), dtype=np.int64).tolist()
@@ -137,12 +138,14 @@ class TokenStore:
     def dtype(self) -> np.dtype:
         return self._unit(0).dtype
 
-    def documents(self, split: str, source: str | None = None) -> "StoredDocuments":
-        """The documents of a split (of one source), in input order."""
-        chosen = self._split == SPLITS.index(split)
+    def documents(
+        self, split: str, source: str | None = None, first: int = 0, end: int | None = None
+    ) -> "StoredDocuments":
+        """The documents of a split (of one source) among those from `first` to `end`, in input order."""
+        chosen = self._split[first:end] == SPLITS.index(split)
         if source is not None:
-            chosen &= self._source == self.sources.index(source)
-        return StoredDocuments(self, np.flatnonzero(chosen))
+            chosen &= self._source[first:end] == self.sources.index(source)
+        return StoredDocuments(self, first + np.flatnonzero(chosen))
 
     def tokens(self, doc: int) -> np.ndarray:
         """Ids of document number `doc`: a view into the file."""

@@ -11,11 +11,15 @@ from rich.table import Table
 
 from data_prep.cut import KINDS
 from data_prep.ledger import Ledger
-from data_prep.pack import Packing
+from data_prep.pack import RowCounts, total_of
 from data_prep.records import LeftOut, printable
 from data_prep.store import LEFT_OUT, Columns
 from storage.manifest import LeftOutFiles, Manifest, SourceRows
 
+ROW_STATISTICS = (
+    *("rows", "row_tokens", "padding", "targets"),
+    *("documents_cut", "documents_cut_though_fitting", "tokens_dropped"),
+)
 PERCENTILES = (1, 10, 50, 90, 99)
 EXAMPLES = 5
 NAMES_KEPT, NAMES_SHOWN = 100, 5
@@ -26,7 +30,7 @@ def statistics(
     columns: Columns,
     split: np.ndarray,
     duplicates: np.ndarray,
-    packings: dict[str, dict[str, Packing]],
+    packings: dict[str, dict[str, RowCounts]],
     cuts: dict[str, Counter[str]],
 ) -> dict[str, Any]:
     """Counts over the whole input (`input`), over the stored documents, and over the rows of each split."""
@@ -64,16 +68,8 @@ def statistics(
     }
 
 
-def _row_statistics(packings: list[Packing]) -> dict[str, int]:
-    return {
-        "rows": sum(packing.rows for packing in packings),
-        "row_tokens": sum(packing.rows * packing.row_tokens for packing in packings),
-        "padding": sum(packing.padding for packing in packings),
-        "targets": sum(packing.targets for packing in packings),
-        "documents_cut": sum(packing.documents_cut for packing in packings),
-        "documents_cut_though_fitting": sum(packing.documents_cut_though_fitting for packing in packings),
-        "tokens_dropped": sum(packing.tokens_dropped for packing in packings),
-    }
+def _row_statistics(counts: list[RowCounts]) -> dict[str, int]:
+    return {name: getattr(total_of(counts), name) for name in ROW_STATISTICS}
 
 
 def target_statistics(splits: dict[str, dict[str, SourceRows]]) -> dict[str, Any]:

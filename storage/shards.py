@@ -57,6 +57,7 @@ class ShardWriter:
         metadata: dict[str, str] | None = None,
         rows_per_shard: int | None = None,
         target_spans: bool = False,
+        first_shard: int = 0,
     ) -> None:
         self.root, self.split, self.source = Path(directory), split, source
         self.row_tokens, self.dtype, self.target_spans = row_tokens, dtype, target_spans
@@ -66,7 +67,7 @@ class ShardWriter:
         if self.shard_rows % self.batch_rows:
             raise ValueError(f"rows_per_shard {self.shard_rows} must be a multiple of {self.batch_rows}")
         self.metadata = metadata or {}
-        self.shards: list[Shard] = []
+        self.shards, self.first_shard = list[Shard](), first_shard
         self._open: _ShardFile | None = None
         (self.root / split).mkdir(parents=True, exist_ok=True)
 
@@ -76,7 +77,7 @@ class ShardWriter:
         assert block.ids.dtype == self.dtype
         assert (block.target_spans is not None) == self.target_spans
         if self._open is None:
-            number = len(self.shards)
+            number = self.first_shard + len(self.shards)
             self._open = _ShardFile(
                 self.root,
                 f"{self.split}/shard-{self.source}-{number:05d}.arrow",

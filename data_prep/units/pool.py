@@ -1,16 +1,17 @@
-"""Encoding all units of a plan, in this process or in several; which of them does what never shows in the result."""
+"""The work of a build in this process or in several; which of them does what never shows in the result."""
 
 import multiprocessing
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager
 from multiprocessing.sharedctypes import Synchronized, SynchronizedArray
 from multiprocessing.synchronize import Event
+from typing import Any
 
 from console.progress import Progress
 from data_prep.encode import UnitEncoder, Work
@@ -18,6 +19,7 @@ from data_prep.ledger import Ledger
 from data_prep.records import Unit
 
 _encoder: UnitEncoder | None = None  # of a worker process
+_maker: Any = None  # of a worker process that does other tasks
 
 
 class Stopped(Exception):
@@ -50,7 +52,27 @@ def encode_units(work: Work, units: list[Unit], workers: int, progress: Progress
             yield from _results(done)
 
 
-def _results(futures: Iterable) -> Iterator[Ledger]:
+def done_by(make: Callable[[Any], Any], job: Any, tasks: Sequence[tuple[str, Any]], workers: int) -> Iterator[Any]:
+    """What the methods named in the tasks of a worker `make(job)` return for what is with their names, in the tasks' order."""
+    if min(workers, len(tasks)) <= 1:
+        if tasks:
+            worker = make(job)
+            yield from (getattr(worker, method)(given) for method, given in tasks)
+        return
+    processes = min(workers, len(tasks))
+    context = multiprocessing.get_context("spawn")
+    stop, started = context.Event(), context.Value("i", 0)
+    pool = ProcessPoolExecutor(processes, context, _start_maker, (make, job, started))
+    with _stopping(pool, stop):
+        with _interrupts_later() as unseen_by_children:
+            with unseen_by_children:
+                futures = [pool.submit(_do, *task) for task in tasks]
+            while started.value < processes and not any(future.done() for future in futures):
+                time.sleep(0.01)
+        yield from _results(futures)
+
+
+def _results(futures: Iterable) -> Iterator[Any]:
     for future in futures:
         try:
             yield future.result()
@@ -113,6 +135,18 @@ def _start_worker(work: Work, counters: "SynchronizedArray[int]", stop: Event, s
             counters[1] += new_tokens
 
     _encoder = UnitEncoder(work, report)
+
+
+def _start_maker(make: Callable[[Any], Any], job: Any, started: "Synchronized[int]") -> None:
+    global _maker
+    with started.get_lock():
+        started.value += 1
+    threading.Thread(target=_follow_parent, daemon=True).start()
+    _maker = make(job)
+
+
+def _do(method: str, given: Any) -> Any:
+    return getattr(_maker, method)(given)
 
 
 def _run_unit(unit: Unit) -> Ledger:
