@@ -22,7 +22,7 @@ from console.progress import Progress, say
 from data_prep.ledger import Ledger
 from data_prep.pack import RowCounts, total_of
 from data_prep.plan import TOKENS_FOLDER, PackingPlan
-from data_prep.rows import Group, RowJob, choose_rows, write_rows
+from data_prep.rows import DocumentGroup, RowJob, choose_rows, write_rows
 from data_prep.sources import key_prefix
 from data_prep.store import LEFT_OUT, SPLITS, Columns, TokenStore, read_columns, write_index
 from data_prep.summary import statistics, target_statistics
@@ -128,9 +128,9 @@ def _fill_validation(columns: Columns, split: np.ndarray, names: list[str]) -> N
 
 def _choose_rows(
     job: RowJob, tokens: int, workers: int
-) -> tuple[list[tuple[Group, RowCounts]], dict[str, dict[str, RowCounts]], dict[str, Counter[str]]]:
+) -> tuple[list[tuple[DocumentGroup, RowCounts]], dict[str, dict[str, RowCounts]], dict[str, Counter[str]]]:
     """The groups of rows; their sums by split and source; by split the cuts of each kind."""
-    chosen: list[tuple[Group, RowCounts]] = []
+    chosen: list[tuple[DocumentGroup, RowCounts]] = []
     cuts: dict[str, Counter[str]] = {}
     with Progress("cutting", tokens) as progress:
         for group, counts, kinds in choose_rows(job, workers, progress.advance):
@@ -161,7 +161,7 @@ def _say_if_few(validation: list[RowCounts]) -> None:
 def _write_rows(
     plan: PackingPlan,
     job: RowJob,
-    chosen: list[tuple[Group, RowCounts]],
+    chosen: list[tuple[DocumentGroup, RowCounts]],
     sums: dict[str, dict[str, RowCounts]],
     workers: int,
 ) -> dict[str, dict[str, SourceRows]]:

@@ -33,6 +33,7 @@ from data_prep.plan import (
     TOKENIZER_FOLDER,
     TOKENS_FOLDER,
     PackingPlan,
+    available_cores,
     locked,
     plan_hash,
     read_plan,
@@ -75,7 +76,7 @@ def repack(data: Path, policy: PackingPolicy, output: Path) -> Manifest:
             foreseen=foreseen,
             repacked_from=origin.fingerprint,
         )
-        return finish(plan, tokenizer, tokenizer_file, output, made)
+        return finish(plan, tokenizer, tokenizer_file, output, made, available_cores())
 
 
 def _plan_of(data: Path, policy: PackingPolicy) -> tuple[PackingPlan, str]:

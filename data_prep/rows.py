@@ -43,7 +43,7 @@ class RowJob(NamedTuple):
     rows_per_shard: int | None = None
 
 
-class Group(NamedTuple):
+class DocumentGroup(NamedTuple):
     """The documents of a split and source among those from `first` to `end` (exclusive), packed by themselves."""
 
     split: str
@@ -61,14 +61,14 @@ class ShardRows(NamedTuple):
     number: int
     first: int
     end: int
-    groups: list[tuple[Group, int]]
+    groups: list[tuple[DocumentGroup, int]]
     """With the rows of each."""
 
 
-def groups_of(store: TokenStore, split: str, source: str, job: RowJob) -> Iterator[Group]:
+def groups_of(store: TokenStore, split: str, source: str, job: RowJob) -> Iterator[DocumentGroup]:
     """In the order of their documents."""
     if job.policy.policy == "concat":
-        yield from [Group(split, source, 0, 0, len(store))] if len(store.documents(split, source)) else []
+        yield from [DocumentGroup(split, source, 0, 0, len(store))] if len(store.documents(split, source)) else []
         return
     tokens, number, first = 0, 0, None
     before = np.int64(-1)
@@ -78,13 +78,13 @@ def groups_of(store: TokenStore, split: str, source: str, job: RowJob) -> Iterat
         group = ends // job.group_tokens
         for place in np.flatnonzero(np.diff(group, prepend=before)).tolist():
             if first is not None:
-                yield Group(split, source, number, first, int(part.doc[place]))
+                yield DocumentGroup(split, source, number, first, int(part.doc[place]))
                 number += 1
             first = int(part.doc[place])
         if len(part):
             tokens, before = int(ends[-1]), group[-1]
     if first is not None:
-        yield Group(split, source, number, first, len(store))
+        yield DocumentGroup(split, source, number, first, len(store))
 
 
 class RowMaker:
@@ -95,7 +95,7 @@ class RowMaker:
         self.tokenizer: Tokenizer = open_tokenizer(job.tokenizer)
         self.breaks = Breaks(token_bytes(self.tokenizer))
 
-    def choose(self, group: Group) -> tuple[RowCounts, dict[str, int]]:
+    def choose(self, group: DocumentGroup) -> tuple[RowCounts, dict[str, int]]:
         """Keep a group's rows in its folder; returns what they are, and the cuts of each kind."""
         policy, documents = self.job.policy, self.store.documents(*group[:2], *group[3:])
         windows = structure_windows(documents, policy, self.breaks) if policy.cut == "structure" else None
@@ -167,7 +167,7 @@ class RowMaker:
         width, row_splits = self.job.policy.row_tokens, np.concatenate(splits)
         return Packing(width, row_splits, numbers, off, length, ctx, 0, 0, 0, targets), doc
 
-    def _folder(self, group: Group) -> Path:
+    def _folder(self, group: DocumentGroup) -> Path:
         return self.job.scratch / f"{group.split}-{group.source}-{group.number}"
 
 
@@ -177,13 +177,13 @@ def _part(folder: Path, name: str, mine: slice) -> np.ndarray:
 
 def shard_writer(job: RowJob, split: str, source: str, dtype: str, first_shard: int = 0) -> ShardWriter:
     width, metadata = job.policy.row_tokens, {"plan": job.plan_sha256}
-    more = {"target_spans": job.targets, "first_shard": first_shard}
-    return ShardWriter(job.output, split, source, width, dtype, metadata, job.rows_per_shard, **more)
+    place = job.output, split, source, width, dtype
+    return ShardWriter(*place, metadata, job.rows_per_shard, job.targets, first_shard)
 
 
 def choose_rows(
     job: RowJob, workers: int, advance: Callable[[int], None]
-) -> Iterator[tuple[Group, RowCounts, dict[str, int]]]:
+) -> Iterator[tuple[DocumentGroup, RowCounts, dict[str, int]]]:
     """Every group, split by split and source by source, with what `RowMaker.choose` says of it; `advance`: by its tokens."""
     store = TokenStore.open(job.tokens)
     groups = [g for split in SPLITS for source in store.sources for g in groups_of(store, split, source, job)]
@@ -194,10 +194,10 @@ def choose_rows(
 
 
 def write_rows(
-    job: RowJob, chosen: list[tuple[Group, RowCounts]], workers: int, advance: Callable[[int], None]
+    job: RowJob, chosen: list[tuple[DocumentGroup, RowCounts]], workers: int, advance: Callable[[int], None]
 ) -> dict[tuple[str, str], list[Shard]]:
     """The shards of every split and source; `advance`: by the rows of each."""
-    dtype, rows = str(TokenStore.open(job.tokens).dtype), dict[tuple[str, str], list[tuple[Group, int]]]()
+    dtype, rows = str(TokenStore.open(job.tokens).dtype), dict[tuple[str, str], list[tuple[DocumentGroup, int]]]()
     for group, counts in chosen:
         rows.setdefault(group[:2], []).append((group, counts.rows))
     tasks: list[tuple[str, ShardRows]] = []
