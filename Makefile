@@ -35,6 +35,8 @@ check: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python -m bench.data
+	$(BIN)/python -m bench.rows
+	$(BIN)/python -m bench.cluster
 	$(BIN)/python -m bench.loader
 	$(BIN)/python -m bench.model
 	$(BIN)/python -m bench.kernels
