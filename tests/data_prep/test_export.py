@@ -229,7 +229,7 @@ def test_what_cannot_be_exported_is_refused(reference, chat_data, tmp_path):
     (tmp_path / "full" / "mine").touch()
     with pytest.raises(ValueError, match="full is there already: choose another --output"):
         export(data, "parquet", tmp_path / "full")
-    (shard,) = (data / "validation").glob("*.arrow")
+    (shard,) = (data / "validation").glob("shard-*")
     held = bytearray(shard.read_bytes())
     held[len(held) // 2] ^= 1
     shard.write_bytes(held)
