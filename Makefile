@@ -2,15 +2,16 @@
 PYTHON ?= python3.11
 BIN = .venv/bin
 
-.PHONY: help demo test test-fast check bench bench-gpu test-checkpoint
+.PHONY: help demo test test-fast test-gpu check bench bench-gpu test-checkpoint
 
 help:
 	@echo "make demo              documents -> tokenizer -> shards -> training, killed and resumed -> export -> text -> report"
 	@echo "make test              every test that needs no accelerator and no network"
 	@echo "make test-fast         those of them that start no process, and a few layouts on two ranks"
+	@echo "make test-gpu          kernels, model and training on a GPU, against their definitions"
 	@echo "make check             linter, formatter and type checker"
 	@echo "make bench             side-by-side measurements on this machine"
-	@echo "make bench-gpu         the model's training step and long rows on a GPU, with MFU"
+	@echo "make bench-gpu         training steps of 125M, 1B and 8B on a GPU beside others, with MFU"
 	@echo "make test-checkpoint   a real pretrained checkpoint (downloads 93 MB)"
 
 .venv/installed: requirements.txt requirements-extra.txt requirements-cluster.txt requirements-dev.txt requirements-readers.txt requirements-storage.txt
@@ -27,6 +28,9 @@ test: .venv/installed
 
 test-fast: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --fast
+
+test-gpu: .venv/installed
+	DS_ACCELERATOR=cuda $(BIN)/python -m pytest tests/gpu --numprocesses 4 --dist loadgroup
 
 check: .venv/installed
 	$(BIN)/ruff check .
@@ -48,7 +52,13 @@ bench: .venv/installed
 	$(BIN)/python -m bench.compression
 
 bench-gpu: .venv/installed
-	$(BIN)/python -m bench.model --device cuda
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-bench.txt
+	$(BIN)/python -m bench.model --recipe recipes/llama-125m.yaml --batch 16 --tokens 4096
+	$(BIN)/python -m bench.model --recipe recipes/llama-125m.yaml --batch 2 --tokens 32768 --documents 2048
+	$(BIN)/python -m bench.model --recipe recipes/llama-1b.yaml --batch 4 --tokens 4096
+	$(BIN)/python -m bench.model --recipe recipes/llama-1b.yaml --batch 1 --tokens 32768 --documents 4096
+	$(BIN)/python -m bench.model --recipe recipes/llama-8b.yaml --batch 2 --tokens 4096
+	$(BIN)/python -m bench.model --recipe recipes/llama-8b.yaml --batch 1 --tokens 32768 --documents 4096 --recompute
 	$(BIN)/python -m bench.attention --device cuda --dtype bfloat16
 
 test-checkpoint: .venv/installed

@@ -1,8 +1,8 @@
 """Attention inside documents: `softmax(Q K^T / sqrt(d)) V` (Vaswani et al. 2017), with memory linear in T.
 
 What is visible is said in visibility.py; here the kernel is chosen. The causal mask goes to variable-length flash attention
-on CUDA and to `scaled_dot_product_attention` elsewhere; chunks that see themselves in both directions go to FlexAttention
-on CUDA and to blocks of flash attention on CPUs (block_attention.py).
+on CUDA (rows of one document each to cuDNN, where that is faster) and to `scaled_dot_product_attention` elsewhere; chunks that
+see themselves in both directions go to FlexAttention on CUDA and to blocks of flash attention on CPUs (block_attention.py).
 
 Legend: B batch, T tokens of a row, n tokens of a document, H query heads, K key/value heads, d head width, W window.
 """
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from .block_attention import attend_blocks
@@ -26,10 +27,9 @@ from .visibility import Tokens, Visibility
 try:
     from torch.nn.attention.varlen import varlen_attn
 
-    # the form with windows and grouped heads; the first releases of this module had neither
-    HAS_VARLEN = {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys()
+    VARLEN_OPTIONS = inspect.signature(varlen_attn).parameters.keys()
 except ImportError:
-    HAS_VARLEN = False
+    VARLEN_OPTIONS = {}.keys()
 
 CAUSAL = Visibility()
 
@@ -40,6 +40,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents, visibility: Vi
     Returns [B, T, H, d].
     """
     if varlen_takes(q, documents, visibility):
+        if len(documents.lengths) == len(q) and visibility.window is None and _has_faster_rows(q.device):
+            with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
+                return _sdpa(q, k, v, is_causal=visibility.span == 1)
         return _attend_varlen(q, k, v, documents, visibility)
     if visibility.span != 1 or documents.copies == 2:
         return (_attend_flex if q.is_cuda else attend_blocks)(q, k, v, documents, visibility)
@@ -57,7 +60,13 @@ def varlen_takes(q: Tensor, documents: Documents, visibility: Visibility) -> boo
     """Whether the kernel has these masks, on this device and for heads of this kind."""
     masks = (visibility.span == 1 or visibility.span is None) and documents.copies == 1
     heads = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0
-    return HAS_VARLEN and masks and heads
+    return "window_size" in VARLEN_OPTIONS and masks and heads  # not in the first releases that have it
+
+
+@cache
+def _has_faster_rows(device: torch.device) -> bool:
+    """From Hopper on cuDNN attends over rows of one length in half of the time of the variable-length kernel."""
+    return torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents, visibility: Visibility) -> Tensor:
@@ -76,8 +85,10 @@ def run_varlen(
     left = -1 if visibility.window is None else visibility.window - 1
     right = 0 if visibility.span == 1 else -1
     (cu_q, longest_q), (cu_k, longest_k) = of_queries, of_keys
-    grouped = q.shape[1] != k.shape[1]
-    out = varlen_attn(q, k, v, cu_q, cu_k, longest_q, longest_k, window_size=(left, right), enable_gqa=grouped)
+    options: dict[str, Any] = {"window_size": (left, right)}
+    if "enable_gqa" in VARLEN_OPTIONS:  # torch 2.11 takes grouped heads without being told
+        options["enable_gqa"] = q.shape[1] != k.shape[1]
+    out = varlen_attn(q, k, v, cu_q, cu_k, longest_q, longest_k, **options)
     assert isinstance(out, Tensor), "only asked for more it gives a tuple"
     return out
 
@@ -96,21 +107,25 @@ def mask_of_blocks(visibility: Visibility, queries: Tokens, keys: Tokens) -> Blo
 
     device = queries.document.device
     sizes = len(queries.document), len(keys.document)
-    return create_block_mask(sees, None, None, *sizes, device, _compile=device.type == "cuda")
+    make: Any = _compiled(create_block_mask) if device.type == "cuda" else create_block_mask
+    return make(sees, None, None, *sizes, device)
 
 
 def run_flex(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask) -> Tensor:
     """`q` [n, H, d], `k` and `v` [m, K, d] -> [n, H, d]."""
     flat = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # [1, H, n, d]
-    kernel: Any = _compiled_flex() if q.is_cuda else flex_attention
+    kernel: Any = _compiled(flex_attention) if q.is_cuda else flex_attention
     out = kernel(*flat, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1])
     return out.squeeze(0).transpose(0, 1)
 
 
 @cache
-def _compiled_flex() -> Callable[..., Any]:
-    """Without compilation FlexAttention would hold all scores."""
-    return torch.compile(flex_attention, dynamic=False)
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Without compilation FlexAttention would hold all scores, and the making of its mask all pairs of tokens.
+
+    Lengths after the first share one compilation: torch compiles a function a few times, then no more.
+    """
+    return torch.compile(function)
 
 
 class KeyValueCache:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
@@ -66,9 +67,9 @@ class Documents:
     @classmethod
     def from_position_ids(cls, position_ids: Tensor, device: torch.device | None = None, copies: int = 1) -> Documents:
         """`position_ids` [B, T]; left on the CPU they cost no synchronisation when the model is on an accelerator."""
-        begins = position_ids == 0
+        begins = position_ids.numpy(force=True) == 0  # torch would wake its threads for it, which takes milliseconds
         begins[:, :: position_ids.shape[1] // copies] = True
-        starts = [*begins.flatten().nonzero().flatten().tolist(), position_ids.numel()]
+        starts = [*np.flatnonzero(begins).tolist(), position_ids.numel()]
         lengths = [end - start for start, end in pairwise(starts)]
         device = device or position_ids.device
         cu_seqlens = torch.tensor(starts, dtype=torch.int32, device=device)

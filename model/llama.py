@@ -72,17 +72,17 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = RMSNorm(d, config.rms_norm_eps), RMSNorm(d, config.rms_norm_eps)
 
     def forward(self, x: Tensor, documents: Documents, cache: KeyValueCache | None = None) -> Tensor:
+        tables = rotary_tables(self.config, documents) if self.config.position_embedding == "rope" else None
         projected = self.multiply(x, documents, self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (each.unflatten(-1, (-1, self.config.head_width)) for each in projected)  # the heads that are here
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
+        if tables is not None:
+            q, k = rotate(q, *tables), rotate(k, *tables)
         return self.o_proj(self._mix(q, k, v, documents, cache).flatten(2), documents)
 
     @torch.compiler.disable  # the number of documents and their lengths change with every batch
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, cache: KeyValueCache | None) -> Tensor:
-        if self.config.position_embedding == "rope":
-            tables = rotary_tables(self.config, documents)
-            q, k = rotate(q, *tables), rotate(k, *tables)
         if cache is not None:
             k, v = cache.append(k, v)
         if k.shape[1] == q.shape[1]:

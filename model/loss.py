@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 IGNORED = -100
 """Target of a token that does not count."""
-CHUNK_TOKENS = 1024
+CHUNK_TOKENS, CHUNK_TOKENS_CUDA = 1024, 4096
 """Rows of logits that exist at a time. Each chunk adds to a [V, D] gradient, so far fewer would cost bandwidth."""
 SOFTMAX_TOKENS = 64
 """Rows of which the softmax is made at a time on CPUs, so that its wide temporaries stay in the cache."""
@@ -31,7 +32,7 @@ def linear_cross_entropy(
     weight: Tensor,
     targets: Tensor,
     z_loss_weight: float = 0.0,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
     part: VocabularyPart | None = None,
     target_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -55,6 +56,7 @@ def linear_cross_entropy(
     if target_weights is not None:
         counted = (flat_targets != IGNORED).nonzero().squeeze(1)
         flat, flat_targets, target_weights = flat[counted], flat_targets[counted], target_weights.reshape(-1)[counted]
+    chunk_tokens = chunk_tokens or (CHUNK_TOKENS_CUDA if x.is_cuda else CHUNK_TOKENS)
     problem = flat, weight, flat_targets, target_weights
     objective, losses = _LinearCrossEntropy.apply(*problem, z_loss_weight, chunk_tokens, part, make_gradients)
     if counted is not None:
@@ -98,7 +100,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             scale = None if target_weights is None else target_weights[rows].to(wide)
             for piece in _softmax_pieces(len(logits), x.is_cuda or part is not None):
                 problem = logits[piece], targets[rows][piece], None if scale is None else scale[piece]
-                nll, z = _softmax(*problem, wide, z_loss_weight, part, make_gradients)
+                softmax = _compiled_softmax if x.is_cuda and part is None else _softmax
+                nll, z = softmax(*problem, wide, z_loss_weight, part, make_gradients)
                 losses[rows][piece] = nll
                 terms = nll + z_loss_weight * z
                 objective += (terms if problem[2] is None else terms * problem[2]).sum()
@@ -130,6 +133,41 @@ def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 def _softmax_pieces(rows: int, at_once: bool) -> list[slice]:
     step = rows if at_once else SOFTMAX_TOKENS
     return [slice(first, first + step) for first in range(0, rows, max(step, 1))]
+
+
+def _compiled_softmax(*problem: Any) -> tuple[Tensor, Tensor]:
+    """Two passes over the logits instead of ten; compiled for any number of rows of one vocabulary."""
+    for rows in problem[:3]:
+        if rows is not None:
+            torch._dynamo.maybe_mark_dynamic(rows, 0)
+    return _compiled(_fused_softmax)(*problem)
+
+
+_compiled = cache(torch.compile)
+
+
+def _fused_softmax(
+    logits: Tensor,
+    targets: Tensor,
+    target_weights: Tensor | None,
+    wide: torch.dtype,
+    z_loss_weight: float,
+    part: None,
+    make_gradients: bool,
+) -> tuple[Tensor, Tensor]:
+    """`_softmax` of a whole vocabulary in operators that a compiler makes one kernel of."""
+    counted = targets != IGNORED
+    index = targets.where(counted, 0).unsqueeze(1)
+    widened = logits.to(wide)
+    log_z = widened.logsumexp(-1, keepdim=True)
+    nll = (log_z - logits.gather(1, index).to(wide)).squeeze(1).where(counted, 0)
+    z = log_z.squeeze(1).square().where(counted, 0)
+    if make_gradients:
+        scale = (counted.to(wide) if target_weights is None else target_weights.where(counted, 0)).unsqueeze(1)
+        at_target = torch.arange(logits.shape[1], device=logits.device) == index
+        grad = (widened - log_z).exp() * (scale * (1 + 2 * z_loss_weight * log_z)) - scale * at_target
+        logits.copy_(grad)
+    return nll, z
 
 
 def _softmax(

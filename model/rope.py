@@ -23,6 +23,7 @@ def rope_depends_on_length(config: ModelConfig) -> bool:
     return config.rope_scaling is not None and config.rope_scaling["rope_type"] in ("dynamic", "longrope")
 
 
+@torch.compiler.disable  # made once a forward, by whichever layer comes first
 def rotary_tables(config: ModelConfig, documents: Documents) -> tuple[Tensor, Tensor]:
     """cos [B, T, 1, d] and sin [B, T, 1, d / 2] of every token's angles, float32, times the scaling's attention factor.
 

@@ -101,6 +101,22 @@ def test_processes_with_a_part_of_the_vocabulary_agree_on_the_whole(
     torch.testing.assert_close(torch.cat([grad for _, grad in grads]), expected_weight, atol=1e-10, rtol=1e-10)
 
 
+@given(
+    ignored=st.sampled_from([0.0, 0.3, 1.0]),
+    z=st.sampled_from([0.0, 0.5]),
+    weighted=st.booleans(),
+    seed=st.integers(0, 5),
+)
+def test_the_form_that_is_compiled_for_accelerators_is_the_same(ignored, z, weighted, seed):
+    x, weight, targets = problem(30, 9, 20, ignored, seed)
+    weights = torch.rand(30, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) if weighted else None
+    results = []
+    for softmax in (loss._softmax, loss._fused_softmax):
+        logits = (x @ weight.T).detach()
+        results.append((*softmax(logits, targets, weights, torch.float64, z, None, True), logits))
+    torch.testing.assert_close(*results, atol=1e-12, rtol=1e-12)
+
+
 @pytest.mark.parametrize("frozen", ["x", "weight"])
 def test_only_the_gradients_asked_for_are_made(frozen):
     x, weight, targets = problem(9, 4, 7, 0.2)
