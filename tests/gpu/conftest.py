@@ -4,7 +4,7 @@ import pytest
 import torch
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def gpu() -> torch.device:
     """Every test of this folder needs one."""
     if not torch.cuda.is_available():
