@@ -1,9 +1,11 @@
 """Chunked cross-entropy equals the full one, in value and gradient, without its memory."""
 
+from functools import cache, partial
 from unittest import mock
 
 import pytest
 import torch
+import torch._dynamo.utils
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
@@ -115,6 +117,21 @@ def test_the_form_that_is_compiled_for_accelerators_is_the_same(ignored, z, weig
         logits = (x @ weight.T).detach()
         results.append((*softmax(logits, targets, weights, torch.float64, z, None, True), logits))
     torch.testing.assert_close(*results, atol=1e-12, rtol=1e-12)
+
+
+def test_it_is_not_compiled_anew_for_every_number_of_rows(monkeypatch):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(loss, "_compiled", cache(partial(torch.compile, backend="aot_eager")))
+    for tokens in (30, 17, 2, 64, 9, 33):
+        x, weight, targets = problem(tokens, 9, 20, 0.3)
+        logits = (x @ weight.T).detach()
+        found, other = logits.clone(), logits.clone()
+        loss._compiled_softmax(found, targets, None, torch.float64, 0.1, None, True)
+        loss._softmax(other, targets, None, torch.float64, 0.1, None, True)
+        torch.testing.assert_close(found, other, atol=1e-12, rtol=1e-12)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("frozen", ["x", "weight"])
