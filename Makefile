@@ -14,7 +14,7 @@ help:
 	@echo "make bench-gpu         training steps of 125M, 1B and 8B on a GPU beside others, with MFU"
 	@echo "make test-checkpoint   a real pretrained checkpoint (downloads 93 MB)"
 
-.venv/installed: requirements.txt requirements-extra.txt requirements-cluster.txt requirements-dev.txt requirements-readers.txt requirements-storage.txt
+.venv/installed: requirements.txt requirements-extra.txt requirements-cluster.txt requirements-dev.txt requirements-readers.txt requirements-storage.txt requirements-filters.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-readers.txt
@@ -41,6 +41,7 @@ bench: .venv/installed
 	$(BIN)/python -m bench.data
 	$(BIN)/python -m bench.rows
 	$(BIN)/python -m bench.cluster
+	$(BIN)/python -m bench.near_duplicates
 	$(BIN)/python -m bench.loader
 	$(BIN)/python -m bench.model
 	$(BIN)/python -m bench.kernels

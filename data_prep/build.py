@@ -36,8 +36,10 @@ from console.command import CommandParser, run_command
 from console.progress import Progress, say
 from data_prep.chat import keep_template, read_template
 from data_prep.encode import Work, choose_encoder
+from data_prep.filters import filter_hashes
 from data_prep.finish import Tokenized, finish
 from data_prep.foresee import say_what_is_foreseen
+from data_prep.leave_out import evaluation_files
 from data_prep.ledger import Ledger, finished_units, read_ledger
 from data_prep.options import BuildOptions, add_packing_arguments, option_problems, packing_from
 from data_prep.plan import (
@@ -179,7 +181,9 @@ def _tokenize(
             accelerated, reason = choose_encoder(how.encoder, tokenizer, todo, plan.files, fields)
         say(f"{len(units):,} units of work, {len(done):,} done before; encoder: {reason}")
         places = tokens, tokenizer_file, plan.sha256, plan.files
-        work = Work(*places, *fields, plan.options.seed, how.on_error, accelerated, chat, plan.options.source_field)
+        filters = tuple(spec for spec, _ in plan.options.filters or ())
+        source_field = plan.options.source_field
+        work = Work(*places, *fields, plan.options.seed, how.on_error, accelerated, chat, source_field, filters)
         with Progress("tokenizing", sum(unit.size for unit in units)) as progress:
             progress.resume_at(sum(plan.units[unit].size for unit in done))
             for ledger in _encode(work, todo, how, progress):
@@ -215,8 +219,12 @@ def parse_arguments() -> argparse.Namespace:
     for name, field in BuildOptions.model_fields.items():
         if name == "deduplicate":
             add("--deduplicate", action="store_true", help=field.description)
+        elif name == "filters":
+            add("--filter", dest="filters", action="append", metavar="FILTER", help=field.description)
+        elif name == "evaluation":
+            add("--evaluation", nargs="+", metavar="DOCS", help=field.description)
         elif name != "packing":
-            kind = int if "int" in str(field.annotation) else float if field.annotation is float else str
+            kind = int if "int" in str(field.annotation) else float if "float" in str(field.annotation) else str
             words = "" if field.default is None else f" (default: {field.default})"
             add(f"--{name.replace('_', '-')}", type=kind, default=field.default, help=f"{field.description}{words}")
     workers_help = f"processes (default: the cores, here {available_cores()}; of a Ray cluster all)"
@@ -239,6 +247,10 @@ def options_from(arguments: argparse.Namespace) -> BuildOptions:
     given = {name: getattr(arguments, name) for name in set(BuildOptions.model_fields) - {"packing"}}
     if given["chat_template"] is not None:
         given["chat_template"] = read_template(Path(given["chat_template"]))
+    if given["filters"] is not None:
+        given["filters"] = filter_hashes(given["filters"])
+    if given["evaluation"] is not None:
+        given["evaluation"] = evaluation_files(given["evaluation"])
     try:
         return BuildOptions(packing=packing, **given)
     except ValidationError as error:

@@ -20,8 +20,9 @@ import xxhash
 from data_prep.chat import ChatFormat
 from data_prep.chat_tokens import ChatEncoder
 from data_prep.documents import read_unit
+from data_prep.filters import Filters
 from data_prep.ledger import Ledger, unit_path, write_ledger
-from data_prep.records import Conversation, Document, InputFile, Problems, SourcedDocument, Unit
+from data_prep.records import Conversation, Document, Filtered, InputFile, Problems, SourcedDocument, Unit
 from data_prep.sources import hash64, key_prefix
 from data_prep.targets import Spans
 from data_prep.tokenizer import Tokenizer, open_tokenizer
@@ -186,6 +187,7 @@ class Work(NamedTuple):
     accelerated: str | None
     chat: ChatFormat | None = None
     source_field: str | None = None
+    filters: tuple[str, ...] = ()
 
 
 class UnitEncoder:
@@ -196,6 +198,7 @@ class UnitEncoder:
         self.tokenizer = open_tokenizer(work.tokenizer)
         self.encoder = Encoder(self.tokenizer, work.accelerated)
         self.chat_encoder = ChatEncoder(self.tokenizer) if work.chat else None
+        self.filters = Filters(work.filters)
 
     def run(self, unit: Unit) -> Ledger:
         """Write the unit's file, then its ledger, by which it counts as done."""
@@ -209,7 +212,9 @@ class UnitEncoder:
         counts = dict.fromkeys(("documents", "text_bytes", "tokens", "unknown", "fallback", "empty"), 0)
         counts |= {"targets": 0} if work.chat else {}
         how = work.text_field, work.id_field, problems, digest, work.chat, work.source_field
-        batches = self._encode(_batches(read_unit(unit, work.files, *how), counts), unit, encoder, counts)
+        filtered: list[Filtered] = []
+        documents = self.filters.kept(read_unit(unit, work.files, *how), filtered)
+        batches = self._encode(_batches(documents, counts), unit, encoder, counts)
         path, has = unit_path(work.folder, unit.index), (work.chat is not None, work.source_field is not None)
         sha256, size = write_unit(path, self.tokenizer.dtype, batches, *has)
         ledger = Ledger(
@@ -221,6 +226,7 @@ class UnitEncoder:
             skipped=dict(sorted(problems.reasons.items())),
             examples=problems.examples,
             left_out=problems.left_out,
+            filtered=filtered,
             disagreed=disagreed,
             **counts,
         )

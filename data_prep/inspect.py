@@ -3,11 +3,13 @@
     python -m data_prep.inspect DATA
     python -m data_prep.inspect DATA --row N [--split train] [--source NAME]
     python -m data_prep.inspect DATA --document KEY_OR_N
+    python -m data_prep.inspect DATA --dropped
 
 A row is shown piece by piece, with the document each was cut from; overlap context, which carries no loss, is dimmed (on
 a terminal) or put in ⟦ ⟧. Of conversations, what carries loss is green or put in ⟪ ⟫, and control tokens are spelled out.
 Rows are counted from 0, over all sources in the order of their names or within --source. Every cut is shown with its kind
-(data_prep/cut.py) and the text on both sides, line ends as ⏎.
+(data_prep/cut.py) and the text on both sides, line ends as ⏎. --dropped lists what is left out, why and of which document
+it has the text, a line each.
 """
 
 if __name__ == "__main__":
@@ -26,8 +28,9 @@ from rich.text import Text
 
 from console.command import CommandParser, run_command
 from data_prep.cut import Breaks
+from data_prep.dropped_report import dropped_lines, reasons_of
 from data_prep.store import TokenStore
-from data_prep.summary import cut_words, left_out_words, target_words
+from data_prep.summary import cut_words, dropped_words, left_out_words, target_words
 from data_prep.token_bytes import token_bytes
 from data_prep.tokenizer import Tokenizer, open_tokenizer
 from storage.documents import pieces_of
@@ -67,6 +70,8 @@ def show_overview(directory: Path, manifest: Manifest) -> None:
             console.print(f"             {cut_words(rows['cuts'])}")
     if manifest.target_spans:
         console.print(f"targets      {target_words(statistics)}")
+    for words in dropped_words(statistics):
+        console.print(f"left out     {words} (--dropped lists them)")
     for words in left_out_words(manifest.left_out):
         console.print(words.replace(": ", "     ", 1))
     console.print(f"tokenizer    {tokenizer.type}, {tokenizer.vocab_size:,} entries, ids as {manifest.dtype}")
@@ -124,8 +129,10 @@ def show_document(directory: Path, manifest: Manifest, wanted: str) -> None:
     tokenizer = open_tokenizer(directory / manifest.tokenizer.file)
     breaks = Breaks(token_bytes(tokenizer))
     console.print(Text(f"{_document(store, number)}, source {source}, {len(ids):,} tokens", "bold"))
+    for words in reasons_of(store, number):
+        console.print(Text(words, "cyan"))
     if split is None:
-        console.print(Text("left out as an exact duplicate", "cyan"))
+        console.print(Text("it is in no row", "cyan"))
     elif split in manifest.splits:
         for row, offset, length in pieces_of(ShardedDataset(directory, split, manifest), source, number):
             where = f"tokens {offset:,}-{offset + length - 1:,} in row {row} of source {source}, split {split}"
@@ -137,6 +144,15 @@ def show_document(directory: Path, manifest: Manifest, wanted: str) -> None:
         console.print(_chat(tokenizer, breaks, ids, np.stack([spans.begin, spans.end], axis=1)))
     else:
         console.print(Text(tokenizer.decode(ids)))
+
+
+def show_dropped(directory: Path, manifest: Manifest) -> None:
+    """Print a line for every document, and stretch of one, that is left out."""
+    store = _store(directory)
+    if store is None:
+        raise ValueError(f"{directory / 'tokens'} is gone, and with it the list of what was left out")
+    for words in dropped_lines(store, open_tokenizer(directory / manifest.tokenizer.file)):
+        print(words)
 
 
 def _store(directory: Path) -> TokenStore | None:
@@ -186,12 +202,15 @@ def main() -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--row", type=int, metavar="N", help="show this row (default: an overview)")
     what.add_argument("--document", metavar="KEY_OR_N", help="show the document with this number or else this key")
+    what.add_argument("--dropped", action="store_true", help="list what was left out of the documents, and why")
     parser.add_argument("--split", default="train", help="split of --row (default: %(default)s)")
     parser.add_argument("--source", help="source of --row (default: rows are counted over all sources)")
     arguments = parser.parse_args()
     manifest = read_manifest(arguments.data)
     if arguments.row is not None:
         show_row(arguments.data, arguments.split, arguments.source, arguments.row)
+    elif arguments.dropped:
+        show_dropped(arguments.data, manifest)
     elif arguments.document is not None:
         show_document(arguments.data, manifest, arguments.document)
     else:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from data_prep.records import LeftOut
+from data_prep.records import Filtered, LeftOut
 from storage.atomic import own_temporary, write_atomically
 
 
@@ -31,6 +31,8 @@ class Ledger(BaseModel):
     skipped: dict[str, int] = {}
     examples: list[str] = []
     left_out: list[LeftOut] = []
+    filtered: Annotated[list[Filtered], Field(exclude_if=lambda refused: not refused)] = []
+    """Documents that filters left out."""
     disagreed: bool = False
     """The accelerated encoder gave other ids, so the reference encoder did the unit."""
 
@@ -62,6 +64,12 @@ def _ledgers(folder: Path) -> Iterator[Ledger]:
             yield Ledger.model_validate_json(path.read_bytes())
         except (OSError, ValueError):
             continue
+
+
+def filtered_of(folder: Path) -> Iterator[Filtered]:
+    """All documents of a finished store that filters left out, in order."""
+    for ledger in _ledgers(folder):
+        yield from ledger.filtered
 
 
 def has_documents(folder: Path) -> bool:

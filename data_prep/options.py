@@ -11,9 +11,9 @@ from data_prep.tokenizer_files import CONFIG_FILE
 from storage.manifest import PackingPolicy
 
 
-def _not_given() -> Any:
+def _not_given(**bounds: float) -> Any:
     """A field that is in no plan without it."""
-    return Field(default=None, exclude_if=lambda value: value is None)
+    return Field(default=None, exclude_if=lambda value: value is None, **bounds)  # type: ignore[call-overload]
 
 
 class BuildOptions(BaseModel):
@@ -40,6 +40,20 @@ class BuildOptions(BaseModel):
     """share of the documents for validation, chosen by the hash of their key; 0 for no validation split"""
     deduplicate: bool = False
     """leave out documents whose text is exactly that of an earlier one"""
+    near_duplicates: float | None = _not_given(ge=0.3, le=1)
+    """leave out documents whose n-grams are those of an earlier one to this share (Jaccard similarity, such as 0.8)"""
+    near_duplicate_sections: float | None = _not_given(ge=0.3, le=1)
+    """cut sections whose n-grams are those of an earlier section to this share out of documents (such as 0.8)"""
+    ngram: int | None = _not_given(ge=1, le=1024)
+    """tokens of these n-grams (default: 5)"""
+    decontaminate: int | None = _not_given(ge=1, le=1024)
+    """cut sections that share n-grams of so many tokens (such as 50) with the validation split or --evaluation out of training"""
+    evaluation: dict[str, str] | None = _not_given()
+    """with --decontaminate: files of texts that must not be trained on (--text-field), as --input"""
+    section_tokens: int | None = _not_given(ge=1)
+    """least tokens of a section, which is made of whole paragraphs (default: 128)"""
+    filters: list[tuple[str, str]] | None = _not_given()
+    """leave documents out by a rule, each with its reason: see data_prep/filters.py; may be repeated"""
     seed: int = Field(default=0, ge=0)
     """decides the split and the order of the rows"""
     unit_bytes: int | None = Field(default=None, ge=1)
@@ -61,6 +75,24 @@ class BuildOptions(BaseModel):
             )
         if self.chat_template is not None and not self.has_chats:
             raise ValueError("--chat-template needs --messages-field, or --prompt-field and --response-field")
+        return self
+
+    @model_validator(mode="after")
+    def _near_duplicates(self) -> "BuildOptions":
+        if self.near_duplicate_sections is not None and self.has_chats:
+            raise ValueError(
+                "--near-duplicate-sections: nothing can be cut out of a conversation; use --near-duplicates, which leaves "
+                "out whole ones"
+            )
+        needs: dict[str, tuple[str, ...]] = {
+            "ngram": ("near_duplicates", "near_duplicate_sections"),
+            "section_tokens": ("near_duplicate_sections", "decontaminate"),
+            "evaluation": ("decontaminate",),
+        }
+        for name, others in needs.items():
+            if getattr(self, name) is not None and all(getattr(self, other) is None for other in others):
+                flags = [f"--{each.replace('_', '-')}" for each in (name, *others)]
+                raise ValueError(f"{flags[0]} has no effect without {' or '.join(flags[1:])}")
         return self
 
     @property

@@ -186,11 +186,23 @@ class Plan(PackingPlan):
         return {name: digest.hexdigest() for name, digest in digests.items()}
 
 
-AFTER_UNITS = ("packing", "validation_fraction", "deduplicate")
+AFTER_UNITS = (
+    *("packing", "validation_fraction", "deduplicate"),
+    *("near_duplicates", "near_duplicate_sections", "ngram", "section_tokens", "decontaminate", "evaluation"),
+)
 """What of a plan decides nothing about the units of its token store."""
 
 
-FIELDS = ("text_field", "id_field", "source_field", "messages_field", "prompt_field", "response_field", "chat_template")
+FIELDS = (
+    "filters",
+    "text_field",
+    "id_field",
+    "source_field",
+    "messages_field",
+    "prompt_field",
+    "response_field",
+    "chat_template",
+)
 """What of a plan the sentences about unreadable input advise to change."""
 
 

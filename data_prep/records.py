@@ -121,6 +121,14 @@ class LeftOut(NamedTuple):
     files: int = 1
 
 
+class Filtered(NamedTuple):
+    """A document that a filter left out, and what it said."""
+
+    key: str
+    filter: str
+    reason: str
+
+
 class BadInput(ValueError):
     """Something of the input cannot be read, and that was not to be left out."""
 

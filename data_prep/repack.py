@@ -22,6 +22,8 @@ from pydantic import ValidationError
 
 from console.command import CommandParser, run_command
 from console.progress import Progress, say
+from data_prep.dropped import Dropped, read_dropped
+from data_prep.dropped_report import dropped_problem
 from data_prep.find import Source
 from data_prep.finish import Tokenized, finish
 from data_prep.foresee import say_what_is_foreseen
@@ -75,6 +77,7 @@ def repack(data: Path, policy: PackingPolicy, output: Path) -> Manifest:
             left_out=origin.left_out,
             foreseen=foreseen,
             repacked_from=origin.fingerprint,
+            dropped=_dropped(store) if "dropped" in origin.statistics else None,
         )
         return finish(plan, tokenizer, tokenizer_file, output, made, available_cores())
 
@@ -115,6 +118,12 @@ def _check_index(store: TokenStore, origin: Manifest, sources: list[str]) -> Non
     }
     if store.sources != sources or listed != counted:
         raise ValueError(f"{store.folder / INDEX_FILE} does not list the documents of the manifest: restore it")
+
+
+def _dropped(store: TokenStore) -> Dropped:
+    if problem := dropped_problem(store):
+        raise ValueError(problem)
+    return read_dropped(store.folder)
 
 
 def _take_units(store: TokenStore, plan_before: str, output: Path, plan_sha256: str) -> list[Ledger]:

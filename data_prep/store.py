@@ -4,6 +4,7 @@
     DATA/tokens/unit-00000.json    its ledger: written after the unit is complete, so a unit without one does not exist
     DATA/tokens/index.arrow        one row per stored document of all units: length, bytes, source, split
     DATA/tokens/keys.arrow         the documents by the hashes of their keys (storage/lookup.py)
+    DATA/tokens/dropped.arrow      what is left out of them and why, if anything is (data_prep/dropped.py)
 
     column    type                       per document
     tokens    large_list<uint16|uint32>  ids, BOS (where the tokenizer has one) and EOS included
@@ -21,7 +22,8 @@ and where a field of the input names it:
 
     source    string                     what the document counts as a part of
 
-A document's number is its position over all units. Duplicates that are left out keep theirs.
+A document's number is its position over all units. Those that are left out keep theirs. Of a document that lacks a part,
+length, bytes and tokens are those of the rest.
 """
 
 import hashlib
@@ -36,6 +38,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from data_prep.dropped import Cuts, read_dropped
 from data_prep.ledger import unit_path
 from data_prep.sources import hash64
 from data_prep.targets import Spans, joined
@@ -45,7 +48,7 @@ from storage.lookup import Lookup, write_lookup
 
 INDEX_FILE, KEYS_FILE = "index.arrow", "keys.arrow"
 SPLITS = ("train", "validation")
-LEFT_OUT = len(SPLITS)  # the split number of a duplicate that was removed
+LEFT_OUT = len(SPLITS)  # the split number of a document that is dropped
 OPEN_UNITS, MOST_SOURCES = 64, 1 << 16
 INDEX_SCHEMA = {"length": pa.int64(), "nbytes": pa.int64(), "source": pa.uint16(), "split": pa.uint8()}
 
@@ -125,6 +128,7 @@ class TokenStore:
         self._unit_ends: list[int] = np.cumsum(json.loads(metadata[b"units"]), dtype=np.int64).tolist()
         self._by_key = Lookup.open(self.folder / KEYS_FILE, metadata.get(b"keys", b"").decode())
         self._prefixes: list[str] = json.loads(metadata.get(b"prefixes", b"[]"))
+        self._cuts: Cuts | None = None
         self._open: OrderedDict[int, UnitFile] = OrderedDict()
 
     @classmethod
@@ -148,7 +152,14 @@ class TokenStore:
         return StoredDocuments(self, first + np.flatnonzero(chosen))
 
     def tokens(self, doc: int) -> np.ndarray:
-        """Ids of document number `doc`: a view into the file."""
+        """Ids of document number `doc`: a view into the file, unless it lacks a part."""
+        if self._cuts is None:
+            dropped = read_dropped(self.folder)
+            self._cuts = Cuts(dropped.select(self._split[dropped.doc] != LEFT_OUT))
+        return self._cuts.applied(doc, self.stored_tokens(doc))
+
+    def stored_tokens(self, doc: int) -> np.ndarray:
+        """All ids of a document, also those that are left out of it: a view into the file."""
         unit, row = self._place(doc)
         return self._unit(unit).tokens(row)
 
@@ -188,9 +199,13 @@ class TokenStore:
         return [(end - start, int(self._source[start]) if end > start else 0) for start, end in pairwise(starts)]
 
     def split(self, doc: int) -> str | None:
-        """Split of a document, None for a removed duplicate."""
+        """Split of a document, None where it is dropped."""
         number = int(self._split[doc])
         return None if number == LEFT_OUT else SPLITS[number]
+
+    def length(self, doc: int) -> int:
+        """Tokens of a document, without what is left out of it."""
+        return int(self._length[doc])
 
     def source(self, doc: int) -> str:
         return self.sources[int(self._source[doc])]

@@ -10,9 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from data_prep.cut import KINDS
+from data_prep.filters import MEASURES
 from data_prep.ledger import Ledger
 from data_prep.pack import RowCounts, total_of
-from data_prep.records import LeftOut, printable
+from data_prep.records import Filtered, LeftOut, printable
 from data_prep.store import LEFT_OUT, Columns
 from storage.manifest import LeftOutFiles, Manifest, SourceRows
 
@@ -30,10 +31,14 @@ def statistics(
     columns: Columns,
     split: np.ndarray,
     duplicates: np.ndarray,
+    removed: int,
     packings: dict[str, dict[str, RowCounts]],
     cuts: dict[str, Counter[str]],
 ) -> dict[str, Any]:
-    """Counts over the whole input (`input`), over the stored documents, and over the rows of each split."""
+    """Counts over the whole input (`input`), over the documents that stay, and over the rows of each split.
+
+    `removed`: how many of the exact duplicates are left out.
+    """
     kept = split != LEFT_OUT
     lengths = np.sort(columns.length[kept])
     skipped: Counter[str] = Counter()
@@ -48,7 +53,7 @@ def statistics(
             "skipped_examples": [example for ledger in ledgers for example in ledger.examples][:EXAMPLES],
             "repeated_keys": len(columns.key_hash) - len(np.unique(columns.key_hash)),
             "duplicates": len(duplicates),
-            "duplicates_removed": int(np.count_nonzero(~kept)),
+            "duplicates_removed": removed,
             "tokens": sum(ledger.tokens for ledger in ledgers),
             "unknown_tokens": sum(ledger.unknown for ledger in ledgers),
             "byte_fallback_tokens": sum(ledger.fallback for ledger in ledgers),
@@ -125,6 +130,8 @@ def print_summary(manifest: Manifest, output: Path, seconds: float) -> None:
     )
     removed = "removed" if given["duplicates_removed"] else "kept; --deduplicate, with another --output, removes them"
     add("exact duplicates", f"{given['duplicates']:,}" + (f" ({removed})" if given["duplicates"] else ""))
+    for words in dropped_words(numbers):
+        add("left out", words)
     if given["repeated_keys"]:
         add("repeated keys", f"{given['repeated_keys']:,}")
     add("left out", f"{given['empty']:,} empty" + "".join(f", {n:,} {why}" for why, n in given["skipped"].items()))
@@ -157,6 +164,26 @@ def print_summary(manifest: Manifest, output: Path, seconds: float) -> None:
         console.print(table)
     else:
         print(_plain(table))
+
+
+def filtered_statistics(ledgers: list[Ledger]) -> dict[str, Any]:
+    """Documents that filters left out, by filter, and for what has words for reasons by these."""
+    counts = Counter(filtered_reason(entry) for ledger in ledgers for entry in ledger.filtered)
+    return dict(sorted(counts.items()))
+
+
+def filtered_reason(entry: Filtered) -> str:
+    """Such as "gopher-quality: gopher_short_doc"; of a measurement the filter alone."""
+    measured = entry.filter.partition("=")[0] in MEASURES or entry.filter.startswith("language=")
+    return f"{entry.filter}: {entry.reason}" if entry.reason and not measured else entry.filter
+
+
+def dropped_words(numbers: dict[str, Any]) -> Iterator[str]:
+    """Such as "12 x repeated section, of 9 documents: 3,456 tokens", and what filters left out."""
+    for reason, count in numbers.get("filtered", {}).items():
+        yield f"{count:,} documents by --filter {reason}"
+    for reason, counts in numbers.get("dropped", {}).items():
+        yield f"{counts['count']:,} x {reason}, of {counts['documents']:,} documents: {counts['tokens']:,} tokens"
 
 
 def target_words(numbers: dict[str, Any]) -> str:

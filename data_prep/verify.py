@@ -23,6 +23,8 @@ import numpy as np
 
 from console.command import CommandParser, run_command
 from console.progress import Progress
+from data_prep.dropped import DROPPED_FILE
+from data_prep.dropped_report import dropped_problem
 from data_prep.export_files import EXPORT_FILE, export_problems, read_export
 from data_prep.ledger import Ledger
 from data_prep.plan import TOKENS_FOLDER
@@ -119,7 +121,7 @@ def _token_store_problems(folder: Path, manifest: Manifest, full: bool) -> Itera
     kept = sum(entry.documents for sources in manifest.splits.values() for entry in sources.values())
     if sum(len(store.documents(split)) for split in manifest.splits) != kept:
         yield 0, f"{folder / INDEX_FILE} does not list the {kept} documents of the manifest"
-    documents, complete = 0, True
+    documents, complete, intact = 0, True, True
     for path in sorted({path.with_suffix(".arrow") for path in folder.glob("unit-*.*")}):
         try:
             ledger = Ledger.model_validate_json(path.with_suffix(".json").read_bytes())
@@ -131,9 +133,12 @@ def _token_store_problems(folder: Path, manifest: Manifest, full: bool) -> Itera
         if problem is None and ledger.targets is not None:
             problem = _unit_target_problem(path, ledger)
         yield ledger.file_bytes, problem
+        intact &= problem is None
         documents += ledger.documents
     if complete and documents != len(store):
         yield 0, f"{folder} lacks units: those present hold {documents:,} documents, its index lists {len(store):,}"
+    elif complete and intact and ("dropped" in manifest.statistics or (folder / DROPPED_FILE).exists()):
+        yield 0, dropped_problem(store)
 
 
 def _unit_target_problem(path: Path, ledger: Ledger) -> str | None:

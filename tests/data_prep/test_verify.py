@@ -170,7 +170,7 @@ def test_a_document_by_key_or_number_is_its_text(pristine, command, key):
 
 def test_a_removed_duplicate_is_called_that(pristine, command):
     outputs = [command(inspect, pristine, "--document", f"{name}.txt")[1] for name in ("twin", "zwilling")]
-    assert ["left out as an exact duplicate" in output for output in outputs] == [False, True]
+    assert ["exact duplicate (1.000, of document " in output for output in outputs] == [False, True]
 
 
 def test_a_row_is_its_documents_with_provenance(pristine, command):

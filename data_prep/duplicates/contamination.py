@@ -1,0 +1,139 @@
+"""What of the training documents stands in the validation split or in evaluation files, word for word.
+
+Every n-gram of these reference texts is kept as a hash, 8 bytes a token, in a file that all workers map. A section
+(sections.py) of a training document in which such an n-gram begins, ends or lies is cut out; the rest is looked at again, since
+what a cut joins may be one, until there is none. A conversation is left out as a whole, and so is a document of which nothing
+stays. Two n-grams that only share a 64-bit hash cost a section, so none is missed.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data_prep.dropped import REASONS, Cuts, Dropped, dropped_of
+from data_prep.duplicates.ngrams import hashes
+from data_prep.duplicates.sections import Content, Paragraphs, sections
+from data_prep.duplicates.sketch import read_batches
+from data_prep.ledger import unit_path
+from storage.atomic import publish
+
+CONTAMINATED = REASONS.index("contaminated")
+FILTER_BITS = 24
+
+
+class Reference:
+    """The n-grams of the texts that must not be trained on, by their hashes."""
+
+    def __init__(self, path: Path, ngram: int) -> None:
+        self.ngram = ngram
+        self._hashes = np.load(path, mmap_mode="r")
+        self._seen = np.zeros(1 << FILTER_BITS, bool)
+        self._seen[self._hashes >> np.uint64(64 - FILTER_BITS)] = True
+
+    def begins(self, ids: np.ndarray) -> np.ndarray:
+        """Positions at which one of these n-grams begins, ascending."""
+        found = hashes(ids, self.ngram)
+        possible = np.flatnonzero(self._seen[found >> np.uint64(64 - FILTER_BITS)])
+        wanted = found[possible]
+        place = np.searchsorted(self._hashes, wanted).clip(max=len(self._hashes) - 1)
+        return possible[self._hashes[place] == wanted]
+
+
+def write_reference(path: Path, texts: Iterable[np.ndarray], ngram: int) -> tuple[int, int]:
+    """Keep the n-grams of texts (ids without BOS and EOS); returns how many texts have one, and how many are too short."""
+    long = short = 0
+    parts = [np.zeros(0, np.uint64)]
+    for ids in texts:
+        if len(ids) < ngram:
+            short += 1
+            continue
+        long += 1
+        parts.append(hashes(ids, ngram))
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        np.save(file, np.unique(np.concatenate(parts)))
+    publish(temporary, path)
+    return long, short
+
+
+class Scan(NamedTuple):
+    """How training documents are searched; `begins` as of sketch.Settings."""
+
+    ngram: int
+    section_tokens: int
+    begins: int
+    whole: bool
+    """Nothing is cut out of documents: they are left out."""
+
+
+class Searcher:
+    """Searches whole units of a token store; `first_doc[u]` is the number of the first document of unit u, `train` says
+    which documents are trained on, `cuts` what is cut out of them already."""
+
+    def __init__(
+        self,
+        tokens: Path,
+        reference: Path,
+        scan: Scan,
+        pieces: list[bytes],
+        first_doc: Sequence[int],
+        train: np.ndarray,
+        cuts: Dropped,
+    ) -> None:
+        self.tokens, self.reference, self.scan = tokens, reference, scan
+        self.paragraphs = Paragraphs(pieces)
+        self.first_doc, self.train, self.cuts = first_doc, train, cuts
+        self._opened: Reference | None = None
+
+    def run(self, unit: int) -> Dropped:
+        """What is to be left out of the unit's documents, beside what is cut out of them already."""
+        if self._opened is None:
+            self._opened = Reference(self.reference, self.scan.ngram)
+        rows: list[tuple] = []
+        doc = int(self.first_doc[unit])
+        for ids, offsets in read_batches(unit_path(self.tokens, unit)):
+            for row in self._suspects(ids, offsets, doc):
+                rows += self._of_document(doc + row, ids[offsets[row] : offsets[row + 1]])
+            doc += len(offsets) - 1
+        return dropped_of(rows)
+
+    def _suspects(self, ids: np.ndarray, offsets: np.ndarray, first: int) -> list[int]:
+        """Documents of a batch with one of the n-grams, or with cuts, which may have joined one."""
+        assert self._opened is not None
+        begins = self._opened.begins(ids)
+        rows = np.unique(np.searchsorted(offsets, begins, side="right") - 1)
+        numbers = np.arange(first, first + len(offsets) - 1)
+        rows = np.union1d(rows, np.flatnonzero(np.isin(numbers, self.cuts.doc)))
+        return rows[self.train[first + rows]].tolist()
+
+    def _of_document(self, doc: int, ids: np.ndarray) -> Iterator[tuple]:
+        """Rows of `Dropped`."""
+        assert self._opened is not None
+        scan, size = self.scan, len(ids)
+        begin, end = scan.begins, size - 1
+        stays = np.zeros(size, bool)
+        stays[Cuts(self.cuts).applied(doc, np.arange(size))] = True
+        before = stays.copy()
+        content = Content(ids, np.array([begin]), np.array([end]))
+        section = np.searchsorted(
+            sections(content, self.paragraphs, scan.section_tokens).end, np.arange(size), side="right"
+        )
+        shared = 0
+        while True:
+            places = np.flatnonzero(stays[begin:end]) + begin
+            found = self._opened.begins(ids[places])
+            if not len(found):
+                break
+            shared += len(found)
+            touched = np.unique(section[places[(found[:, None] + np.arange(scan.ngram)).reshape(-1)]])
+            stays[begin:end] &= not scan.whole and ~np.isin(section[begin:end], touched)
+        if not shared:
+            return
+        edges = np.flatnonzero(np.diff(before & ~stays, prepend=False, append=False)).reshape(-1, 2).tolist()
+        if not np.any(stays[begin:end]):
+            edges = [[0, size]]
+        for low, high in edges:
+            nbytes = int(self.paragraphs.sizes[ids[low:high]].sum())
+            yield doc, low, high, CONTAMINATED, float(shared), -1, nbytes
