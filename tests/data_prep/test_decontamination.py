@@ -99,7 +99,7 @@ def test_a_contaminated_conversation_is_left_out_as_a_whole(chat_folder, tmp_pat
         ),
         ({"evaluation": {}}, "--evaluation has no effect without --decontaminate"),
         (
-            {"decontaminate": 5, "evaluation": {"/nowhere.txt": ""}},
+            {"decontaminate": 5, "evaluation": {"/nowhere.txt": "0" * 64}},
             "/nowhere.txt of --evaluation is gone or has changed",
         ),
         ({"decontaminate": 2, "validation_fraction": 0.5}, "--decontaminate 2 leaves no document for training"),
