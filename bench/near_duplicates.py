@@ -89,16 +89,20 @@ def run_datatrove(folder: Path) -> Figures:
         MinhashDedupFilter,
         MinhashDedupSignature,
     )
+    from datatrove.pipeline.dedup.minhash import MinhashConfig
     from datatrove.pipeline.readers import JsonlReader
+    from datatrove.utils.hashing import HashConfig
+
+    config = MinhashConfig(hash_config=HashConfig(hash_fc="sha1"))  # its xxhash calls are those of older releases
 
     with tempfile.TemporaryDirectory(dir=folder) as work, Stopwatch() as watch:
         reader = JsonlReader(str(folder), glob_pattern="corpus.jsonl")
-        signature = MinhashDedupSignature(output_folder=f"{work}/signatures")
+        signature = MinhashDedupSignature(output_folder=f"{work}/signatures", config=config)
         signature.run(reader.run(None, 0, 1), 0, 1)
-        buckets = MinhashDedupBuckets(input_folder=f"{work}/signatures", output_folder=f"{work}/buckets")
+        buckets = MinhashDedupBuckets(f"{work}/signatures", f"{work}/buckets", config=config)
         for rank in range(14):
             buckets.run(None, rank, 14)
-        MinhashDedupCluster(input_folder=f"{work}/buckets", output_folder=f"{work}/remove").run(None, 0, 1)
+        MinhashDedupCluster(f"{work}/buckets", f"{work}/remove", config=config).run(None, 0, 1)
         kept: list[Document] = list(MinhashDedupFilter(input_folder=f"{work}/remove").run(reader.run(None, 0, 1), 0, 1))
     left = {int(document.id) for document in kept}
     count = sum(1 for _ in (folder / "corpus.jsonl").open())
