@@ -66,7 +66,7 @@ def run_ours(folder: Path, **levels: float) -> Figures:
     import numpy as np
 
     from data_prep.duplicates.near import find_near_duplicates
-    from data_prep.duplicates.sketch import Settings
+    from data_prep.duplicates.sketch import NearSettings
     from data_prep.leave_out import SECTION_TOKENS
     from data_prep.ledger import Ledger
     from data_prep.token_bytes import token_bytes
@@ -76,7 +76,7 @@ def run_ours(folder: Path, **levels: float) -> Figures:
     tokens = folder / "data" / "tokens"
     ledgers = [Ledger.model_validate_json(path.read_bytes()) for path in sorted(tokens.glob("unit-*.json"))]
     with tempfile.TemporaryDirectory(dir=folder) as work, Stopwatch() as watch:
-        settings = Settings(levels, NGRAM, SECTION_TOKENS, begins=1)
+        settings = NearSettings(levels, NGRAM, SECTION_TOKENS, begins=1)
         dropped = find_near_duplicates(tokens, Path(work) / "near", settings, ledgers, pieces, 1)
     return watch.result | {"dropped": np.unique(dropped.doc[dropped.begin == 0]).tolist()}
 

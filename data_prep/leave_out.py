@@ -18,7 +18,7 @@ from data_prep.dropped import REASONS, Cuts, Dropped, dropped_of, ordered
 from data_prep.duplicates.by_unit import of_units
 from data_prep.duplicates.contamination import Scan, Searcher, write_reference
 from data_prep.duplicates.near import WORK_FOLDER, find_near_duplicates
-from data_prep.duplicates.sketch import Settings, read_batches
+from data_prep.duplicates.sketch import NearSettings, read_batches
 from data_prep.elsewhere import open_file
 from data_prep.ledger import Ledger, unit_path
 from data_prep.options import BuildOptions
@@ -33,12 +33,12 @@ NGRAM, SECTION_TOKENS = 5, 128
 EXACT = REASONS.index("exact duplicate")
 
 
-def near_settings(options: BuildOptions, tokenizer: Tokenizer) -> Settings | None:
+def near_settings(options: BuildOptions, tokenizer: Tokenizer) -> NearSettings | None:
     """How near-duplicates are looked for, if they are."""
     levels = {"documents": options.near_duplicates, "sections": options.near_duplicate_sections}
     wanted = {level: threshold for level, threshold in levels.items() if threshold is not None}
     sizes = options.ngram or NGRAM, options.section_tokens or SECTION_TOKENS
-    return Settings(wanted, *sizes, int(tokenizer.bos_id is not None)) if wanted else None
+    return NearSettings(wanted, *sizes, int(tokenizer.bos_id is not None)) if wanted else None
 
 
 def find_dropped(

@@ -14,7 +14,7 @@ import numpy as np
 
 from data_prep.dropped import REASONS, Cuts, Dropped, dropped_of
 from data_prep.duplicates.ngrams import hashes
-from data_prep.duplicates.sections import Content, Paragraphs, sections
+from data_prep.duplicates.sections import Paragraphs, Texts, sections
 from data_prep.duplicates.sketch import read_batches
 from data_prep.ledger import unit_path
 from storage.atomic import publish
@@ -59,7 +59,7 @@ def write_reference(path: Path, texts: Iterable[np.ndarray], ngram: int) -> tupl
 
 
 class Scan(NamedTuple):
-    """How training documents are searched; `begins` as of sketch.Settings."""
+    """How training documents are searched; `begins` as of sketch.NearSettings."""
 
     ngram: int
     section_tokens: int
@@ -116,7 +116,7 @@ class Searcher:
         stays = np.zeros(size, bool)
         stays[Cuts(self.cuts).applied(doc, np.arange(size))] = True
         before = stays.copy()
-        content = Content(ids, np.array([begin]), np.array([end]))
+        content = Texts(ids, np.array([begin]), np.array([end]))
         section = np.searchsorted(
             sections(content, self.paragraphs, scan.section_tokens).end, np.arange(size), side="right"
         )

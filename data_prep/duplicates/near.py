@@ -22,7 +22,7 @@ from data_prep.dropped import REASONS, Dropped, ordered, read_dropped, write_dro
 from data_prep.duplicates.by_unit import of_units
 from data_prep.duplicates.candidates import Items
 from data_prep.duplicates.decide import REPETITION, Deciding
-from data_prep.duplicates.sketch import LEVELS, Settings, Sketcher, sketch_path
+from data_prep.duplicates.sketch import LEVELS, NearSettings, Sketcher, sketch_path
 from data_prep.ledger import Ledger
 from storage.atomic import write_atomically
 
@@ -34,7 +34,7 @@ DOCUMENT, EMPTIED, SECTION = (
 
 
 def find_near_duplicates(
-    tokens: Path, work: Path, settings: Settings, ledgers: Sequence[Ledger], pieces: list[bytes], workers: int
+    tokens: Path, work: Path, settings: NearSettings, ledgers: Sequence[Ledger], pieces: list[bytes], workers: int
 ) -> Dropped:
     """What repeats something earlier in the token store; `pieces`: the bytes that each token adds to a text.
 
@@ -52,7 +52,7 @@ def find_near_duplicates(
     return read_dropped(work)
 
 
-def _prepare(work: Path, settings: Settings, ledgers: Sequence[Ledger]) -> None:
+def _prepare(work: Path, settings: NearSettings, ledgers: Sequence[Ledger]) -> None:
     """A folder for these settings and this store; what another one left is removed."""
     content = [settings._asdict(), [ledger.sha256 for ledger in ledgers]]
     key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest().encode()
@@ -68,7 +68,7 @@ def _prepare(work: Path, settings: Settings, ledgers: Sequence[Ledger]) -> None:
         path.unlink()
 
 
-def _decided(tokens: Path, work: Path, settings: Settings, ledgers: Sequence[Ledger], sizes: np.ndarray) -> Dropped:
+def _decided(tokens: Path, work: Path, settings: NearSettings, ledgers: Sequence[Ledger], sizes: np.ndarray) -> Dropped:
     found = dict.fromkeys(LEVELS, np.zeros(0, REPETITION))
     size = sum(ledger.file_bytes for ledger in ledgers)
     for level, threshold in settings.levels.items():

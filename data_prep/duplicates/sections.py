@@ -15,7 +15,7 @@ FOLLOWED_BACK = 3
 """Tokens of white space alone that are looked through for the line end before."""
 
 
-class Content(NamedTuple):
+class Texts(NamedTuple):
     """D documents behind one another, without what begins and ends them (BOS, EOS)."""
 
     ids: np.ndarray  # [tokens], with the tokens between the documents
@@ -44,7 +44,7 @@ class Paragraphs:
         return np.flatnonzero((count >= 2) & ~goes_on) + 1, np.flatnonzero((count >= 1) & ~goes_on) + 1
 
 
-def sections(content: Content, paragraphs: Paragraphs, least: int) -> Content:
+def sections(content: Texts, paragraphs: Paragraphs, least: int) -> Texts:
     """All documents cut into sections, in order; what is left at a document's end belongs to its last section."""
     ends, lines = paragraphs.ends(content.ids)
     ends = np.unique(np.concatenate([ends, content.end]))
@@ -69,4 +69,4 @@ def sections(content: Content, paragraphs: Paragraphs, least: int) -> Content:
         for start, stop in pairwise([*cuts, end]):
             begins.append(start)
             stops.append(stop)
-    return Content(content.ids, np.array(begins, np.int64), np.array(stops, np.int64))
+    return Texts(content.ids, np.array(begins, np.int64), np.array(stops, np.int64))

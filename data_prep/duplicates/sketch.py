@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from data_prep.duplicates.ngrams import BASE, BLOCK, EMPTY, hashes, mixed
-from data_prep.duplicates.sections import Content, Paragraphs, sections
+from data_prep.duplicates.sections import Paragraphs, Texts, sections
 from data_prep.ledger import unit_path
 from storage.atomic import new_stream
 
@@ -34,7 +34,7 @@ def rows_of_band(threshold: float) -> int:
     return max(rows for rows in divisors if 1 - (1 - threshold**rows) ** (SLOTS // rows) >= CERTAIN)
 
 
-class Settings(NamedTuple):
+class NearSettings(NamedTuple):
     """How near-duplicates are looked for; `levels`: the similarity from which documents, and sections, are repetitions."""
 
     levels: dict[str, float]
@@ -47,7 +47,7 @@ class Settings(NamedTuple):
 class Sketcher:
     """Sketches whole units of a token store in `tokens` into `work`."""
 
-    def __init__(self, tokens: Path, work: Path, settings: Settings, pieces: list[bytes]) -> None:
+    def __init__(self, tokens: Path, work: Path, settings: NearSettings, pieces: list[bytes]) -> None:
         self.tokens, self.work, self.settings = tokens, work, settings
         self.paragraphs = Paragraphs(pieces)
 
@@ -63,15 +63,15 @@ class Sketcher:
                         stream.write_batch(_record_batch(parts, SLOTS // rows))
         return unit
 
-    def _items(self, unit: int, level: str) -> Iterator[tuple[Content, np.ndarray]]:
+    def _items(self, unit: int, level: str) -> Iterator[tuple[Texts, np.ndarray]]:
         """Of each batch of the unit what has n-grams, and which document it belongs to (an int64 in the unit)."""
         before = 0
         for ids, offsets in read_batches(unit_path(self.tokens, unit)):
-            content = Content(ids, offsets[:-1] + self.settings.begins, offsets[1:] - 1)
+            content = Texts(ids, offsets[:-1] + self.settings.begins, offsets[1:] - 1)
             items = sections(content, self.paragraphs, self.settings.section_tokens) if level == "sections" else content
             doc = np.searchsorted(offsets, items.begin, side="right") - 1
             kept = items.end - items.begin >= self.settings.ngram
-            items = Content(ids, items.begin[kept], items.end[kept])
+            items = Texts(ids, items.begin[kept], items.end[kept])
             yield items, np.stack([before + doc[kept], *(edge - offsets[doc[kept]] for edge in items[1:])])
             before += len(offsets) - 1
 
@@ -94,7 +94,7 @@ def _schema(bands: int) -> pa.Schema:
     return pa.schema(columns | {f"band{band:02d}": pa.uint64() for band in range(bands)})
 
 
-def _columns(items: Content, places: np.ndarray, rows: int, ngram: int) -> list[np.ndarray]:
+def _columns(items: Texts, places: np.ndarray, rows: int, ngram: int) -> list[np.ndarray]:
     signature = signatures(items, ngram)
     slots = (signature.T & np.uint64(0xFF)).astype(np.uint8)
     return [*places, slots, *bands(signature, rows)]
@@ -109,7 +109,7 @@ def _record_batch(parts: list[list[np.ndarray]], bands_: int) -> pa.RecordBatch:
     return pa.record_batch(arrays, schema=schema)
 
 
-def signatures(items: Content, ngram: int) -> np.ndarray:
+def signatures(items: Texts, ngram: int) -> np.ndarray:
     """uint64 [SLOTS, items]; every item has at least one n-gram."""
     count = len(items.begin)
     found = np.full((SLOTS, count), EMPTY)

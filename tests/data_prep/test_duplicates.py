@@ -11,8 +11,8 @@ from data_prep.dropped import REASONS
 from data_prep.duplicates import candidates, ngrams
 from data_prep.duplicates.candidates import Items
 from data_prep.duplicates.near import find_near_duplicates
-from data_prep.duplicates.sections import Content, Paragraphs, sections
-from data_prep.duplicates.sketch import SLOTS, Settings, rows_of_band, signatures
+from data_prep.duplicates.sections import Paragraphs, Texts, sections
+from data_prep.duplicates.sketch import SLOTS, NearSettings, rows_of_band, signatures
 from data_prep.ledger import Ledger, unit_path
 from data_prep.unit_file import DocumentBatch, write_unit
 
@@ -41,7 +41,7 @@ def edited(ids: np.ndarray, jaccard: float, generator: np.random.Generator) -> n
 
 
 def edited_sections(ids: np.ndarray, jaccard: float, generator: np.random.Generator) -> np.ndarray:
-    cut = sections(Content(ids, np.array([0]), np.array([len(ids)])), Paragraphs(PIECES), 50)
+    cut = sections(Texts(ids, np.array([0]), np.array([len(ids)])), Paragraphs(PIECES), 50)
     return np.concatenate([edited(ids[b:e], jaccard, generator) for b, e in zip(cut.begin, cut.end, strict=True)])
 
 
@@ -68,7 +68,7 @@ def write_store(folder, units: list[list[np.ndarray]]) -> list[Ledger]:
 
 def found(folder, units, workers: int = 1, ngram: int = 5, least: int = 50, **levels: float):
     ledgers = write_store(folder / "tokens", units)
-    settings = Settings(levels, ngram, least, begins=0)
+    settings = NearSettings(levels, ngram, least, begins=0)
     return find_near_duplicates(folder / "tokens", folder / "work", settings, ledgers, PIECES, workers)
 
 
@@ -103,7 +103,7 @@ def test_sections_are_whole_paragraphs_and_the_same_wherever_a_chapter_stands():
     texts = [np.concatenate([prose(generator, before), [NEWLINE] * 2, chapter]) for before in (0, 300, 1111)]
     ids = np.concatenate(texts).astype(np.uint16)
     ends = np.cumsum([len(text) for text in texts])
-    content = Content(ids, np.concatenate([[0], ends[:-1]]), ends)
+    content = Texts(ids, np.concatenate([[0], ends[:-1]]), ends)
     cut = sections(content, Paragraphs(PIECES), 100)
     assert np.array_equal(cut.begin[1:], cut.end[:-1])
     assert (cut.end - cut.begin).min() >= 100
@@ -116,7 +116,7 @@ def test_sections_are_whole_paragraphs_and_the_same_wherever_a_chapter_stands():
 
 def test_a_text_of_lines_alone_is_cut_at_lines():
     ids = np.tile(np.append(np.arange(3, 30), NEWLINE), 100).astype(np.uint16)
-    cut = sections(Content(ids, np.array([0]), np.array([len(ids)])), Paragraphs(PIECES), 100)
+    cut = sections(Texts(ids, np.array([0]), np.array([len(ids)])), Paragraphs(PIECES), 100)
     assert (cut.end - cut.begin).tolist() == [112] * 25
 
 
@@ -126,7 +126,7 @@ def test_slots_are_equal_with_the_probability_of_the_similarity(size):
     a = [generator.integers(0, 1 << 16, size).astype(np.uint16) for _ in range(60)]
     b = [np.append(ids[: size * 3 // 4], generator.integers(0, 1 << 16, size // 4)).astype(np.uint16) for ids in a]
     ids, ends = np.concatenate([*a, *b]), np.cumsum([len(each) for each in [*a, *b]])
-    sketch = signatures(Content(ids, np.concatenate([[0], ends[:-1]]), ends), 5)
+    sketch = signatures(Texts(ids, np.concatenate([[0], ends[:-1]]), ends), 5)
     share = np.mean(sketch[:, :60] == sketch[:, 60:])
     assert abs(share - np.mean([exact(*pair) for pair in zip(a, b, strict=True)])) < 0.03
 
