@@ -75,7 +75,7 @@ def test_a_language_by_a_model_that_the_user_names(tmp_path):
     spec = f"language={model}:en,nl:0.6"
     filtered = open_filter(spec)
     assert filtered(Document("", "the dog and\nthe cat are in the house")) is None
-    assert filtered(Document("", "die Katze und der Hund sind im Haus")).startswith("de 0.9")
+    assert filtered(Document("", "die Katze und der Hund sind im Haus")).startswith("de ")
     first = filter_hashes([spec])
     model.write_bytes(model.read_bytes() + b" ")
     assert filter_hashes([spec]) != first
