@@ -1,4 +1,4 @@
-"""What a run reports: the console line, `metrics.jsonl`, and Weights & Biases, all fed with the same records.
+"""What a run reports: console, `metrics.jsonl`, Weights & Biases and TensorBoard, all fed with the same records.
 
 Only the first rank writes; on the others the logger is the same object without outputs, so the training loop has no
 special cases.
@@ -67,6 +67,10 @@ class MetricsLogger:
             if config.wandb and wandb_mode != "disabled":
                 earlier = read_records(run_dir / METRICS_FILE)
                 self._sinks.append(WandbRun(run_dir, config, run_id, facts, wandb_mode, earlier))
+            if config.tensorboard:
+                from training.tensorboard_run import TensorBoardRun
+
+                self._sinks.append(TensorBoardRun(run_dir, resumed_step))
 
     def due(self, step: int) -> bool:
         """Whether the metrics of this step are to be collected; the same on all ranks."""

@@ -170,6 +170,9 @@ class MetricsConfig(BaseModel):
     wandb_tags: tuple[str, ...] = ()
     """W&B tags of the run."""
 
+    tensorboard: bool = False
+    """Write event files for TensorBoard under RUN/tensorboard."""
+
 
 class StageConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)

@@ -147,7 +147,7 @@ REFUSED = {
     "scheduler": "the schedule belongs to the recipe (section schedule); remove it from the JSON",
     "activation_checkpointing": "it does nothing by itself; set training.activation_checkpointing in the recipe",
     "wandb": "Longform logs to Weights & Biases itself, from one process (recipe section logging); remove it",
-    "tensorboard": "Longform logs through its own metrics (recipe section logging); remove it",
+    "tensorboard": "set logging.tensorboard in the recipe, which resumes and goes back with the run; remove it",
     "csv_monitor": "metrics.jsonl is always written; remove it",
     "comet": "Longform logs through its own metrics (recipe section logging); remove it",
     "data_efficiency": "it needs DeepSpeed's own data loader, which cannot resume; remove it",

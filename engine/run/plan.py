@@ -1,6 +1,7 @@
 """Everything that can be wrong with a run, found before any process group exists and reported at once."""
 
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -230,6 +231,8 @@ def _cross_check(
         first = stages[0]
         problems += initial_weights_problems(recipe, first.dataset.manifest.tokenizer, first.data)
     _collect(problems, landmarks, recipe.schedule, stages[-1].end, recipe.training.global_batch_tokens)
+    if recipe.logging.tensorboard and find_spec("tensorboard") is None:
+        problems.append("logging.tensorboard needs a package: pip install -r requirements-extra.txt")
 
 
 def _without_others(plan: RunPlan) -> dict[str, str]:
