@@ -197,11 +197,18 @@ def layer_plan(config: ModelConfig) -> list[Layer]:
     return [replace(each, frozen=config.adapters.freeze_base, adapters=of_blocks.get(each.name)) for each in plan]
 
 
+def is_recomputed(block: int, config: ModelConfig, chosen: bool | int) -> bool:
+    """Whether the block with this number is, where all are (True), or so many, spread evenly over the model."""
+    blocks = config.num_hidden_layers
+    number = blocks if chosen is True else int(chosen)
+    return (block + 1) * number // blocks > block * number // blocks
+
+
 class Llama(nn.Module):
     """The whole model in one process's memory (or ZeRO's); pipelines are built from `layer_plan` instead."""
 
-    activation_checkpointing: bool = False
-    """Recompute each block in backward instead of keeping its activations. Set by the engine."""
+    activation_checkpointing: bool | int = False
+    """Recompute blocks in backward instead of keeping their activations: see `is_recomputed`. Set by the engine."""
     embed_tokens: Embedding
     embed_positions: nn.Module
     norm: RMSNorm
@@ -256,8 +263,8 @@ class Llama(nn.Module):
     def hidden_states(self, input_ids: Tensor, documents: Documents) -> Tensor:
         """What the head sees, [B, T, D], for the tokens `input_ids` [B, T] of `documents`."""
         x = self.embed(input_ids, documents)
-        for block in self.layers:
-            if self.activation_checkpointing and torch.is_grad_enabled():
+        for number, block in enumerate(self.layers):
+            if is_recomputed(number, self.config, self.activation_checkpointing) and torch.is_grad_enabled():
                 x = checkpoint(block, x, documents, use_reentrant=False)
             else:
                 x = block(x, documents)

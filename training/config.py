@@ -10,7 +10,7 @@ import textwrap
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from model.adapter_config import AdaptersConfig
@@ -45,8 +45,9 @@ class TrainingConfig(Section):
     """Stop after this much wall time of this launch, with a checkpoint; the next launch continues."""
     z_loss_weight: float = Field(default=0.0, ge=0)
     """Weight of the mean squared log-partition added to the loss (PaLM, section 5)."""
-    activation_checkpointing: bool = False
-    """Recompute each block's activations in the backward pass: less memory, about a third more work."""
+    activation_checkpointing: bool | NonNegativeInt = False
+    """Recompute each block's activations in the backward pass: less memory, about a third more work. A number: of so many blocks,
+    spread evenly over the model."""
     compile: bool = False
     """torch.compile each block, attention excepted: a minute or more at the start, then less memory traffic on GPUs."""
     max_consecutive_skipped_steps: int = Field(default=10, ge=1)
@@ -152,6 +153,13 @@ class Recipe(Section):
             raise ValueError(
                 "objective.name block_diffusion works in chunks: set model.attention to chunked, and chunk_size"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _has_as_many_blocks(self) -> Self:
+        recomputed, blocks = self.training.activation_checkpointing, self.model.num_hidden_layers
+        if recomputed > blocks:
+            raise ValueError(f"training.activation_checkpointing {recomputed} is more than the model's {blocks} blocks")
         return self
 
     @model_validator(mode="after")

@@ -27,7 +27,7 @@ from model.adapter_config import AdaptersConfig
 from model.config import ModelConfig
 from model.documents import Documents
 from model.head_loss import HeadLoss
-from model.llama import Block, Embedding, Head, Layer, layer_plan
+from model.llama import Block, Embedding, Head, Layer, is_recomputed, layer_plan
 from training.batch import Batch
 from training.config import Recipe
 
@@ -69,7 +69,8 @@ class PipelineLayer(nn.Module):
         super().__init__()
         self.entry, self.known = entry, known
         self.layer = build(entry, recipe.training.seed)
-        self.recompute = recipe.training.activation_checkpointing and entry.cls is Block
+        chosen, block = recipe.training.activation_checkpointing, entry.name.rpartition(".")[2]
+        self.recompute = entry.cls is Block and is_recomputed(int(block), recipe.model, chosen)
 
     def forward(self, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor] | Tensor:
         x, position_ids = inputs

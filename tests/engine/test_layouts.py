@@ -54,6 +54,7 @@ ON_TWO = {
     "pipeline2": (pipeline(2), {}),
     "pipeline2-accumulate": (pipeline(2, "uniform"), SPLIT),
     "pipeline2-recompute": (pipeline(2, "parameters"), RECOMPUTE),
+    "pipeline2-recompute-3": (pipeline(2, "parameters"), {"training.activation_checkpointing": "3"}),
     "pipeline2-offload": (pipeline(2, "type:block", zero={"offload_optimizer": OFFLOAD}), {}),
     **{f"sequence2-zero{stage}": (zero(stage, **SEQUENCE), {}) for stage in range(4)},
     "sequence2-accumulate-recompute": (zero(2, **SEQUENCE), SPLIT | RECOMPUTE),

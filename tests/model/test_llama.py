@@ -1,5 +1,7 @@
 """The whole model: initial weights, the layer plan, packed rows, checkpointing, memory."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -198,22 +200,28 @@ def test_activation_checkpointing_changes_no_bit(variant):
     config = tiny(**VARIANTS[variant])
     ids, position_ids, targets = batch(config, [[9, 31], [40]])
     results = []
-    for checkpointing in (False, True):
+    for checkpointing in (False, True, 1):
         model = Llama(config, seed=1)
         model.activation_checkpointing = checkpointing
         objective, _ = model(ids, position_ids, targets)
         results.append((objective, *torch.autograd.grad(objective, model.parameters())))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*results, strict=True))
 
 
-def test_activation_checkpointing_recomputes_the_blocks():
-    model = Llama(tiny())
+@pytest.mark.parametrize("chosen", [False, True, 0, 1, 2, 3, 5])
+def test_activation_checkpointing_recomputes_so_many_blocks(chosen):
+    model = Llama(tiny(num_hidden_layers=5))
     calls = []
-    model.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
-    model.activation_checkpointing = True
+    for number, layer in enumerate(model.layers):
+        layer.register_forward_pre_hook(lambda *_, number=number: calls.append(number))
+    model.activation_checkpointing = chosen
     ids, position_ids, targets = batch(model.config, [[20]])
     model(ids, position_ids, targets)[0].backward()
-    assert len(calls) == 2
+    again = [number for number in range(5) if calls.count(number) == 2]
+    assert len(again) == (5 * chosen if isinstance(chosen, bool) else chosen)
+    assert len(calls) == 5 + len(again)
+    between = [later - earlier for earlier, later in pairwise(again)]
+    assert not between or max(between) - min(between) <= 1
 
 
 def test_inputs_may_be_strided_and_positions_are_not_changed():

@@ -100,6 +100,19 @@ def test_names_of_transformers_and_of_other_sections_lead_to_the_key(tmp_path, k
     assert f"recipe.yaml: {key}: unknown key; did you mean {right!r}?" in problems(tmp_path, yaml.dump(tree))
 
 
+@pytest.mark.parametrize(("given", "read"), [("true", True), ("false", False), ("0", 0), ("1", 1), ("2", 2)])
+def test_blocks_are_recomputed_all_or_so_many(tmp_path, given, read):
+    found = load(tmp_path, MINIMAL, {"training.activation_checkpointing": given}).training.activation_checkpointing
+    assert (found, type(found)) == (read, type(read))
+
+
+@pytest.mark.parametrize(
+    ("given", "part"), [("3", "3 is more than the model's 2 blocks"), ("-1", "activation_checkpointing")]
+)
+def test_more_blocks_than_there_are_cannot_be_recomputed(tmp_path, given, part):
+    assert part in problems(tmp_path, MINIMAL, {"training.activation_checkpointing": given})[0]
+
+
 def test_what_other_names_lead_to_is_a_key(tmp_path):
     for right in TRANSFORMERS_NAMES.values():
         section, key = right.split(".")
