@@ -46,8 +46,7 @@ class TrainingConfig(Section):
     z_loss_weight: float = Field(default=0.0, ge=0)
     """Weight of the mean squared log-partition added to the loss (PaLM, section 5)."""
     activation_checkpointing: bool | NonNegativeInt = False
-    """Recompute each block's activations in the backward pass: less memory, about a third more work. A number: of so many blocks,
-    spread evenly over the model."""
+    """Recompute blocks in the backward pass (true: all; a number: so many, evenly): less memory, up to a third more work."""
     compile: bool = False
     """torch.compile each block, attention excepted: a minute or more at the start, then less memory traffic on GPUs."""
     max_consecutive_skipped_steps: int = Field(default=10, ge=1)
@@ -156,13 +155,6 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _has_as_many_blocks(self) -> Self:
-        recomputed, blocks = self.training.activation_checkpointing, self.model.num_hidden_layers
-        if recomputed > blocks:
-            raise ValueError(f"training.activation_checkpointing {recomputed} is more than the model's {blocks} blocks")
-        return self
-
-    @model_validator(mode="after")
     def _contrasts_for_one_adapter(self) -> Self:
         if self.objective.name != "contrastive":
             return self
@@ -180,7 +172,10 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _lengths_agree(self) -> Self:
+    def _numbers_agree(self) -> Self:
+        recomputed, blocks = self.training.activation_checkpointing, self.model.num_hidden_layers
+        if recomputed > blocks:
+            raise ValueError(f"training.activation_checkpointing {recomputed} is more than the model's {blocks} blocks")
         key = "max_steps" if self.training.max_steps else "max_tokens"
         if getattr(self.training, key) is None:
             if not self.stages:
