@@ -35,6 +35,10 @@ def s3() -> Iterator[str]:
     server = ThreadedMotoServer("127.0.0.1", free_port(), verbose=False)
     server.start()
     address = f"http://127.0.0.1:{server._server.server_port}"
+    reset = urllib.request.Request(
+        f"{address}/moto-api/reset", method="POST"
+    )  # another server of this process left buckets
+    urllib.request.urlopen(reset).close()
     with environment(**KEYS, AWS_ENDPOINT_URL=address):
         s3fs.S3FileSystem().mkdir("ours")
         yield address
