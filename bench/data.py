@@ -12,7 +12,6 @@ documentation topics, and Python sources of the installed packages, as one JSON 
     megatron        the recipe of Megatron's preprocess_data: a process pool, one document at a time, ids as lists
 """
 
-import argparse
 import json
 import multiprocessing
 import random
@@ -26,15 +25,14 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from console.command import CommandParser
+from bench.alone import Figures, megabytes_or_run, run_alone
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
 SEQ_LENGTH = 4096
 VOCAB_SIZE = 32000
-Figures = dict[str, Any]
-"""What a contender took and made, JSON-able."""
+BENCH = "bench.data"
 
 
 def usage() -> float:
@@ -252,18 +250,12 @@ CONTENDERS = {
 
 
 def main() -> None:
-    parser = CommandParser(prog="python -m bench.data")
-    parser.description = __doc__
-    parser.add_argument("--megabytes", type=int, default=192, help="size of the text (default: %(default)s)")
-    parser.add_argument("--run", nargs=2, metavar=("FOLDER", "CONTENDER"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.run:
-        folder, name = Path(arguments.run[0]), arguments.run[1]
-        print(json.dumps(prepare(folder, arguments.megabytes) if name == "prepare" else CONTENDERS[name](folder)))
+    megabytes = megabytes_or_run(BENCH, __doc__, 192, prepare, CONTENDERS)
+    if megabytes is None:
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        sizes = run_alone(folder, "prepare", arguments.megabytes)
+        sizes = run_alone(BENCH, folder, "prepare", megabytes)
         save_huggingface(folder / "tokenizer")
         print(f"{sizes['n']:,} documents, {sizes['corpus'] / 1e6:.1f} MB, {VOCAB_SIZE:,} entries, rows of {SEQ_LENGTH}")
         results: dict[str, Figures] = {}
@@ -282,18 +274,9 @@ def save_huggingface(folder: Path) -> None:
     subprocess.run([sys.executable, "-c", program, str(folder)], check=True, capture_output=True)
 
 
-def run_alone(folder: Path, name: str, megabytes: int = 0) -> Figures:
-    """The figures of a contender, or of `prepare`, in a process of its own."""
-    command = [sys.executable, "-m", "bench.data", "--run", str(folder), name, "--megabytes", str(megabytes)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{name} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def measure(folder: Path, name: str, megabytes: float) -> Figures:
     """Those of a contender over a text of this size, printed, with its speeds."""
-    result = run_alone(folder, name)
+    result = run_alone(BENCH, folder, name)
     result |= {"speed": megabytes / result["cpu"], "wall_speed": megabytes / result["wall"]}
     print(
         f"  {name:<28} {result['speed']:7.2f} MB/cpu-s {result['wall_speed']:7.2f} MB/s wall "

@@ -10,18 +10,16 @@ worker; CPU seconds after imports.
     datatrove                    its MinHash: signatures, buckets, clusters, filter, from the JSON Lines file (14 x 8 hashes)
 """
 
-import argparse
 import json
 import random
-import subprocess
-import sys
 import tempfile
 from itertools import chain
 from pathlib import Path
 
-from bench.data import VOCAB_SIZE, Figures, Stopwatch, documents
-from console.command import CommandParser
+from bench.alone import Figures, megabytes_or_run, run_alone
+from bench.data import VOCAB_SIZE, Stopwatch, documents
 
+BENCH = "bench.near_duplicates"
 SIMILARITY, NGRAM, REPEATED = 0.8, 5, 5
 PLANTED = 0.9
 """Of words, which is about SIMILARITY of tokens."""
@@ -117,30 +115,16 @@ CONTENDERS = {
 }
 
 
-def run_alone(folder: Path, name: str, megabytes: int) -> Figures:
-    command = [sys.executable, "-m", "bench.near_duplicates", "--run", str(folder), name, "--megabytes", str(megabytes)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{name} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def main() -> None:
-    parser = CommandParser(prog="python -m bench.near_duplicates")
-    parser.description = __doc__
-    parser.add_argument("--megabytes", type=int, default=48, help="size of the text (default: %(default)s)")
-    parser.add_argument("--run", nargs=2, metavar=("FOLDER", "CONTENDER"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.run:
-        folder, name = Path(arguments.run[0]), arguments.run[1]
-        print(json.dumps(prepare(folder, arguments.megabytes) if name == "prepare" else CONTENDERS[name](folder)))
+    megabytes = megabytes_or_run(BENCH, __doc__, 48, prepare, CONTENDERS)
+    if megabytes is None:
         return
     with tempfile.TemporaryDirectory() as temporary:
-        made = run_alone(Path(temporary), "prepare", arguments.megabytes)
+        made = run_alone(BENCH, Path(temporary), "prepare", megabytes)
         planted = range(made["originals"], made["originals"] + made["planted"])
         print(f"{made['bytes'] / 1e6:.1f} MB, {made['originals']:,} documents and {made['planted']:,} planted")
         for name in CONTENDERS:
-            result = run_alone(Path(temporary), name, arguments.megabytes)
+            result = run_alone(BENCH, Path(temporary), name, megabytes)
             found = len(set(result["dropped"]) & set(planted)) / made["planted"]
             print(
                 f"  {name:<28} {made['bytes'] / 1e6 / result['cpu']:7.2f} MB/cpu-s, {len(result['dropped']):,} documents "

@@ -36,11 +36,10 @@ from data_prep.export_files import (
     read_export,
     write_mds_index,
 )
-from data_prep.plan import LOCK_FILE, TOKENIZER_FOLDER, TOKENS_FOLDER
+from data_prep.plan import TOKENIZER_FOLDER, TOKENS_FOLDER
 from data_prep.store import StoredDocuments, TokenStore
 from data_prep.verify import problems
-from storage.atomic import publish, write_atomically
-from storage.locks import lock
+from storage.atomic import continued_folder, write_atomically
 from storage.manifest import Manifest, read_manifest
 from storage.rows import TARGET_COLUMN
 from storage.shards import ShardedDataset
@@ -118,20 +117,17 @@ def export(data: Path, format_: str, output: Path, of: What = "documents") -> di
         WholeDocuments(data, manifest) if of == "documents" else PackedRows(data, manifest)
     )
     _verify(data, manifest)
-    partial = output.with_name(f".{output.name}.partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    try:
-        held = lock(partial / LOCK_FILE)
-    except BlockingIOError:
-        raise ValueError(f"another export is writing to {output}: wait for it or choose another --output") from None
-    with held:
-        _begin(partial, plan)
+    marker, busy = (
+        f"{PARTS_FOLDER}/plan.json",
+        f"another export is writing to {output}: wait for it or choose another --output",
+    )
+    with continued_folder(output, marker, json.dumps(plan).encode(), busy) as partial:
+        for path in partial.rglob("*.tmp"):
+            path.unlink()
         exported = plan | _write(partial, manifest, content, FORMATS[format_])
         exported["files"] += _copy_tokenizer(data, partial, manifest)
         shutil.rmtree(partial / PARTS_FOLDER)
-        (partial / LOCK_FILE).unlink()
         write_atomically(partial / EXPORT_FILE, json.dumps(exported, indent=1).encode())
-        publish(partial, output)
     return exported
 
 
@@ -142,23 +138,6 @@ def _verify(data: Path, manifest: Manifest) -> None:
             if problem:
                 raise ValueError(problem)
             progress.advance(size)
-
-
-def _begin(partial: Path, plan: dict[str, Any]) -> None:
-    """Leave what an interrupted export of the same plan finished, and nothing else."""
-    place = partial / PARTS_FOLDER / "plan.json"
-    try:
-        same = json.loads(place.read_bytes()) == plan
-    except (OSError, ValueError):
-        same = False
-    if not same:
-        for path in partial.iterdir():
-            if path.name != LOCK_FILE:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        place.parent.mkdir()
-        write_atomically(place, json.dumps(plan).encode())
-    for path in partial.rglob("*.tmp"):
-        path.unlink()
 
 
 def _write(partial: Path, manifest: Manifest, content: WholeDocuments | PackedRows, writer: Format) -> dict[str, Any]:

@@ -11,9 +11,7 @@ Ids are uint16 up to a vocabulary of 65,536 entries and int32 above, which all t
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -21,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage.atomic import publish, write_atomically
+from storage.atomic import new_file, write_atomically
 from storage.manifest import file_sha256
 
 EXPORT_FILE = "export.json"
@@ -93,6 +91,7 @@ def write_parquet(root: Path, part: FilePart, entries: Iterable[Entry], dtype: s
     """A table; a row group is about 16 MB of ids."""
     name = f"{part.split}/{part.source}-{part.number:05d}.parquet"
     schema: pa.Schema | None = None
+    (root / part.split).mkdir(exist_ok=True)
     with new_file(root / name) as file:
         writer: pq.ParquetWriter | None = None
         for batch in _batches(entries):
@@ -172,6 +171,7 @@ def write_mds(root: Path, part: FilePart, entries: Iterable[Entry], dtype: str) 
     if begin[-1] >= 1 << 32:
         raise ValueError(f"{name} would have {begin[-1]:,} bytes, and a shard of MDS has at most 4 GiB: use parquet")
     digest = hashlib.sha1(usedforsecurity=False)
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
     with new_file(root / name) as file:
         for data in (np.array([len(samples), *begin], np.uint32).tobytes(), config, *samples):
             digest.update(data)
@@ -213,22 +213,6 @@ FORMATS = {
     "mds": Format(write_mds, 1 << 26, True),
     "parquet": Format(write_parquet, 1 << 28, True),
 }
-
-
-@contextmanager
-def new_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that gets its name when it is whole and synced; after an error nothing is left."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        publish(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def file_facts(root: Path, file: str) -> dict[str, Any]:

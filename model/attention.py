@@ -10,7 +10,6 @@ Legend: B batch, T tokens of a row, n tokens of a document, H query heads, K key
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from .block_attention import attend_blocks
+from .compiled import compiled
 from .documents import Documents
 from .visibility import Tokens, Visibility
 
@@ -107,25 +107,16 @@ def mask_of_blocks(visibility: Visibility, queries: Tokens, keys: Tokens) -> Blo
 
     device = queries.document.device
     sizes = len(queries.document), len(keys.document)
-    make: Any = _compiled(create_block_mask) if device.type == "cuda" else create_block_mask
+    make: Any = compiled(create_block_mask) if device.type == "cuda" else create_block_mask
     return make(sees, None, None, *sizes, device)
 
 
 def run_flex(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask) -> Tensor:
     """`q` [n, H, d], `k` and `v` [m, K, d] -> [n, H, d]."""
     flat = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # [1, H, n, d]
-    kernel: Any = _compiled(flex_attention) if q.is_cuda else flex_attention
+    kernel: Any = compiled(flex_attention) if q.is_cuda else flex_attention
     out = kernel(*flat, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1])
     return out.squeeze(0).transpose(0, 1)
-
-
-@cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Without compilation FlexAttention would hold all scores, and the making of its mask all pairs of tokens.
-
-    Lengths after the first share one compilation: torch compiles a function a few times, then no more.
-    """
-    return torch.compile(function)
 
 
 class KeyValueCache:

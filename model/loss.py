@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .compiled import compiled
 
 IGNORED = -100
 """Target of a token that does not count."""
@@ -140,10 +141,7 @@ def _compiled_softmax(*problem: Any) -> tuple[Tensor, Tensor]:
     for rows in problem[:3]:
         if rows is not None:
             torch._dynamo.maybe_mark_dynamic(rows, 0)
-    return _compiled(_fused_softmax)(*problem)
-
-
-_compiled = cache(torch.compile)
+    return compiled(_fused_softmax)(*problem)
 
 
 def _fused_softmax(

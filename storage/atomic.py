@@ -6,8 +6,13 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow as pa
+
+from storage.locks import lock
+
+LOCK_FILE = ".lock"
 
 
 def own_temporary(path: Path) -> Path:
@@ -50,13 +55,43 @@ def finished_folder(output: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def continued_folder(output: Path, marker: str, content: bytes, busy: str) -> Iterator[Path]:
+    """A folder to fill, which gets the name `output` when the context ends. After an error it stays, for the next one whose file
+    `marker` has the same content; what others left is removed. Raises ValueError with the sentence `busy` where one is at it.
+    """
+    partial = output.with_name(f".{output.name}.partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    try:
+        held = lock(partial / LOCK_FILE)
+    except BlockingIOError:
+        raise ValueError(busy) from None
+    with held:
+        place = partial / marker
+        if not (place.is_file() and place.read_bytes() == content):
+            for path in partial.iterdir():
+                if path.name != LOCK_FILE:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            place.parent.mkdir(exist_ok=True)
+            write_atomically(place, content)
+        yield partial
+        (partial / LOCK_FILE).unlink()
+        publish(partial, output)
+
+
+@contextlib.contextmanager
 def new_stream(path: Path, schema: pa.Schema) -> Iterator[pa.ipc.RecordBatchStreamWriter]:
-    """Write an Arrow stream under a temporary name, then sync and rename it; after an error nothing is left."""
+    """Write an Arrow stream as a `new_file`."""
+    with new_file(path) as file, pa.ipc.new_stream(file, schema) as stream:
+        yield stream
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that gets its name when it is whole and synced; after an error nothing is left."""
     temporary = own_temporary(path)
     try:
         with temporary.open("wb") as file:
-            with pa.ipc.new_stream(file, schema) as stream:
-                yield stream
+            yield file
             file.flush()
             os.fsync(file.fileno())
         publish(temporary, path)

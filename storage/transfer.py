@@ -11,19 +11,17 @@ the middle of a file, compares every hash, and gives the folder its name when al
 import hashlib
 import json
 import os
-import shutil
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from storage.atomic import publish, write_atomically
-from storage.locks import lock
+from storage.atomic import continued_folder
 from storage.manifest import file_sha256
 from storage.remote import RANGE_BYTES, Remote
 
-FILES_FILE, LOCK_FILE = "files.json", ".lock"
+FILES_FILE = "files.json"
 FILES_AT_ONCE = 4
 LISTING_VERSION = 1
 
@@ -159,14 +157,8 @@ def pull(
     """Download what the listing names to a folder that is there when it is whole; `add` puts more into it. Raises ValueError."""
     if target.is_symlink() or (target.exists() and not (target.is_dir() and not any(target.iterdir()))):
         raise ValueError(f"{target} is there already: choose another folder, or remove it")
-    partial = target.with_name(f".{target.name}.partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    try:
-        held = lock(partial / LOCK_FILE)
-    except BlockingIOError:
-        raise ValueError(f"another command is writing to {target}: wait for it or choose another folder") from None
-    with held:
-        _keep_of(partial, listing)
+    busy = f"another command is writing to {target}: wait for it or choose another folder"
+    with continued_folder(target, FILES_FILE, listing.encode(), busy) as partial:
         guard = threading.Lock()
 
         def count(size: int) -> None:
@@ -176,19 +168,7 @@ def pull(
         _all(lambda name: fetch(place.child(name), listing.files[name], partial / name, count), listing.files)
         if add is not None:
             add(partial)
-        (partial / LOCK_FILE).unlink()
         (partial / FILES_FILE).unlink()
-        publish(partial, target)
-
-
-def _keep_of(partial: Path, listing: Listing) -> None:
-    """Leave what an interrupted pull of the same brought, and nothing else."""
-    stored = partial / FILES_FILE
-    if not (stored.is_file() and stored.read_bytes() == listing.encode()):
-        for path in partial.iterdir():
-            if path.name != LOCK_FILE:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        write_atomically(stored, listing.encode())
 
 
 def fetch(remote: Remote, facts: FileFacts, path: Path, advance: Advance) -> None:

@@ -13,7 +13,6 @@ import html
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import numpy as np
@@ -25,9 +24,7 @@ from data_prep.store import SPLITS, TokenStore
 from data_prep.tokenizer import open_tokenizer
 from storage.manifest import Manifest, read_manifest
 from tools.data_facts import Efficiency, Reader, SampleText, length_classes
-from tools.page import definitions, details, style, table, write_page
-
-TEMPLATE = Path(__file__).with_name("data_report.html")
+from tools.page import details, framed, table, write_page
 
 
 def page(data: Path) -> str:
@@ -47,16 +44,11 @@ def page(data: Path) -> str:
         words = f"<p>{TOKENS_FOLDER}/ is gone: lengths, scripts and samples are those of its documents.</p>"
         sections.append(("", words))
     facts = manifest.model_dump(mode="json", exclude={"splits"})
-    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        style=style(),
-        title=html.escape(data.resolve().name),
-        status=html.escape(f"{manifest.seq_length:,} + 1 tokens a row, made {manifest.created_at}"),
-        head=definitions(_head(manifest)),
-        tiles=definitions(_tiles(manifest)),
-        sections="".join(_section(name, content) for name, content in sections if content),
-        samples=samples,
-        facts=details("statistics", facts.pop("statistics")) + details("manifest", facts),
-    )
+    status = f"{manifest.seq_length:,} + 1 tokens a row, made {manifest.created_at}"
+    shown = "".join(_section(name, content) for name, content in sections if content)
+    listed = details("statistics", facts.pop("statistics")) + details("manifest", facts)
+    body = f"{shown}\n{samples}\n{listed}\n"
+    return framed(data.resolve().name, status, _head(manifest), _tiles(manifest), body)
 
 
 def _section(name: str, content: str) -> str:

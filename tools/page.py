@@ -6,12 +6,22 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from string import Template
 from typing import Any
 
+HERE = Path(__file__).parent
 
-def style() -> str:
-    """The style sheet of all pages."""
-    return Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+
+def framed(title: str, status: str, head: list[tuple[str, str]], tiles: list[tuple[str, str]], body: str) -> str:
+    """A whole page: its name, how things stand, what it is of, its main figures, and markup that follows them."""
+    return Template((HERE / "page.html").read_text(encoding="utf-8")).substitute(
+        style=(HERE / "page.css").read_text(encoding="utf-8"),
+        title=html.escape(title),
+        status=html.escape(status),
+        head=definitions(head),
+        tiles=definitions(tiles),
+        body=body,
+    )
 
 
 def definitions(pairs: list[tuple[str, str]]) -> str:

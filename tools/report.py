@@ -7,7 +7,6 @@ The page carries its own compressed copy of plotly.js, so it opens from disk on 
 
 import base64
 import gzip
-import html
 import statistics
 import sys
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from model.config import ModelConfig
 from tools import run_plots
 from tools.evaluation import plots as evaluation_plots
 from tools.goodput_bar import bar, launch_rows
-from tools.page import definitions, details, options_of, style, table, write_page
+from tools.page import details, framed, options_of, table, write_page
 from tools.run_history import Run, read_run
 from tools.run_plots import validation_scores
 from training.goodput import share_of
@@ -37,12 +36,7 @@ TEMPLATE = Path(__file__).with_name("report.html")
 def page(run: Run) -> str:
     """The whole page. Values from the run's files are escaped: a name cannot become markup or a script."""
     measured = evaluation_plots.figure(run.evaluations)
-    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        style=style(),
-        title=html.escape(run.name),
-        status=html.escape(_status(run)),
-        tiles=definitions(_tiles(run)),
-        head=definitions(_head(run)),
+    body = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         axes=options_of({name: axis["title"] for name, axis in run_plots.AXES.items()}, "step"),
         degrees=options_of({name: name for name in ("off", *run_plots.SMOOTHING)}, run_plots.first_smoothing(run)),
         goodput=bar(run.times),
@@ -54,6 +48,7 @@ def page(run: Run) -> str:
         evaluations="null" if measured is None else measured.to_json(),
         plotly=_compressed_plotly(),
     )
+    return framed(run.name, _status(run), _head(run), _tiles(run), body)
 
 
 def _status(run: Run) -> str:

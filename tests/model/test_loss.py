@@ -122,7 +122,7 @@ def test_the_form_that_is_compiled_for_accelerators_is_the_same(ignored, z, weig
 def test_it_is_not_compiled_anew_for_every_number_of_rows(monkeypatch):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    monkeypatch.setattr(loss, "_compiled", cache(partial(torch.compile, backend="aot_eager")))
+    monkeypatch.setattr(loss, "compiled", cache(partial(torch.compile, backend="aot_eager")))
     for tokens in (30, 17, 2, 64, 9, 33):
         x, weight, targets = problem(tokens, 9, 20, 0.3)
         logits = (x @ weight.T).detach()

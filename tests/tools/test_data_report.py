@@ -19,7 +19,7 @@ from tests.data_prep.builds import build_here
 from tests.data_prep.many_scripts import ARABIC, CHINESE, CODE, write_scripts
 from tests.data_prep.texts import PROSE
 from tests.tools.test_report import Page
-from tests.tools.test_report_in_browser import CHROMIUM
+from tests.tools.test_report_in_browser import CHROMIUM, FRAME
 from tools.data_facts import Reader, _classes, length_classes, looks_like_code
 from tools.data_report import main, page
 
@@ -125,13 +125,6 @@ const samples = [...document.querySelectorAll(".sample")].map(node => {
 parent.postMessage({width: innerWidth, page: document.documentElement.scrollWidth, samples,
   paper: style(document.body, "backgroundColor"), ink: style(document.body, "color"),
   bars: [...document.querySelectorAll(".bar i")].map(node => node.getBoundingClientRect().width)}, "*");
-</script>
-"""
-FRAME = """
-<script>
-addEventListener("message", event => {
-  document.body.append(Object.assign(document.createElement("pre"), {textContent: JSON.stringify(event.data)}));
-});
 </script>
 """
 
