@@ -20,19 +20,19 @@ class UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A recipe file's mapping. Raises ValueError in one sentence where there is none."""
+def read_yaml(path: Path, kind: str = "recipe") -> dict[str, Any]:
+    """The mapping that a file of this kind holds. Raises ValueError in one sentence where there is none."""
     try:
         with path.open(encoding="utf-8") as file:
             tree = yaml.load(file, UniqueKeyLoader)
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such recipe file") from None
+        raise ValueError(f"{path}: no such {kind} file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from None
     except (yaml.YAMLError, RecursionError, TypeError) as error:
         raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
-        raise ValueError(f"{path}: a recipe is a mapping of sections (model, training, ...), not {type(tree).__name__}")
+        raise ValueError(f"{path}: a {kind} file is a mapping of keys to values, not {type(tree).__name__}")
     return tree
 
 

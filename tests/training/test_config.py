@@ -123,8 +123,8 @@ def test_what_other_names_lead_to_is_a_key(tmp_path):
     ("text", "part"),
     [
         ("model: [1", "not valid YAML"),
-        ("- 1", "a mapping of sections"),
-        ("", "a mapping of sections"),
+        ("- 1", "a mapping of keys"),
+        ("", "a mapping of keys"),
         (MINIMAL + "optimizer: {lr: 1.0, lr: 2.0}", "'lr' is given twice"),
         ("? [1]\n: 2", "recipe.yaml"),
         ("a: !!python/object:os.system {}", "not valid YAML"),
