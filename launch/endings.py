@@ -89,7 +89,12 @@ class Listener:
             self.words = "{host} (rank {rank})".format(**self._who)
 
     def code(self, of_launcher: int) -> int:
-        """That of the rank which ended first, where the launcher has told; else the launcher's, as a shell says it."""
+        """That of the rank which ended first, where the launcher has told; else the launcher's, as a shell says it.
+
+        After a launcher that was killed its ranks save and end as if they had been asked to: that is not told.
+        """
+        if of_launcher in (-signal.SIGKILL, 128 + signal.SIGKILL):
+            return 128 + signal.SIGKILL
         told = [code for code in FINAL if code and code in self._codes]
         code = [*told, *(code for code in self._codes if code), of_launcher][0] if of_launcher else 0
         return 128 - code if -signal.NSIG < code < 0 else code

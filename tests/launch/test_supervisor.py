@@ -90,6 +90,12 @@ sys.exit(code)
             1,
             "supervisor: not restarted: it ended before its first step, which a restart does not cure (exit code 1: Ren",
         ),
+        (  # as its ranks do when a launcher is killed: what is left of it tells that they have saved
+            '[[3, "killed", "launch.py: Process 7 exits with return code = 75"], [5, 0, ""]]',
+            0,
+            2,
+            "supervisor: restart 1 of at most 10 in 1 s, after step 3: killed",
+        ),
         ('[[3, 1, "a 1"], [3, 1, "a 2"]]', 1, 2, "supervisor: not restarted: step 4 failed a second time for the same"),
         ('[[0, 1, "a 1"]]', 1, 1, "supervisor: not restarted: it ended before its first step"),
         ('[[4, 2, "full"]]', 2, 1, "supervisor: not restarted: what it says has to be mended (exit code 2: full)"),
