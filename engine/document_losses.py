@@ -12,8 +12,6 @@ from training.spikes import DocumentLoss
 
 def document_losses(engine: Engine, batches: list[Batch]) -> list[DocumentLoss]:
     """Of all documents with targets in the batches of all ranks, by sample and place in it. Collective over all ranks."""
-    if engine.head_loss.contrast is not None:
-        return []  # of pairs of texts, whose loss depends on the others
     plain = [batch.copy() for batch in batches]
     for batch in plain:
         batch.pop("seeds", None)  # nothing is dropped here
@@ -38,11 +36,14 @@ def document_losses(engine: Engine, batches: list[Batch]) -> list[DocumentLoss]:
 
 
 def _places(batch: Batch) -> list[tuple[int, int]]:
-    """Sample and place in it of each document of a batch, in their order."""
+    """Sample and place in it of each document of a batch, or of each pair, in their order."""
+    samples = batch["samples"].tolist()
+    if "pairs" in batch:
+        return [(samples[row], place) for row, place in batch["pairs"].tolist()]
     documents = documents_of(batch)
     width = batch["position_ids"].shape[1]
     rows = torch.tensor(documents.lengths).cumsum(0).sub(1).div(width, rounding_mode="floor").tolist()
-    samples, places, seen = batch["samples"].tolist(), [], dict[int, int]()
+    places, seen = [], dict[int, int]()
     for row in rows:
         places.append((samples[row], seen.get(row, 0)))
         seen[row] = seen.get(row, 0) + 1

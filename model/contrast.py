@@ -25,13 +25,13 @@ class Contrast(NamedTuple):
     """From the vectors [n, D] of the pairs here to those of all pairs [N, D], and the place of the first one here."""
 
     def __call__(self, x: Tensor, sides: Tensor) -> Tensor:
-        """Summed over the pairs, in nats. `x` [B, T, D]: what the head sees; `sides` int64 [B, T]: of pair i of a row 2 i at
+        """Of each pair [n], in nats. `x` [B, T, D]: what the head sees; `sides` int64 [B, T]: of pair i of a row 2 i at
         the tokens of its query, 2 i + 1 at those of its document, negative elsewhere."""
         vectors = pooled(x, sides).unflatten(0, (-1, 2))
         documents, first = self.of_all(vectors[:, 1])
         cosines = vectors[:, 0] @ documents.T
         places = torch.arange(first, first + len(vectors), device=x.device)
-        return F.cross_entropy(cosines / self.temperature, places, reduction="sum")
+        return F.cross_entropy(cosines / self.temperature, places, reduction="none")
 
 
 def pooled(x: Tensor, sides: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ class HeadLoss:
         self.contrast: Contrast | None = None
         """Of pairs of texts, where these are what is trained on."""
         self.of_documents = False
-        """Whether losses and targets of each document are asked for, instead of sums over all."""
+        """Whether losses and targets of each document, or pair of texts, are asked for, instead of sums over all."""
         self.whole_rows: Callable[[Tensor, Documents], Tensor] = lambda losses, documents: losses
         """Of the losses [N, B, t] of the tokens that are here, where other processes have the rest of the rows: [N, B, T]."""
 
@@ -48,13 +48,13 @@ class HeadLoss:
 
         `cross_entropy`: `linear_cross_entropy` without its weight; `x` [B, T, D], under the mixture [N B, T, D].
         """
+        if self.contrast is not None:
+            losses = self.contrast(x, targets)
+            return losses.sum(), self._of_pairs(losses.detach().double())
         if self.of_documents:
             assert documents is not None
             losses = self.of_tokens(cross_entropy, x, documents, targets)
             return losses.sum(), sums_of_documents(losses, targets, documents)
-        if self.contrast is not None:
-            loss = self.contrast(x, targets)
-            return loss, torch.cat([loss.detach().double()[None], loss.new_zeros(self.num_sums - 1).double()])
         if documents is not None and documents.spread is not None:
             return self._of_mixture(cross_entropy, x, documents, targets)
         objective, losses = cross_entropy(
@@ -81,6 +81,12 @@ class HeadLoss:
         """Names of what the data's rows come from."""
         self.sources = tuple(sources)
         self.prior.know(sources)
+
+    def _of_pairs(self, losses: Tensor) -> Tensor:
+        """As `__call__` and, for documents, `sums_of_documents` have them."""
+        if self.of_documents:
+            return torch.cat([losses, torch.ones_like(losses)])
+        return torch.cat([losses.sum()[None], losses.new_zeros(self.num_sums - 1)])
 
     def _of_mixture(
         self, cross_entropy: Callable[..., tuple[Tensor, Tensor]], x: Tensor, documents: Documents, targets: Tensor

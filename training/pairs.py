@@ -17,18 +17,19 @@ class PairedTexts:
         self.begin, self.control = manifest.tokenizer.bos_id, np.array(manifest.tokenizer.control_ids)
 
     def __call__(self, batch: Batch, samples: np.ndarray) -> Batch:
-        """`targets` become the sides of pairs, `num_targets` their number; documents begin a text of their own.
+        """`targets` become the sides of pairs, `num_targets` their number; answers begin a text of their own.
 
         A pair is a conversation of which both sides have tokens here, control tokens apart. What answers begins with its first
         target, or with the tokenizer's beginning right before it.
         """
         ids, positions, targets = (batch[key].numpy() for key in ("input_ids", "position_ids", "targets"))
-        positions, sides, number = positions.copy(), np.full_like(targets, NO_TARGET), 0
+        positions, sides = positions.copy(), np.full_like(targets, NO_TARGET)
+        pairs: list[tuple[int, int]] = []
         content = ~np.isin(ids, self.control)
         for row in range(len(ids)):
             begins = [*np.flatnonzero(positions[row] == 0).tolist(), ids.shape[1]]
             in_row = 0
-            for begin, end in pairwise(begins):
+            for place, (begin, end) in enumerate(pairwise(begins)):
                 found = np.flatnonzero(targets[row, begin:end] != NO_TARGET)
                 if not len(found):
                     continue
@@ -40,9 +41,10 @@ class PairedTexts:
                 ]
                 positions[row, answer:end] -= answer - begin
                 if all(map(len, parts)):
-                    for side, places in enumerate(parts):
-                        sides[row, places] = 2 * in_row + side
+                    for side, tokens in enumerate(parts):
+                        sides[row, tokens] = 2 * in_row + side
+                    pairs.append((row, place))
                     in_row += 1
-            number += in_row
         made = {"position_ids": torch.from_numpy(positions), "targets": torch.from_numpy(sides)}
-        return batch | made | {"num_targets": number}  # type: ignore[return-value]
+        made["pairs"] = torch.tensor(pairs, dtype=torch.int64).view(-1, 2)
+        return batch | made | {"num_targets": len(pairs)}  # type: ignore[return-value]

@@ -2,21 +2,23 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from engine.document_losses import document_losses
 from engine.run.loop import new_state
 from engine.run.plan import make_plan
-from engine.run.samples import StepSamples
+from engine.run.samples import StepSamples, order_of
 from launch.topology import Topology
 from model.documents import Documents
 from model.hf.weights import load_hf, save_hf
 from model.llama import Llama
 from tests.engine.kept import kept
-from tests.engine.programs import interrupted, prepare, zero
+from tests.engine.programs import Run, interrupted, prepare, zero
 from tests.engine.test_layouts import RECOMPUTE, SEQUENCE, SPLIT, TENSOR, pipeline
 from tests.training.corpus import build
 from training.config import load_recipe
@@ -133,6 +135,36 @@ def test_a_step_is_that_of_one_process(runs, reference, ranks, name):
 def test_a_run_continues_to_the_bit(runs, ranks, name):
     for rank in runs(ranks, name):
         assert rank["history"] == rank["expected"]
+
+
+def losses_of_pairs(folder: str, recipe: str, data: str, config: dict, overrides: dict) -> list[tuple]:
+    """Of the first step, by sample and place among the documents of its row, with that step's loss."""
+    run = Run(recipe, data, config, Path(folder), overrides)
+    found = document_losses(run.engine, StepSamples(run.plan).after(new_state(run.plan)))
+    run.close()
+    return [(each.sample, each.place, each.total, each.targets) for each in found]
+
+
+def test_each_pair_has_its_loss(setting, reference, on_ranks):
+    """Named as that document of the row in which it lies, whose answer begins a text of its own in the batch."""
+    folder, recipe, data, overrides = setting
+    found = on_ranks(2, losses_of_pairs, str(folder / "pairs-2"), recipe, data, zero(2), overrides)
+    assert found[0] == found[1]
+    alone = plan(setting, zero(0), **WHOLE)
+    state = new_state(alone)
+    (batch,) = StepSamples(alone).after(state)
+    expected, order = {}, order_of(alone, state)
+    for sample, sides in zip(batch["samples"].tolist(), batch["targets"], strict=True):
+        source, row, _ = order.locate(sample)
+        ends = alone.dataset.row(source, row).seg_len.cumsum()
+        firsts = [int((sides == 2 * pair).nonzero()[0]) for pair in range(int(sides.max()) // 2 + 1)]
+        expected[sample] = [int(np.searchsorted(ends, first, side="right")) for first in firsts]
+    assert [(sample, place) for sample, place, *_ in found[0]] == [
+        (s, p) for s in sorted(expected) for p in expected[s]
+    ]
+    assert {targets for *_, targets in found[0]} == {1}
+    assert np.mean([total for *_, total, _ in found[0]]) == pytest.approx(reference[0][0], rel=1e-5)
+    assert len({total for *_, total, _ in found[0]}) > 8
 
 
 @pytest.mark.parametrize(
