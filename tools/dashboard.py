@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from console.command import CommandParser, DefaultsInHelp
+from tools.shown import LAYER_FIGURES
 from training.wandb_run import WANDB_KEYS
 
 if TYPE_CHECKING:
@@ -42,6 +43,9 @@ SECTIONS: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
     "Goodput": [
         ("Share of the wall time that was productive", "/^goodput/share$/", {}),
         ("Where the wall time went (seconds)", "/^goodput/.+_seconds$/", {}),
+    ],
+    "Layers": [
+        (f"{title} by layer", f"/^layers/{kind}/.+/", {"log_y": log}) for kind, (title, log) in LAYER_FIGURES.items()
     ],
     "Progress": [
         ("Tokens", "tokens", {}),

@@ -9,7 +9,7 @@ import numpy as np
 
 from tools.evaluation.files import read_evaluations
 from training.goodput import RunTimes, read_times
-from training.metrics import METRICS_FILE
+from training.metrics import LAYERS_FILE, METRICS_FILE
 from training.records import read_records
 
 FACTS_FILE = "run.json"
@@ -22,6 +22,8 @@ class Run(NamedTuple):
     steps: list[dict[str, Any]]
     validations: list[dict[str, Any]]
     events: list[dict[str, Any]]
+    layers: list[dict[str, Any]]
+    """What every layer was like at some steps."""
     facts: dict[str, Any]
     evaluations: list[dict[str, Any]]
     times: RunTimes | None
@@ -36,12 +38,14 @@ def read_run(run_dir: Path) -> Run:
         known = json.loads(facts.read_bytes()) if facts.exists() else {}
     except ValueError as error:
         raise ValueError(f"{facts} is not valid JSON ({error})") from None
+    of_layers = read_records(run_dir / LAYERS_FILE) if (run_dir / LAYERS_FILE).is_file() else []
     records = _placed(read_records(metrics))
     return Run(
         run_dir.resolve().name,
         [record for record in records if is_step(record)],
         [record for record in records if "validation" in record],
         [record for record in records if "event" in record],
+        _between(of_layers, records),
         known if isinstance(known, dict) else {"run": known},
         read_evaluations(run_dir),
         read_times(run_dir),
@@ -85,3 +89,18 @@ def _placed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     of_step = np.interp([record["step"] for record in records], steps, tokens) if records else []
     places = zip(records, hours_trained(records), of_step, strict=True)
     return [{"tokens": round(tokens)} | record | {"hours": hours} for record, hours, tokens in places]
+
+
+def _between(records: list[dict[str, Any]], placed: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Other records of the same run, with the place of each among those that have one."""
+    if not records or not placed:
+        return []
+    steps = [record["step"] for record in records]
+    known = {record["step"]: record for record in placed}  # of several the last
+    places = {
+        axis: np.interp(steps, [*known], [record[axis] for record in known.values()]) for axis in ("tokens", "hours")
+    }
+    return [
+        record | {"tokens": round(tokens), "hours": hours}
+        for record, tokens, hours in zip(records, places["tokens"].tolist(), places["hours"].tolist(), strict=True)
+    ]

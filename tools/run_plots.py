@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
+from tools.layer_plots import layer_panels
 from tools.panels import COLORS, Drawing, Panel, draw
 from tools.run_history import Run
 
@@ -50,7 +51,7 @@ def figure(run: Run) -> Drawing:
     marked = [event for event in run.events if event["event"] != "checkpoint"][-POINTS_PER_CURVE // 10 :]
     loss = Panel("Loss (nats per token)", _losses(run), {"tickformat": AXES["step"]["tickformat"]}, {}, height=360)
     strip = Panel("", _events(run), _x_axis(), {"type": "category", "showgrid": False, "dtick": 1}, height=70)
-    panels += _of_adapters(run)
+    panels += [*_of_adapters(run), *layer_panels(run, _x_axis())]
     for panel in panels[-2:]:
         panel.x["title"] = {"text": AXES["step"]["title"]}
     pairs = [panels[number : number + 2] for number in range(0, len(panels), 2)]

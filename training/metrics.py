@@ -21,7 +21,7 @@ from training.wandb_run import WandbRun
 if TYPE_CHECKING:
     from training.throughput import Rates
 
-METRICS_FILE = "metrics.jsonl"
+METRICS_FILE, LAYERS_FILE = "metrics.jsonl", "layers.jsonl"
 
 
 class Sink(Protocol):
@@ -58,19 +58,30 @@ class MetricsLogger:
         """
         self._config, self._total_steps = config, total_steps
         self._sinks: list[Sink] = []
+        self._layer_sinks: list[Sink] = []
+        """Those that take the statistics of layers; a file of their own among them, since they are long."""
         self._last: dict[str, Any] = {}
         self._best: dict[str, dict[str, float]] = {}
         self._speeds: list[float] = []
         if is_first_rank:
             self._sinks.append(Console(total_steps, peak_label))
             self._sinks.append(RecordFile(run_dir / METRICS_FILE, resumed_step))
+            if config.layer_statistics_every_steps or (run_dir / LAYERS_FILE).exists():
+                self._layer_sinks.append(RecordFile(run_dir / LAYERS_FILE, resumed_step))
             if config.wandb and wandb_mode != "disabled":
-                earlier = read_records(run_dir / METRICS_FILE)
-                self._sinks.append(WandbRun(run_dir, config, run_id, facts, wandb_mode, earlier))
+                files = [run_dir / name for name in (METRICS_FILE, LAYERS_FILE)]
+                records = [record for file in files if file.exists() for record in read_records(file)]
+                earlier = sorted(records, key=lambda record: record["step"])
+                self._open(WandbRun(run_dir, config, run_id, facts, wandb_mode, earlier))
             if config.tensorboard:
                 from training.tensorboard_run import TensorBoardRun
 
-                self._sinks.append(TensorBoardRun(run_dir, resumed_step))
+                self._open(TensorBoardRun(run_dir, resumed_step))
+
+    def _open(self, sink: Sink) -> None:
+        """One that takes everything."""
+        self._sinks.append(sink)
+        self._layer_sinks.append(sink)
 
     def due(self, step: int) -> bool:
         """Whether the metrics of this step are to be collected; the same on all ranks."""
@@ -130,6 +141,13 @@ class MetricsLogger:
         self._speeds.append(rates.tokens_per_second)
         self._write(step, record)
 
+    def log_layers(self, step: int, figures: Mapping[str, Mapping[str, float]]) -> None:
+        """Reports what the layers were like at a step, by kind and name: see `engine.layer_statistics.Figures`."""
+        rounded = {kind: {name: float(f"{v:.6g}") for name, v in of.items()} for kind, of in figures.items()}
+        record = {"step": step, "layers": rounded, "time": round(time.time(), 3)}
+        for sink in self._layer_sinks:
+            sink.write(record)
+
     def log_validation(self, step: int, results: dict[str, dict[str, float]]) -> None:
         """Reports the validation after `step`: for each set `loss` (nats per target), `bits_per_byte` and `targets`."""
         for name, scores in results.items():
@@ -152,7 +170,7 @@ class MetricsLogger:
 
     def go_back(self, step: int) -> None:
         """The steps after this one will be done, and reported, again."""
-        for sink in self._sinks:
+        for sink in dict.fromkeys([*self._sinks, *self._layer_sinks]):
             sink.go_back(step)
 
     def summary(self) -> dict[str, Any]:
@@ -165,7 +183,7 @@ class MetricsLogger:
 
     def close(self, exit_code: int = 0) -> None:
         """Finishes the outputs; W&B shows a run with another exit code as failed. A second call does nothing."""
-        sinks, self._sinks = self._sinks, []
+        sinks, self._sinks, self._layer_sinks = dict.fromkeys([*self._sinks, *self._layer_sinks]), [], []
         for sink in sinks:
             sink.close(exit_code)
 

@@ -2,7 +2,16 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 Rate = Annotated[float, Field(ge=0, lt=1)]
 
@@ -172,6 +181,10 @@ class MetricsConfig(BaseModel):
 
     tensorboard: bool = False
     """Write event files for TensorBoard under RUN/tensorboard."""
+
+    layer_statistics_every_steps: NonNegativeInt = 100
+    """Optimizer steps between two records of RUN/layers.jsonl, the first step always: gradient, parameters, update, activations
+    and largest attention logit of every layer; 0: none."""
 
 
 class StageConfig(BaseModel):

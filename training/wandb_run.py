@@ -66,10 +66,12 @@ def _of_adapters(kind: str, values: dict[str, Any], of: str = "") -> dict[str, f
 
 
 def wandb_values(record: dict[str, Any]) -> dict[str, float]:
-    """The numbers of one record of `metrics.jsonl` under their W&B keys; an event becomes a 1 in `events/<name>`."""
+    """The numbers of one record of a run under their W&B keys; an event becomes a 1 in `events/<name>`."""
     if "event" in record:
         return {f"events/{record['event']}": 1}
-    if "validation" in record:
+    if "layers" in record:
+        values = {f"layers/{kind}/{name}": value for kind, of in record["layers"].items() for name, value in of.items()}
+    elif "validation" in record:
         sets = record["validation"].items()
         values = {f"validation/{name}/{key}": scores.get(key) for name, scores in sets for key in VALIDATION_KEYS}
     else:

@@ -10,7 +10,10 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
 
+from engine.layout.mesh import Mesh
 from engine.layout.names import named_parameters
+from engine.layout.slices import cut_dimensions
+from model.config import ModelConfig
 
 
 class Held(NamedTuple):
@@ -34,6 +37,19 @@ def held(wrapper: Any, module: nn.Module) -> Iterator[Held]:
     if isinstance(wrapper, DeepSpeedZeroOptimizer | BF16_Optimizer):
         return _at_stages_1_and_2(wrapper, module)
     return (Held(name, range(p.numel()), p, 0) for name, p in named_parameters(module) if p.requires_grad)
+
+
+def counted_once(wrapper: Any, module: nn.Module, mesh: Mesh, config: ModelConfig) -> Iterator[Held]:
+    """Of `held` what no other rank of the mesh has as well, or is the first to have."""
+    partitioned = isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3 | DeepSpeedZeroOptimizer | BF16_Optimizer)
+    if not partitioned and (mesh.data_rank or mesh.sequence_rank):
+        return
+    dimensions, tied = cut_dimensions(config), config.tie_word_embeddings and mesh.pipeline > 1
+    for share in held(wrapper, module):
+        if tied and mesh.pipeline_rank and share.name.startswith("embed_tokens."):
+            continue  # the last rank's copy
+        if mesh.tensor_rank == 0 or dimensions[share.name] is not None:
+            yield share
 
 
 def _at_stages_1_and_2(wrapper: Any, module: nn.Module) -> Iterator[Held]:

@@ -35,13 +35,18 @@ class UlyssesAttention(nn.Module):
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__()
         self.size = group.size()
-        self.exchange = DistributedAttention(attend, group, scatter_idx=2, gather_idx=1)
+        self.attend = attend
+        self.exchange = DistributedAttention(self._attend_here, group, scatter_idx=2, gather_idx=1)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, visibility: Visibility) -> Tensor:
         """`q` [B, T / n, H, d], `k` and `v` [B, T / n, K, d]; `documents` of the whole rows. Returns [B, T / n, H, d]."""
         if (copies := self.size // k.shape[2]) > 1:  # every rank needs a key/value head of its own
             k, v = (x.repeat_interleave(copies, dim=2) for x in (k, v))
         return self.exchange(q, k, v, 0, None, documents, visibility)
+
+    def _attend_here(self, *arguments: Any) -> Tensor:
+        """Whole rows, a part of the heads."""
+        return self.attend(*arguments)
 
 
 class KeyAttention(nn.Module):
@@ -50,6 +55,7 @@ class KeyAttention(nn.Module):
     def __init__(self, group: dist.ProcessGroup, mesh: Mesh) -> None:
         super().__init__()
         self.group, self.mesh = group, mesh
+        self.attend = attend_part
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, visibility: Visibility) -> Tensor:
         """`q` [B, t, H, d], `k` and `v` [B, t, K, d]; `documents` of the columns that are here. Returns [B, t, H, d]."""
@@ -60,7 +66,7 @@ class KeyAttention(nn.Module):
         q, k = q.to(v.dtype), k.to(v.dtype)  # normalised ones may be wider
         both = torch.stack([k, v], dim=2).flatten(0, 1)  # [B t, 2, K, d]
         keys, values = _SeenKeys.apply(both, plan, self.group).unbind(1)
-        return attend_part(q, keys, values, documents, visibility, plan.part)
+        return self.attend(q, keys, values, documents, visibility, plan.part)
 
 
 class KeyExchange(NamedTuple):

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 from engine.engine import Engine
+from engine.layer_statistics import Figures, LayerStatistics
 from engine.run.outputs import Outputs
 from engine.run.plan import RunPlan
 from engine.run.rewind import settle
@@ -30,6 +31,7 @@ class Step(NamedTuple):
     result: StepResult
     spike: str | None
     """Why it was refused and is still to be decided about."""
+    layers: Figures | None
 
 
 class TrainingLoop:
@@ -38,6 +40,7 @@ class TrainingLoop:
     def __init__(self, engine: Engine, plan: RunPlan, state: TrainState) -> None:
         self.engine, self.plan, self.state = engine, plan, state
         self._samples = StepSamples(plan, pin_memory=engine.device.type == "cuda")
+        self._layers = LayerStatistics(engine, plan.recipe.logging.layer_statistics_every_steps)
 
     def step(self, waiting: Callable[[], AbstractContextManager] = nullcontext) -> Step:
         """The next optimizer step. Collective over all ranks. `waiting`: entered while the samples are awaited."""
@@ -45,11 +48,12 @@ class TrainingLoop:
         with waiting():
             micro_batches = self._samples.after(self.state)
         watch = SpikeWatch(self.plan, self.state)
+        self._layers.expect(self.state, micro_batches)
         result = train_step(
             self.engine, micro_batches, learning_rate, self.plan.recipe.training.z_loss_weight, watch.judge
         )
         self.state.advance(stage.batch.samples, self.plan.step_tokens, result.applied)
-        return Step(stage, micro_batches, learning_rate, result, watch.after(result))
+        return Step(stage, micro_batches, learning_rate, result, watch.after(result), self._layers.read(result))
 
 
 def new_state(plan: RunPlan) -> TrainState:
@@ -77,7 +81,7 @@ def train(loop: TrainingLoop, outputs: Outputs, stop: StopSignal) -> int:
             stage = plan.stage_of(state.step + 1)
             outputs.announce(stage, state.step)
         done = loop.step(outputs.waiting_for_data)
-        outputs.report(done.result, done.learning_rate, state)
+        outputs.report(done.result, done.learning_rate, state, done.layers)
         if done.spike:
             outputs.complete(engine)
             with outputs.watchdog.aside(REWIND):

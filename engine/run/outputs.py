@@ -11,6 +11,7 @@ from engine.checkpoint.manifest import folder_name
 from engine.checkpoint.retention import Retention
 from engine.checkpoint.saving import Saves
 from engine.engine import Engine
+from engine.layer_statistics import Figures
 from engine.run.folder import check_claim
 from engine.run.pace import Pace
 from engine.run.plan import RunPlan
@@ -113,7 +114,9 @@ class Outputs:
             yield
         self._phases.enter(UPDATE)
 
-    def report(self, result: StepResult, learning_rate: float, state: TrainState) -> None:
+    def report(
+        self, result: StepResult, learning_rate: float, state: TrainState, layers: Figures | None = None
+    ) -> None:
         """`state`: after the step."""
         self._step = state.step
         self.clock.step_done(self.plan.step_tokens)
@@ -152,6 +155,8 @@ class Outputs:
                 adapters=result.adapters,
                 wall_seconds=self._goodput.times.seconds if self._goodput else None,
             )
+        if layers is not None:
+            self.logger.log_layers(state.step, layers)
 
     def decided(self, decision: Decision, step: int) -> None:
         """About a spike; `step`: the last that is still done. Records of those that will be done again are taken back."""

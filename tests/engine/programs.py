@@ -14,6 +14,7 @@ import yaml
 
 from engine.checkpoint.folder import agree_on_checkpoint
 from engine.checkpoint.saving import save
+from engine.layer_statistics import Figures
 from engine.layout.names import named_parameters
 from engine.layout.slices import cut_dimensions, join
 from engine.process_group import start_process_group
@@ -50,7 +51,7 @@ RECIPE = {
     "schedule": {"schedule": "wsd", "warmup_steps": 2, "decay_steps": 3},
     "validation": {"every_steps": 4, "max_samples": 20},
     "checkpoint": {"every_steps": 4},
-    "logging": {"log_every_steps": 1, "wandb": False},
+    "logging": {"log_every_steps": 1, "wandb": False, "layer_statistics_every_steps": 5},
 }
 AUTO = dict.fromkeys(
     ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto"
@@ -138,6 +139,8 @@ class Run:
         join_process_group()
         self.loop = begin(self.plan)
         self.engine = self.loop.engine
+        self.layers: dict[int, Figures] = {}
+        """By step."""
 
     def steps(self, count: int, poison: "Poison | None" = None) -> list[dict]:
         """Train, the activations or gradients of every step poisoned if so asked."""
@@ -147,6 +150,8 @@ class Run:
             poisoned = poison is not None and self.topology.rank == poison.rank % self.topology.world_size
             with poison.given_to(self.engine, micro_batches) if poisoned else contextlib.nullcontext():
                 done = self.loop.step()
+            if done.layers is not None:
+                self.layers[self.state.step] = done.layers
             rows = torch.cat([batch["input_ids"] for batch in done.micro_batches]).numpy()
             ids = sorted(hashlib.blake2b(row.tobytes(), digest_size=8).hexdigest() for row in rows)
             history.append(done.result._asdict() | {"step": self.state.step, "rows": ids})
@@ -241,6 +246,7 @@ def histories(folder: str, recipe: str, data: str, runs: dict[str, tuple[dict, d
         results[name] = {
             "history": history,
             "weights": run.weights(),
+            "layers": run.layers,
             "validation": validate_all(run.engine, run.plan),
             "held_parameters": held,
             "all_parameters": run.plan.recipe.model.num_parameters(),

@@ -67,6 +67,7 @@ ON_OBJECTS_OF_OURS = {
     "engine/reduction/wire.py": {"traffic.calls", "traffic.bytes", "traffic.ring_bytes"},
     "engine/document_losses.py": {"engine.head_loss.of_documents"},
     "engine/gate.py": {"optimizer.refuses", "holder.grad"},
+    "engine/layer_statistics.py": {"place.attend"},
     "engine/run/begin.py": {"engine.base", "loop.state.decisions"},
     "engine/run/loop.py": {"loop.state"},
     "engine/run/rewind.py": {"state.decisions"},

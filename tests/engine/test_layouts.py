@@ -2,20 +2,13 @@
 
 import numpy as np
 import pytest
-import torch
 
-from engine.run.loop import new_state
-from engine.run.plan import make_plan
-from engine.run.samples import StepSamples
-from launch.topology import Topology
 from model.hf.weights import save_hf
 from model.llama import Llama
 from tests.engine.kept import kept
+from tests.engine.plain import plain_torch
 from tests.engine.programs import BF16, histories, prepare, shipped, stopped_once, zero
 from training.config import load_recipe
-from training.muon import Muon
-from training.optimizer import Lion, parameter_groups
-from training.schedule import lr_factor
 
 STEPS = {"training.max_steps": "6"}
 MORE = {"training.max_steps": "10"}
@@ -191,49 +184,11 @@ def setting(tmp_path_factory):
     return folder, *prepare(folder)
 
 
-def plain_torch(setting, overrides: dict):
-    """One process, no DeepSpeed: the loss of the whole step differentiated at once."""
-    folder, recipe_file, data = setting
-    (folder / "zero0.json").write_text('{"zero_optimization": {"stage": 0}}')
-    alone = Topology(0, 0, 1, torch.device("cpu"))
-    plan = make_plan(recipe_file, STEPS | overrides, str(folder / "zero0.json"), data, alone)
-    recipe = plan.recipe
-    model = Llama(recipe.model, seed=recipe.training.seed)
-    config = recipe.optimizer
-    groups = parameter_groups(model, config)
-    if config.is_muon:
-        options = {"lr": 1.0, "betas": config.betas, "eps": config.eps, "momentum": config.momentum}
-        optimizer = Muon(groups, normalize=config.name == "normuon", **options)
-    elif config.name == "lion":
-        optimizer = Lion(groups, lr=1.0, betas=config.betas)
-    else:
-        optimizer = torch.optim.AdamW(groups, lr=1.0, betas=config.betas, eps=config.eps)
-    history = []
-    state, samples = new_state(plan), StepSamples(plan)
-    for step in range(plan.total_steps):
-        micro_batches = samples.after(state)
-        state.advance(plan.batch.samples, plan.step_tokens, applied=True)
-        whole = micro_batches[0].items()
-        tensors = [key for key, value in whole if isinstance(value, torch.Tensor) and key != "samples"]
-        batch = {key: torch.cat([micro_batch[key] for micro_batch in micro_batches]) for key in tensors}
-        targets = sum(micro_batch["num_targets"] for micro_batch in micro_batches)
-        copies = recipe.objective.copies
-        objective, loss = model(**batch, z_loss_weight=recipe.training.z_loss_weight, copies=copies)
-        (objective / targets).backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * lr_factor(recipe.schedule, step + 1, plan.total_steps, plan.step_tokens)
-        optimizer.step()
-        optimizer.zero_grad()
-        history.append((loss.item() / targets, norm.item(), targets))
-    return np.array(history), {name: p.detach().numpy() for name, p in model.named_parameters()}
-
-
 @pytest.fixture(scope="module")
 def references(setting):
-    """By variant: the curve and the weights of plain torch."""
+    """By variant: the curve, the weights and the figures of layers of plain torch."""
     changes = {"": {}} | {variant: change for variant, (change, _) in VARIANTS.items()}
-    return kept(lambda variant: plain_torch(setting, changes[variant]))
+    return kept(lambda variant: plain_torch(setting, STEPS | changes[variant]))
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +218,7 @@ def curve(result) -> np.ndarray:
 
 @pytest.mark.parametrize(("ranks", "name"), FLOAT32_RUNS)
 def test_float32_layouts_equal_plain_torch(runs, references, ranks, name):
-    expected, weights = references(variant_of(name))
+    expected, weights, _ = references(variant_of(name))
     np.testing.assert_allclose(curve(runs(ranks, name)[0]), expected, rtol=1e-5)
     found = {key: value for rank in runs(ranks, name) for key, value in rank["weights"].items()}
     assert found.keys() == weights.keys()
@@ -273,12 +228,27 @@ def test_float32_layouts_equal_plain_torch(runs, references, ranks, name):
         assert close.mean() >= (0.999 if name.endswith("-lion") else 1), key
 
 
+@pytest.mark.parametrize(("ranks", "name"), FLOAT32_RUNS)
+def test_layers_are_like_those_of_plain_torch(runs, references, ranks, name):
+    expected = references(variant_of(name))[2]
+    close = 1e-3 if name.endswith("-lion") else 1e-5  # the sign of an element that is zero but for rounding is anyone's
+    for rank in runs(ranks, name):
+        assert rank["layers"].keys() == {step for step in expected if step == 1 or step % 5 == 0}
+        for step, figures in rank["layers"].items():
+            assert figures.keys() == expected[step].keys()
+            norms = list(figures["grad_norm"].values())
+            assert np.linalg.norm(norms) == pytest.approx(rank["history"][step - 1]["grad_norm"], rel=1e-5)
+            for kind, of_layers in expected[step].items():
+                assert figures[kind] == pytest.approx(of_layers, rel=close), (step, kind)
+
+
 @pytest.mark.parametrize(("ranks", "name"), ALL_RUNS)
 def test_all_ranks_report_the_same(runs, ranks, name):
     first, *others = runs(ranks, name)
     for other in others:
         np.testing.assert_array_equal(curve(other), curve(first))
         assert other["validation"] == first["validation"]
+        assert other["layers"] == first["layers"]
     assert first["printed"].replace("building the model ...\n", "") == ""  # said only where that takes long
     assert first["validation"]["again"] == first["validation"]["validation"]
 

@@ -11,9 +11,11 @@ from tests.processes import run_cli
 from tests.training.test_metrics import log, open_logger
 from tools.dashboard import main, specification, workspace
 from training.goodput import KINDS
-from training.metrics import METRICS_FILE
+from training.metrics import LAYERS_FILE, METRICS_FILE
 from training.records import read_records
 from training.wandb_run import wandb_values
+
+FIGURES = ("grad_norm", "parameter_rms", "update_rms", "activation_rms", "max_attention_logit")
 
 
 @pytest.fixture
@@ -31,7 +33,13 @@ def test_every_logged_key_is_in_exactly_one_panel(spec, tmp_path):
         log(logger, 1, wall_seconds=dict.fromkeys(KINDS, 1.0))
         logger.log_validation(1, {"long books": {"loss": 2.0, "bits_per_byte": 0.75, "targets": 3}})
         logger.log_event(1, "checkpoint")
-    logged = {key for record in read_records(tmp_path / METRICS_FILE) for key in wandb_values(record)}
+        logger.log_layers(1, {kind: {"layers.0": 1.0, "norm": 2.0} for kind in FIGURES})
+    logged = {
+        key
+        for file in (METRICS_FILE, LAYERS_FILE)
+        for record in read_records(tmp_path / file)
+        for key in wandb_values(record)
+    }
     shown = panels(spec)
     for key in logged:
         here = [p for p in shown if key in p.get("metrics", ()) or re.search(p.get("metricRegex", "$^"), key)]

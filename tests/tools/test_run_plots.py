@@ -6,6 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,7 +14,8 @@ from tests.tools.test_report import Page, numbers, write_evaluations, write_run
 from tools.report import page
 from tools.run_history import read_run
 from tools.run_plots import POINTS_PER_CURVE, _visible_points, smoothed
-from training.metrics import METRICS_FILE
+from tools.shown import LAYER_FIGURES
+from training.metrics import LAYERS_FILE, METRICS_FILE
 from training.records import read_records
 
 CURVE = st.lists(st.one_of(st.floats(-1e6, 1e6), st.just(math.nan)), min_size=1, max_size=200)
@@ -39,6 +41,35 @@ def write_long_run(folder: Path) -> Path:
             records.append({"step": step, "validation": {"books": {"loss": 4.0, "targets": 1}}, "time": now})
     (folder / METRICS_FILE).write_text("".join(json.dumps(record) + "\n" for record in records))
     return folder
+
+
+def write_layers(folder: Path, names: tuple[str, ...] = ("embed_tokens", "layers.0", "layers.1", "norm")) -> Path:
+    """Of every 25th step of `write_long_run`; the gradient of one layer is not finite once."""
+    records = []
+    for step in (1, *range(25, 201, 25)):
+        figures = {kind: {name: 1e-3 * (1 + len(name)) * step for name in names} for kind in LAYER_FIGURES}
+        figures["max_attention_logit"] = {"layers.0": -0.5, "layers.1": float(step)}
+        if step == 50:
+            figures["grad_norm"]["layers.1"] = None
+        records.append({"step": step, "layers": figures, "time": 1000.0 + 60 * step})
+    (folder / LAYERS_FILE).write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def test_layers_are_drawn_over_every_axis(tmp_path):
+    drawn = Page(page(read_run(write_layers(write_long_run(tmp_path))))).figure()
+    maps = [trace for trace in drawn.data if trace.type == "heatmap"]
+    assert len(maps) == len(LAYER_FIGURES)
+    gradients, logits = maps[0], maps[-1]
+    assert gradients.y == ("embed", "0", "1", "norm")
+    assert logits.y == ("0", "1")
+    steps = numbers(gradients.x).astype(int).tolist()
+    assert steps == [1, *range(25, 201, 25)]
+    assert gradients.meta["x"]["tokens"] == [512 * step for step in steps]
+    np.testing.assert_allclose(gradients.meta["x"]["hours"], [step / 60 for step in steps], atol=2e-6)
+    assert gradients.customdata[2][2] is gradients.z[2][2] is None
+    assert 10 ** gradients.z[0][1] == pytest.approx(gradients.customdata[0][1], rel=1e-3)
+    assert logits.z == logits.customdata
 
 
 def test_every_point_has_its_place_in_tokens_and_hours(tmp_path):

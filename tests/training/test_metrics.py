@@ -10,7 +10,7 @@ import time
 import pytest
 
 from training.goodput import KINDS
-from training.metrics import METRICS_FILE, MetricsLogger, with_prefix
+from training.metrics import LAYERS_FILE, METRICS_FILE, MetricsLogger, with_prefix
 from training.records import read_records
 from training.sections import MetricsConfig
 from training.throughput import Rates
@@ -50,6 +50,28 @@ def test_where_the_time_went_is_part_of_a_record(tmp_path):
     shown = {key: value for key, value in wandb_values(record).items() if key.startswith("goodput/")}
     assert shown.pop("goodput/share") == 0.75
     assert shown == {f"goodput/{kind}_seconds": value for kind, value in record["wall_seconds"].items()}
+
+
+LAYERS = {"grad_norm": {"embed_tokens": 0.5, "layers.0": 1 / 3}, "max_attention_logit": {"layers.0": math.inf}}
+
+
+def test_layers_have_a_file_of_their_own_which_goes_back_with_the_run(tmp_path):
+    with open_logger(tmp_path) as logger:
+        for step in (1, 100, 200):
+            log(logger, step)
+            logger.log_layers(step, LAYERS)
+    with open_logger(tmp_path, resumed_step=150) as logger:
+        logger.log_layers(200, LAYERS)
+        logger.log_layers(300, LAYERS)
+        logger.go_back(200)
+    records = read_records(tmp_path / LAYERS_FILE)
+    assert [record["step"] for record in records] == [1, 100, 200]
+    assert records[0]["layers"] == LAYERS | {
+        "grad_norm": {"embed_tokens": 0.5, "layers.0": 0.333333},
+        "max_attention_logit": {"layers.0": None},
+    }
+    assert wandb_values(records[0]) == {"layers/grad_norm/embed_tokens": 0.5, "layers/grad_norm/layers.0": 0.333333}
+    assert not any("layers" in record for record in read_records(tmp_path / METRICS_FILE))
 
 
 def test_records_hold_every_key(tmp_path):

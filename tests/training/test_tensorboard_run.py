@@ -3,7 +3,7 @@
 import pytest
 
 from tests.training.test_metrics import log, open_logger
-from training.metrics import METRICS_FILE
+from training.metrics import LAYERS_FILE, METRICS_FILE
 from training.records import read_records
 from training.sections import MetricsConfig
 from training.tensorboard_run import FOLDER
@@ -26,9 +26,9 @@ def read(run_dir) -> dict[str, dict[int, float]]:
 
 
 def recorded(run_dir) -> dict[str, dict[int, float]]:
-    """The same from metrics.jsonl."""
+    """The same from metrics.jsonl and layers.jsonl."""
     found: dict[str, dict[int, float]] = {}
-    for record in read_records(run_dir / METRICS_FILE):
+    for record in [*read_records(run_dir / METRICS_FILE), *read_records(run_dir / LAYERS_FILE)]:
         for name, value in wandb_values(record).items():
             found.setdefault(name, {})[record["step"]] = pytest.approx(value, rel=1e-6)
     return found
@@ -43,6 +43,7 @@ def test_each_step_is_shown_as_it_was_done_last(tmp_path):
     with open_logger(tmp_path, config=WITH_TENSORBOARD, resumed_step=5) as logger:
         for step in range(6, 11):
             log(logger, step, loss=0.5 + step)
+            logger.log_layers(step, {"grad_norm": {"layers.0": step}})
         logger.go_back(7)
         for step in range(8, 13):
             log(logger, step, loss=0.25 * step)
