@@ -13,16 +13,21 @@ from storage.shards import ShardedDataset
 
 def row_costs(dataset: ShardedDataset, sources: np.ndarray, rows: np.ndarray, visibility: Visibility) -> np.ndarray:
     """Visible (query, key) pairs in each row, int64 [n]; padding counts, since it is computed."""
-    T = dataset.manifest.seq_length
     costs = np.empty(len(rows), np.int64)
     for i, (source, row) in enumerate(zip(sources.tolist(), rows.tolist(), strict=True)):
-        block, j = dataset.find(source, row)
-        lengths = block.seg_len[block.splits[j] : block.splits[j + 1]].astype(np.int64)
-        rest = T - int(lengths.sum())
-        if rest < 0:
-            lengths[-1] += rest  # the last token of a full row is a target only
-        costs[i] = visibility.pairs(lengths).sum() + visibility.pairs(max(rest, 0))
+        costs[i] = visibility.pairs(lengths_of_row(dataset, source, row)).sum()
     return costs
+
+
+def lengths_of_row(dataset: ShardedDataset, source: int, row: int) -> np.ndarray:
+    """Tokens of each document as far as a row has them as inputs, and of the padding if there is some; int64."""
+    block, j = dataset.find(source, row)
+    lengths = block.seg_len[block.splits[j] : block.splits[j + 1]].astype(np.int64)
+    rest = dataset.manifest.seq_length - int(lengths.sum())
+    if rest > 0:
+        return np.append(lengths, rest)
+    lengths[-1] += rest  # the last token of a full row is a target only
+    return lengths
 
 
 def deal(costs: np.ndarray, micro_batch: int, world_size: int) -> np.ndarray:
