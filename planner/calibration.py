@@ -31,7 +31,7 @@ from launch.topology import LAUNCHER_VARIABLES, shell_environment
 from model.documents import Documents
 from model.llama import Block, layer_plan
 from planner.parts import elements, part_of_model
-from planner.rates import Cost, Kind, MeasuredLinks, Passes, Rates
+from planner.rates import Cost, Kind, MeasuredLinks, PartRates, Passes
 from training.data import TrainingData, make_batch, training_order
 
 BLOCKS = 2
@@ -206,7 +206,7 @@ class Probes:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def rates(self) -> Rates:
+    def rates(self) -> PartRates:
         """From all rounds but the first: medians, then means over the ranks. Collective over all ranks."""
         names = sorted(self._found)
         found_here = [statistics.median(self._found[name][1:]) for name in names]
@@ -217,7 +217,7 @@ class Probes:
         for name in names:
             if len(words := name.split()) == 3 and words[1].isdigit() and words[2].isdigit():
                 points.setdefault(f"{words[0]} {words[1]}", []).append((float(words[2]), found[name]))
-        return Rates(
+        return PartRates(
             tensor=self.mesh.tensor,
             block=Passes(*(self._fitted("block", each, found) for each in ("forward", "backward"))),
             head=Passes(*(self._fitted("head", each, found) for each in ("forward", "backward"))),
@@ -260,7 +260,7 @@ def fit(features: Sequence[Sequence[float]], seconds: Sequence[float], weights: 
     return Cost(*coefficients.values())
 
 
-def calibrate(plans: Sequence[RunPlan], seconds: float = 30.0) -> dict[int, Rates]:
+def calibrate(plans: Sequence[RunPlan], seconds: float = 30.0) -> dict[int, PartRates]:
     """The rates of a model on this machine by tensor-parallel degree, tried on as many ranks as the plans have.
 
     The plans, one a degree, differ in their layouts only. `seconds`: for all of them, after the ranks have started. Raises
@@ -284,7 +284,7 @@ def calibrate(plans: Sequence[RunPlan], seconds: float = 30.0) -> dict[int, Rate
         if done.returncode:
             raise ValueError(f"the calibration failed: {[*done.stderr.strip().splitlines(), 'no word'][0]}")
         texts = [(Path(folder) / f"rates-{plan.mesh.tensor}.json").read_text() for plan in plans]
-    return {rates.tensor: rates for rates in map(Rates.model_validate_json, texts)}
+    return {rates.tensor: rates for rates in map(PartRates.model_validate_json, texts)}
 
 
 def main(folder: Path) -> int:

@@ -92,7 +92,7 @@ class DerivedLinks(Frozen):
         return latency * max(1, math.ceil(math.log2(ranks))) + sent / bandwidth
 
 
-class Rates(Frozen):
+class PartRates(Frozen):
     """Of one rank's part of a model, with a tensor-parallel degree and a precision."""
 
     tensor: int
@@ -116,7 +116,7 @@ class Rates(Frozen):
     source: str
 
 
-def derived_rates(plan: RunPlan, hardware: Hardware) -> Rates:
+def derived_rates(plan: RunPlan, hardware: Hardware) -> PartRates:
     """What this model is expected to reach there. Raises ValueError where the data sheet leaves something open."""
     device = hardware.device
     missing = [
@@ -153,7 +153,7 @@ def derived_rates(plan: RunPlan, hardware: Hardware) -> Rates:
             (hardware.between_latency, hardware.between_bandwidth),
         )
     ]
-    return Rates(
+    return PartRates(
         tensor=tensor,
         block=Passes(Cost(token=token, pair=pair), Cost(token=backward * token, pair=2 * pair)),
         head=Passes(Cost(token=head), Cost(token=backward * head)),

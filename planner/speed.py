@@ -16,7 +16,7 @@ from engine.layout.schedule import instructions
 from engine.run.plan import RunPlan
 from planner.lengths import StepRows, rows_of_steps
 from planner.parts import StageParts, stage_parts
-from planner.rates import Passes, Rates
+from planner.rates import PartRates, Passes
 from planner.schedule import play
 
 AGREEMENTS = 8
@@ -28,7 +28,7 @@ MOST_PLAYED = 4096
 class Seconds(dict[str, float]):
     """By part of a step."""
 
-    def __add__(self, other: dict[str, float]) -> "Seconds":
+    def __add__(self, other: "Seconds") -> "Seconds":
         return Seconds({name: self.get(name, 0.0) + other.get(name, 0.0) for name in {**self, **other}})
 
     @property
@@ -47,7 +47,7 @@ class StepTime(NamedTuple):
     """Over all ranks."""
 
 
-def step_time(plan: RunPlan, rates: Rates, rows: StepRows | None = None) -> StepTime:
+def step_time(plan: RunPlan, rates: PartRates, rows: StepRows | None = None) -> StepTime:
     """Of the first stage's steps. `rows`: what `rows_of_steps` says of it, where several layouts are asked about."""
     assert rates.tensor == plan.mesh.tensor, "rates are those of a tensor-parallel degree"
     rows = rows or rows_of_steps(plan, plan.stages[0])
@@ -64,7 +64,7 @@ def step_time(plan: RunPlan, rates: Rates, rows: StepRows | None = None) -> Step
 class _Step:
     """One step of a layout."""
 
-    def __init__(self, plan: RunPlan, rates: Rates) -> None:
+    def __init__(self, plan: RunPlan, rates: PartRates) -> None:
         self.plan, self.rates, self.mesh = plan, rates, plan.mesh
         self.model, self.zero = plan.recipe.model, plan.ds_config.get("zero_optimization", {})
         self.zero_stage: int = self.zero.get("stage", 0)

@@ -12,7 +12,7 @@ from launch.topology import Topology
 from planner.calibration import fit
 from planner.hardware import find_hardware
 from planner.lengths import rows_of_steps
-from planner.rates import MATRIX_EFFICIENCY, Cost, DerivedLinks, MeasuredLinks, Passes, Rates, derived_rates
+from planner.rates import MATRIX_EFFICIENCY, Cost, DerivedLinks, MeasuredLinks, PartRates, Passes, derived_rates
 from planner.speed import step_time
 from tests.engine.programs import BF16, prepare, zero
 from tests.ranks import Ranks
@@ -46,7 +46,7 @@ def rates_of(plan, **changes):
     """Nothing takes time, and a byte that leaves a rank takes a second."""
     links = DerivedLinks(node=64, inside=(0.0, 1.0), between=(0.0, 1.0))
     free = {"tensor": plan.mesh.tensor, "block": NOTHING, "head": NOTHING, "embedding": NOTHING, "update": 0.0}
-    return Rates(**free | {"copy_byte": 0.0, "links": links, "source": "a test"} | changes)
+    return PartRates(**free | {"copy_byte": 0.0, "links": links, "source": "a test"} | changes)
 
 
 def test_the_bytes_that_are_counted_leave_the_busiest_rank(tmp_path):
@@ -65,7 +65,7 @@ def test_the_bytes_that_are_counted_leave_the_busiest_rank(tmp_path):
         assert planned.seconds == pytest.approx(left, rel=0.01, abs=2500), name
 
     assert texts[0] == texts[1], "all ranks have the same rates"
-    rates = Rates.model_validate_json(texts[0])
+    rates = PartRates.model_validate_json(texts[0])
     parts = step_time(plan_of(tmp_path, files, tensor, {}), rates).parts
     needed = ("blocks", "head", "embedding", "tensor", "optimizer", "agreement")
     assert {name for name, seconds in parts.items() if seconds > 0} >= set(needed)
