@@ -48,6 +48,7 @@ bench: .venv/installed
 	$(BIN)/python -m bench.adapters
 	$(BIN)/python -m bench.attention
 	$(BIN)/python -m bench.balance
+	$(BIN)/python -m bench.layers
 	$(BIN)/python -m bench.checkpoint
 	$(BIN)/python -m bench.equivalence
 	$(BIN)/python -m bench.compression

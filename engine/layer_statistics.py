@@ -9,7 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,37 +22,46 @@ from engine.layout.pipeline import PipelineLayer
 from engine.layout.sequence import KeyAttention, UlyssesAttention
 from engine.step import StepResult
 from model.documents import Documents
-from model.llama import Attention, Head, layer_plan
+from model.llama import Attention, Head, Llama, layer_plan
 from model.logits import largest_logit
 from model.part_attention import RowPart
 from model.visibility import Visibility
 from training.batch import Batch
+from training.config import Recipe
+from training.optimizer import parameter_groups
 from training.state import TrainState
 
-Figures = dict[str, dict[str, float]]
-"""By kind and layer of the plan:
 
-- `grad_norm`: of the gradient of its trained parameters, before clipping; squared they add up to that of the step.
-- `parameter_rms`, `update_rms`: of these parameters after the update, and of what the update added to them.
-- `activation_rms`: of what the layer hands on, over all tokens of the step.
-- `max_attention_logit`: the largest q . k / sqrt(d) of all heads, for at most 1,024 evenly spread queries of the step's first
-  sample and all keys that these see.
-"""
+class Figures(NamedTuple):
+    """Of an applied step."""
+
+    layers: dict[str, dict[str, float]]
+    """By kind and layer of the plan:
+
+    - `grad_norm`: of the gradient of its trained parameters, before clipping; squared they add up to that of the step.
+    - `parameter_rms`, `update_rms`: of these parameters after the update, and of what the update added to them.
+    - `activation_rms`: of what the layer hands on, over all tokens of the step.
+    - `max_attention_logit`: the largest q . k / sqrt(d) of all heads, for at most 1,024 evenly spread queries of the step's first
+      sample and all keys that these see.
+    """
+    groups: dict[str, float]
+    """Norm of the gradient, before clipping, of each group of parameters that the optimizer has (`training.optimizer`)."""
 
 
-SUMS = ("gradients", "updates", "parameters", "elements", "activations", "values")
+SUMS = ("gradients", "groups", "updates", "parameters", "elements", "activations", "values")
 """Of squares, and how many there are of them."""
 
 
 class LayerStatistics:
     """Watches an engine at the first of its run's steps and at every so many: `expect`, the step, `read`."""
 
-    def __init__(self, engine: Engine, every_steps: int) -> None:
-        """`every_steps` 0: never."""
-        self._engine, self._every = engine, every_steps
+    def __init__(self, engine: Engine, recipe: Recipe) -> None:
+        self._engine, self._every = engine, recipe.logging.layer_statistics_every_steps
         self._layers = [entry.name for entry in layer_plan(engine.config)]
-        self._watching = False
-        if every_steps:
+        self._watching, self._pass = False, -1
+        if self._every:
+            self._group_of = _groups(recipe)
+            self._groups = list(dict.fromkeys(self._group_of.values()))
             self._watch_activations()
             engine.base_optimizer.register_step_pre_hook(self._before_update)
             engine.base_optimizer.register_step_post_hook(self._after_update)
@@ -69,13 +78,13 @@ class LayerStatistics:
         self._pass = -1
         self._seen: set[tuple[str, int, int]] = set()
         self._squares: list[tuple[str, int, Tensor]] = []
-        self._sums = {kind: np.zeros(len(self._layers)) for kind in SUMS}
+        self._sums = {kind: np.zeros(len(self._groups if kind == "groups" else self._layers)) for kind in SUMS}
         self._logits: list[tuple[int, Tensor]] = []
         self._earlier: dict[int, Tensor] = {}
-        self._shares: dict[int, list[tuple[int, slice]]] = defaultdict(list)
+        self._shares: dict[int, list[tuple[str, slice]]] = defaultdict(list)
         for share in counted_once(engine.optimizer, engine.module, engine.mesh, engine.config):
             place = slice(share.offset, share.offset + len(share.elements))
-            self._shares[id(share.holder)].append((self._layer_of(share.name), place))
+            self._shares[id(share.holder)].append((share.name, place))
 
     def read(self, result: StepResult) -> Figures | None:
         """Of the step that was done; None where none was watched, or it was not applied. Collective over all ranks."""
@@ -89,10 +98,11 @@ class LayerStatistics:
         for (kind, layer, _), value in zip(self._squares, values, strict=True):
             self._sums[kind][layer] += value
         totals = self._engine.sum_over_ranks(np.concatenate(list(self._sums.values())).tolist())
-        sums = dict(zip(SUMS, np.array(totals).reshape(len(SUMS), -1), strict=True))
+        ends = np.cumsum([len(of_kind) for of_kind in self._sums.values()])
+        sums = dict(zip(SUMS, np.split(np.array(totals), ends[:-1]), strict=True))
         clip = self._engine.deepspeed.gradient_clipping()
         clipped = max(1.0, (result.grad_norm + 1e-6) / clip) if clip else 1.0
-        figures = {
+        layers = {
             "grad_norm": self._named(np.sqrt(sums["gradients"]) * clipped, sums["elements"]),
             "parameter_rms": self._named(_rms(sums["parameters"], sums["elements"]), sums["elements"]),
             "update_rms": self._named(_rms(sums["updates"], sums["elements"]), sums["elements"]),
@@ -100,7 +110,7 @@ class LayerStatistics:
             "max_attention_logit": self._largest_logits(),
         }
         self._squares, self._logits = [], []
-        return figures
+        return Figures(layers, dict(zip(self._groups, (np.sqrt(sums["groups"]) * clipped).tolist(), strict=True)))
 
     def _named(self, of_layers: np.ndarray, counts: np.ndarray) -> dict[str, float]:
         """Without layers that have nothing of the kind."""
@@ -135,12 +145,16 @@ class LayerStatistics:
                 continue
             self._add("parameters", holder, holder)
             self._add("updates", holder, earlier.sub_(holder.detach()))
-            for layer, place in self._shares[id(holder)]:
-                self._sums["elements"][layer] += place.stop - place.start
+            for name, place in self._shares[id(holder)]:
+                self._sums["elements"][self._layer_of(name)] += place.stop - place.start
 
     def _add(self, kind: str, holder: Tensor, values: Tensor) -> None:
         flat = values.detach().reshape(-1)
-        self._squares += [(kind, layer, _square(flat[place])) for layer, place in self._shares[id(holder)]]
+        for name, place in self._shares[id(holder)]:
+            square = _square(flat[place])
+            self._squares.append((kind, self._layer_of(name), square))
+            if kind == "gradients":
+                self._squares.append(("groups", self._groups.index(self._group_of[name]), square))
 
     # Activations and logits
 
@@ -203,6 +217,15 @@ class _Watched:
     ) -> Tensor:
         self._look(self._layer, q, k, documents, visibility, *part)
         return self._attend(q, k, v, documents, visibility, *part)
+
+
+def _groups(recipe: Recipe) -> dict[str, str]:
+    """By name in the layer plan, of all parameters that are trained: the group of the optimizer, as one process has them."""
+    with torch.device("meta"):
+        model = Llama(recipe.model)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = parameter_groups(model, recipe.optimizer)
+    return {names[id(parameter)]: group["name"] for group in groups for parameter in group["params"]}
 
 
 def _updated(optimizer: torch.optim.Optimizer) -> list[Tensor]:

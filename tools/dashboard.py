@@ -10,17 +10,24 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from console.command import CommandParser, DefaultsInHelp
-from tools.shown import LAYER_FIGURES
+from tools.shown import LAYER_FIGURES, OF_GROUPS, OF_SOURCES, SERIES
 from training.wandb_run import WANDB_KEYS
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace
+
+
+def _of_section(name: str) -> list[tuple[str, str, dict[str, Any]]]:
+    of_section = [each for each in SERIES if each.section == name]
+    return [(each.title, each.key, {"log_y": True} if each.is_log else {}) for each in of_section]
+
 
 # section -> (title, what is plotted, further options of the plot); a pattern in /slashes/ takes all keys that match
 SECTIONS: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
     "Loss": [
         ("Training loss", "loss", {"smoothing_type": "exponentialTimeWeighted", "smoothing_factor": 0.6}),
         ("Validation loss", "/^validation/.+/loss$/", {}),
+        (OF_SOURCES, "/^validation/.+/loss_by_source/.+/", {}),
         ("Validation bits per byte", "/^validation/.+/bits_per_byte$/", {}),
         ("Loss by adapter", "/^adapters/.+/loss$/", {}),
         ("Share of the targets that each adapter made", "/^adapters/.+/share$/", {}),
@@ -28,17 +35,15 @@ SECTIONS: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
         ("Objective", "objective", {"smoothing_type": "exponentialTimeWeighted", "smoothing_factor": 0.6}),
     ],
     "Optimisation": [
-        ("Learning rate", "learning_rate", {}),
-        ("Gradient norm before clipping", "grad_norm", {"log_y": True}),
+        *_of_section("Optimisation"),
+        (OF_GROUPS, "/^groups/grad_norm/.+/", {"log_y": True}),
         ("Skipped steps", "skipped_steps", {}),
     ],
     "Speed": [
-        ("Tokens per second", "tokens_per_second", {}),
-        ("Share of peak FLOP/s", "mfu", {}),
-        ("Share of time waiting for data", "data_wait_fraction", {}),
+        *_of_section("Speed"),
         ("Seconds per step", "step_seconds", {}),
+        ("Foreseen by the plan, and measured", "/^plan/.+/", {}),
         ("Attention of the busiest rank beyond the average", "attention_imbalance", {}),
-        ("Peak memory of the first rank", "memory_bytes", {}),
     ],
     "Goodput": [
         ("Share of the wall time that was productive", "/^goodput/share$/", {}),

@@ -1,17 +1,23 @@
 """Continue a text with a trained model, printed as it is made.
 
 python -m tools.generate RUN|HF_DIR --prompt "Enter HAMLET" [--temperature 0.8] [--top-p 0.95]
+
+What a run's checkpoint writes is also kept in RUN/samples.jsonl, where tools.report finds it.
 """
 
 import argparse
+import contextlib
+import json
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from console.command import CommandParser, DefaultsInHelp, run_command
 from data_prep.tokenizer import Tokenizer
 from tools.model_flags import add_model_flags
+from tools.run_history import SAMPLES_FILE
 
 if TYPE_CHECKING:
     import torch
@@ -55,9 +61,25 @@ def main() -> None:
     ids = [*begin, *trained.tokenizer.encode_batch([prompt])[0].tolist()]
     start = torch.tensor(ids or [trained.tokenizer.eos_id], device=trained.device)
     tokens = new_tokens(trained, start, arguments)
+    pieces = []
     for piece in stream(trained.tokenizer, ids, tokens):
         print(piece, end="", flush=True)
+        pieces.append(piece)
     print()
+    if trained.checkpoint:
+        keep(Path(arguments.source), trained.checkpoint, "".join(pieces), prompt, arguments)
+
+
+def keep(run: Path, checkpoint: str, text: str, prompt: str, arguments: argparse.Namespace) -> None:
+    """In RUN/samples.jsonl, for the report; a run that cannot be written to is left as it is."""
+    choice = {key: getattr(arguments, key) for key in ("temperature", "top_k", "top_p", "seed", "adapter")}
+    record = {
+        "step": int(checkpoint.removeprefix("step-")),
+        "prompt": prompt,
+        "text": text.removeprefix(prompt),
+    } | choice
+    with contextlib.suppress(OSError), (run / SAMPLES_FILE).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
 
 
 def new_tokens(trained: "Trained", start: "torch.Tensor", arguments: argparse.Namespace) -> Iterable[int]:

@@ -61,14 +61,15 @@ def _cells(tag: str, texts: list[str]) -> str:
 def details(name: str, value: Any) -> str:
     """A closed section that lists all that is in `value`, a JSON value, a line each."""
     rows = "".join(
-        f"<tr><th>{html.escape(key)}</th><td>{html.escape(text)}</td></tr>" for key, text in _flattened(value, "")
+        f"<tr><th>{html.escape(key)}</th><td>{html.escape(text)}</td></tr>" for key, text in flattened(value, "")
     )
     return f"<details><summary>{html.escape(name)}</summary><table>{rows}</table></details>"
 
 
-def _flattened(value: Any, prefix: str) -> list[tuple[str, str]]:
+def flattened(value: Any, prefix: str) -> list[tuple[str, str]]:
+    """Dotted keys and texts of all that is in a JSON value."""
     if isinstance(value, dict) and value:
-        return [row for key, item in value.items() for row in _flattened(item, f"{prefix}.{key}" if prefix else key)]
+        return [row for key, item in value.items() for row in flattened(item, f"{prefix}.{key}" if prefix else key)]
     return [(prefix, value if isinstance(value, str) else json.dumps(value))]
 
 

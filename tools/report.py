@@ -1,7 +1,7 @@
-"""A run as one HTML page that needs no network: `python -m tools.report RUN -o report.html`.
+"""Runs as one HTML page that needs no network: `python -m tools.report RUN [RUN ...] -o report.html`.
 
-Reads RUN/metrics.jsonl, RUN/run.json and RUN/goodput.json, and what tools.evaluate kept in RUN/evaluations; the run may still
-be going on.
+Reads RUN/metrics.jsonl, layers.jsonl, run.json and goodput.json, what tools.evaluate kept in RUN/evaluations, and what
+tools.generate wrote; a run may still be going on. Of several the same curves are drawn over each other.
 The page carries its own compressed copy of plotly.js, so it opens from disk on a machine that is cut off from everything.
 """
 
@@ -21,12 +21,13 @@ from pydantic import ValidationError
 
 from console.command import CommandParser
 from model.config import ModelConfig
-from tools import run_plots
+from tools import comparison, run_plots
 from tools.evaluation import plots as evaluation_plots
 from tools.goodput_bar import bar, launch_rows
 from tools.page import details, framed, options_of, table, write_page
 from tools.run_history import Run, read_run
 from tools.run_plots import validation_scores
+from tools.run_sections import planned_rows, samples, steps_section
 from training.goodput import share_of
 from training.metrics import with_prefix
 
@@ -36,19 +37,48 @@ TEMPLATE = Path(__file__).with_name("report.html")
 def page(run: Run) -> str:
     """The whole page. Values from the run's files are escaped: a name cannot become markup or a script."""
     measured = evaluation_plots.figure(run.evaluations)
-    body = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        axes=options_of({name: axis["title"] for name, axis in run_plots.AXES.items()}, "step"),
-        degrees=options_of({name: name for name in ("off", *run_plots.SMOOTHING)}, run_plots.first_smoothing(run)),
+    body = _body(
+        figure=run_plots.figure(run).to_json(),
+        degree=run_plots.first_smoothing([run]),
         goodput=bar(run.times),
         launches=table(*launch_rows(run.times)),
+        planned=table(*planned_rows(run)),
+        steps=steps_section(run),
         validation=_validation_table(run),
         scores=_score_table(run),
+        samples=samples(run),
         facts="".join(details(name, value) for name, value in run.facts.items()),
-        figure=run_plots.figure(run).to_json(),
         evaluations="null" if measured is None else measured.to_json(),
-        plotly=_compressed_plotly(),
     )
     return framed(run.name, _status(run), _head(run), _tiles(run), body)
+
+
+def comparison_page(runs: Sequence[Run]) -> str:
+    """The whole page of several runs with names of their own."""
+    tiles = [_tiles(run) for run in runs]
+    body = _body(
+        figure=run_plots.comparison(runs).to_json(),
+        degree=run_plots.first_smoothing(runs),
+        goodput=comparison.titled(runs, [bar(run.times) for run in runs]),
+        launches="",
+        planned=comparison.titled(runs, [table(*planned_rows(run)) for run in runs]),
+        steps="",
+        validation=table(*comparison.validation_rows(runs)),
+        scores=comparison.titled(runs, [_score_table(run) for run in runs]),
+        samples=comparison.titled(runs, [samples(run) for run in runs]),
+        facts=comparison.differences(runs),
+        evaluations="null",
+    )
+    figures = f"<section>{table(*comparison.figure_rows(runs, tiles))}</section>"
+    head = [(run.name, f"{_status(run)}; {_layout_words(run.facts)}") for run in runs]
+    return framed(" · ".join(run.name for run in runs), f"{len(runs)} runs", head, [], figures + body)
+
+
+def _body(*, degree: str, **parts: str) -> str:
+    axes = options_of({name: axis["title"] for name, axis in run_plots.AXES.items()}, "step")
+    degrees = options_of({name: name for name in ("off", *run_plots.SMOOTHING)}, degree)
+    text = TEMPLATE.read_text(encoding="utf-8")
+    return Template(text).substitute(axes=axes, degrees=degrees, plotly=_compressed_plotly(), **parts)
 
 
 def _status(run: Run) -> str:
@@ -176,11 +206,16 @@ def _compressed_plotly() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = CommandParser(prog="python -m tools.report", description=__doc__.partition("\n")[0])
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a training run, finished or going on")
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="page to write (default: RUN/report.html)")
+    run_help = "folder of a training run, finished or going on; of several to compare them"
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help=run_help)
+    output_help = "page to write (default: RUN/report.html; of several runs comparison.html here)"
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help=output_help)
     options = parser.parse_args(arguments)
-    output = options.output or options.run / "report.html"
-    return write_page("tools.report", output, lambda: page(read_run(options.run)))
+    if len(options.runs) > 1:
+        output = options.output or Path("comparison.html")
+        return write_page("tools.report", output, lambda: comparison_page(comparison.read_runs(options.runs)))
+    (run,) = options.runs
+    return write_page("tools.report", options.output or run / "report.html", lambda: page(read_run(run)))
 
 
 if __name__ == "__main__":

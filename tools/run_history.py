@@ -12,13 +12,14 @@ from training.goodput import RunTimes, read_times
 from training.metrics import LAYERS_FILE, METRICS_FILE
 from training.records import read_records
 
-FACTS_FILE = "run.json"
+FACTS_FILE, SAMPLES_FILE = "run.json", "samples.jsonl"
 
 
 class Run(NamedTuple):
     """Every record also has its `hours` (see `hours_trained`) and its `tokens`."""
 
     name: str
+    folder: str
     steps: list[dict[str, Any]]
     validations: list[dict[str, Any]]
     events: list[dict[str, Any]]
@@ -27,6 +28,8 @@ class Run(NamedTuple):
     facts: dict[str, Any]
     evaluations: list[dict[str, Any]]
     times: RunTimes | None
+    samples: list[dict[str, Any]]
+    """What `tools.generate` wrote with its checkpoints."""
 
 
 def read_run(run_dir: Path) -> Run:
@@ -38,18 +41,23 @@ def read_run(run_dir: Path) -> Run:
         known = json.loads(facts.read_bytes()) if facts.exists() else {}
     except ValueError as error:
         raise ValueError(f"{facts} is not valid JSON ({error})") from None
-    of_layers = read_records(run_dir / LAYERS_FILE) if (run_dir / LAYERS_FILE).is_file() else []
     records = _placed(read_records(metrics))
     return Run(
         run_dir.resolve().name,
+        str(run_dir),
         [record for record in records if is_step(record)],
         [record for record in records if "validation" in record],
         [record for record in records if "event" in record],
-        _between(of_layers, records),
+        _between(_records_if_any(run_dir / LAYERS_FILE), records),
         known if isinstance(known, dict) else {"run": known},
         read_evaluations(run_dir),
         read_times(run_dir),
+        _records_if_any(run_dir / SAMPLES_FILE),
     )
+
+
+def _records_if_any(path: Path) -> list[dict[str, Any]]:
+    return read_records(path) if path.is_file() else []
 
 
 def is_step(record: dict[str, Any]) -> bool:

@@ -14,6 +14,7 @@ import plotly.graph_objects as go
 from tools.layer_plots import layer_panels
 from tools.panels import COLORS, Drawing, Panel, draw
 from tools.run_history import Run
+from tools.shown import OF_GROUPS, OF_SOURCES, SERIES, Series
 
 POINTS_PER_CURVE, POINTS_WHEN_SMOOTH = 3000, 600
 FEW_POINTS = 30
@@ -26,15 +27,6 @@ AXES = {
     "hours": {"title": "hours of training", "tickformat": "~g"},
 }
 EVENT_COLORS = {"resume": "#f59e0b", "restart": "#b91c1c", "skip": "#ef4444", "checkpoint": "#9ca3af"}
-# title, record key, factor from the record's unit to the axis's, format of the axis's ticks, axis type, whether it is noisy
-PANELS = (
-    ("Learning rate", "learning_rate", 1.0, ".2~e", "linear", False),
-    ("Gradient norm before clipping", "grad_norm", 1.0, "~g", "log", True),
-    ("Tokens per second", "tokens_per_second", 1.0, "~s", "linear", True),
-    ("Share of peak FLOP/s (MFU)", "mfu", 1.0, "~%", "linear", True),
-    ("Time waiting for data", "data_wait_fraction", 1.0, "~%", "linear", True),
-    ("Peak memory of the first rank (GiB)", "memory_bytes", 2.0**-30, "~g", "linear", False),
-)
 ADAPTER_PANELS = (
     ("Loss by adapter (nats per token)", "adapter_losses", "~g"),
     ("Share of the targets that each adapter made", "adapter_shares", "~%"),
@@ -43,28 +35,52 @@ ADAPTER_PANELS = (
 
 def figure(run: Run) -> Drawing:
     """All curves in one figure whose panels zoom together."""
-    panels = [
-        Panel(title, _curves(title, run.steps, key, factor, noisy=noisy, showlegend=False), _x_axis(),
-              {"tickformat": tick_format, "type": kind, "rangemode": "tozero"})
-        for title, key, factor, tick_format, kind, noisy in PANELS
-    ]  # fmt: skip
+    panels = [panel_of(each, _of_series(each.title, run, each, showlegend=False)) for each in SERIES]
     marked = [event for event in run.events if event["event"] != "checkpoint"][-POINTS_PER_CURVE // 10 :]
     loss = Panel("Loss (nats per token)", _losses(run), {"tickformat": AXES["step"]["tickformat"]}, {}, height=360)
     strip = Panel("", _events(run), _x_axis(), {"type": "category", "showgrid": False, "dtick": 1}, height=70)
-    panels += [*_of_adapters(run), *layer_panels(run, _x_axis())]
-    for panel in panels[-2:]:
-        panel.x["title"] = {"text": AXES["step"]["title"]}
-    pairs = [panels[number : number + 2] for number in range(0, len(panels), 2)]
+    panels += [*_of_sources(run), *_of_groups(run), *_of_adapters(run), *layer_panels(run, _x_axis())]
     return draw(
-        [[loss], [strip], *pairs],
+        [[loss], [strip], *in_pairs(panels)],
         shapes=[_line_across_the_loss(event) for event in marked],
         meta={"axes": AXES, "marks": {axis: [event[axis] for event in marked] for axis in AXES}},
     )
 
 
-def first_smoothing(run: Run) -> str:
+def comparison(runs: Sequence[Run]) -> Drawing:
+    """The same curves of several runs, a colour for each."""
+    losses: list[go.Scatter] = []
+    of_series: dict[str, list[go.Scatter]] = {each.key: [] for each in SERIES}
+    for number, run in enumerate(runs):
+        of_run: dict[str, Any] = {"color": COLORS[number % len(COLORS)], "legendgroup": run.name}
+        losses += _curves(run.name, run.steps, "loss", noisy=True, **of_run)
+        for name, scores in validation_scores(run).items():
+            title = f"{run.name}, validation: {name}"
+            losses += _curves(title, scores, "loss", mode="markers", showlegend=False, **of_run)
+        for each in SERIES:
+            of_series[each.key] += _of_series(run.name, run, each, showlegend=False, **of_run)
+    loss = Panel("Loss (nats per token; markers: validation)", losses, _x_axis(AXES["step"]["title"]), {}, height=360)
+    panels = [panel_of(each, of_series[each.key]) for each in SERIES]
+    return draw([[loss], *in_pairs(panels)], meta={"axes": AXES, "marks": {axis: [] for axis in AXES}})
+
+
+def panel_of(series: Series, traces: list[go.Scatter]) -> Panel:
+    title = f"{series.title} ({series.unit})" if series.unit else series.title
+    y = {"tickformat": series.ticks, "type": "log" if series.is_log else "linear", "rangemode": "tozero"}
+    return Panel(title, traces, _x_axis(), y)
+
+
+def in_pairs(panels: list[Panel]) -> list[list[Panel]]:
+    """Rows of two; the last row says what its axis is, and a panel without a neighbour has the whole width."""
+    pairs = [panels[number : number + 2] for number in range(0, len(panels), 2)]
+    for panel in pairs[-1]:
+        panel.x["title"] = {"text": AXES["step"]["title"]}
+    return pairs
+
+
+def first_smoothing(runs: Sequence[Run]) -> str:
     """How the page begins: short curves as they are."""
-    return SMOOTHED_AT_FIRST if len(run.steps) >= SMOOTHED_FROM else "off"
+    return SMOOTHED_AT_FIRST if any(len(run.steps) >= SMOOTHED_FROM for run in runs) else "off"
 
 
 def validation_scores(run: Run) -> dict[str, list[dict[str, Any]]]:
@@ -76,8 +92,42 @@ def validation_scores(run: Run) -> dict[str, list[dict[str, Any]]]:
     return scores
 
 
-def _x_axis() -> dict[str, Any]:
-    return {"matches": "x", "tickformat": AXES["step"]["tickformat"]}
+def _x_axis(title: str = "") -> dict[str, Any]:
+    found = {"matches": "x", "tickformat": AXES["step"]["tickformat"]}
+    return found | ({"title": {"text": title}} if title else {})
+
+
+def _of_series(name: str, run: Run, series: Series, **options: Any) -> list[go.Scatter]:
+    return _curves(name, run.steps, series.key, series.factor, noisy=series.is_noisy, **options)
+
+
+def _of_sources(run: Run) -> list[Panel]:
+    """The validation loss by source, where a set has several."""
+    curves: dict[str, list[dict[str, Any]]] = {}
+    for name, scores in validation_scores(run).items():
+        for score in scores:
+            for source, loss in score.get("loss_by_source", {}).items():
+                curves.setdefault(f"{source} ({name})", []).append(score | {"loss": loss})
+    return _named_curves(OF_SOURCES, curves, "loss")
+
+
+def _of_groups(run: Run) -> list[Panel]:
+    """The gradient norm of each group of parameters that the optimizer has, where it has several."""
+    curves: dict[str, list[dict[str, Any]]] = {}
+    for record in run.layers:
+        for group, norm in record.get("groups", {}).items():
+            curves.setdefault(group, []).append(record | {"grad_norm": norm})
+    return _named_curves(OF_GROUPS, curves, "grad_norm", is_log=True)
+
+
+def _named_curves(title: str, curves: dict[str, list[dict[str, Any]]], key: str, is_log: bool = False) -> list[Panel]:
+    if not curves:
+        return []
+    traces: list[go.Scatter] = []
+    for number, (name, records) in enumerate(curves.items()):
+        traces += _curves(name, records, key, color=COLORS[number % len(COLORS)])
+    y = {"tickformat": "~g", "type": "log" if is_log else "linear"}
+    return [Panel(title, traces, _x_axis(), y)]
 
 
 def _losses(run: Run) -> list[go.Scatter]:

@@ -141,10 +141,13 @@ class MetricsLogger:
         self._speeds.append(rates.tokens_per_second)
         self._write(step, record)
 
-    def log_layers(self, step: int, figures: Mapping[str, Mapping[str, float]]) -> None:
-        """Reports what the layers were like at a step, by kind and name: see `engine.layer_statistics.Figures`."""
-        rounded = {kind: {name: float(f"{v:.6g}") for name, v in of.items()} for kind, of in figures.items()}
-        record = {"step": step, "layers": rounded, "time": round(time.time(), 3)}
+    def log_layers(
+        self, step: int, layers: Mapping[str, Mapping[str, float]], groups: Mapping[str, float] | None = None
+    ) -> None:
+        """Reports what layers and groups of parameters were like at a step: see `engine.layer_statistics.Figures`."""
+        rounded = {kind: {name: _rounded(value) for name, value in of.items()} for kind, of in layers.items()}
+        of_groups = {name: _rounded(value) for name, value in (groups or {}).items()}
+        record = {"step": step, "layers": rounded, "groups": of_groups, "time": round(time.time(), 3)}
         for sink in self._layer_sinks:
             sink.write(record)
 
@@ -251,6 +254,10 @@ def with_prefix(number: float) -> str:
 def _validation_cell(name: str, scores: dict[str, float]) -> str:
     bits = scores.get("bits_per_byte")
     return f"{name} loss {scores['loss']:.4f}" + ("" if bits is None else f" ({bits:.4f} bits/byte)")
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")
 
 
 def _short(value: Any) -> str:

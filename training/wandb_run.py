@@ -67,15 +67,21 @@ def _of_adapters(kind: str, values: dict[str, Any], of: str = "") -> dict[str, f
 
 def wandb_values(record: dict[str, Any]) -> dict[str, float]:
     """The numbers of one record of a run under their W&B keys; an event becomes a 1 in `events/<name>`."""
+    values = {f"plan/{key}": value for key, value in record.items() if key.startswith(("planned_", "measured_"))}
     if "event" in record:
-        return {f"events/{record['event']}": 1}
-    if "layers" in record:
-        values = {f"layers/{kind}/{name}": value for kind, of in record["layers"].items() for name, value in of.items()}
+        values[f"events/{record['event']}"] = 1
+    elif "layers" in record:
+        of_groups = {f"groups/grad_norm/{name}": value for name, value in record.get("groups", {}).items()}
+        kinds = record["layers"].items()
+        values = of_groups | {f"layers/{kind}/{name}": value for kind, of in kinds for name, value in of.items()}
     elif "validation" in record:
         sets = record["validation"].items()
         values = {f"validation/{name}/{key}": scores.get(key) for name, scores in sets for key in VALIDATION_KEYS}
+        for name, scores in sets:
+            by_source = scores.get("loss_by_source", {})
+            values |= {f"validation/{name}/loss_by_source/{source}": loss for source, loss in by_source.items()}
     else:
-        values = {key: record[name] for name, key in WANDB_KEYS.items()}
+        values |= {key: record[name] for name, key in WANDB_KEYS.items()}
         for key, kind in ADAPTER_KEYS.items():
             values |= _of_adapters(kind, record.get(key, {}))
         if "effective_adapters" in record:

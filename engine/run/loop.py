@@ -40,7 +40,7 @@ class TrainingLoop:
     def __init__(self, engine: Engine, plan: RunPlan, state: TrainState) -> None:
         self.engine, self.plan, self.state = engine, plan, state
         self._samples = StepSamples(plan, pin_memory=engine.device.type == "cuda")
-        self._layers = LayerStatistics(engine, plan.recipe.logging.layer_statistics_every_steps)
+        self._layers = LayerStatistics(engine, plan.recipe)
 
     def step(self, waiting: Callable[[], AbstractContextManager] = nullcontext) -> Step:
         """The next optimizer step. Collective over all ranks. `waiting`: entered while the samples are awaited."""

@@ -156,7 +156,7 @@ class Outputs:
                 wall_seconds=self._goodput.times.seconds if self._goodput else None,
             )
         if layers is not None:
-            self.logger.log_layers(state.step, layers)
+            self.logger.log_layers(state.step, layers.layers, layers.groups)
 
     def decided(self, decision: Decision, step: int) -> None:
         """About a spike; `step`: the last that is still done. Records of those that will be done again are taken back."""

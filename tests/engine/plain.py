@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from engine.layer_statistics import Figures
 from engine.run.loop import new_state
 from engine.run.plan import make_plan
 from engine.run.samples import StepSamples
@@ -62,7 +63,10 @@ def plain_torch(setting, overrides: dict):
         figures["grad_norm"] = by_layer(gradients, lambda values: values.norm())
         figures["parameter_rms"] = by_layer(weights, lambda values: values.square().mean().sqrt())
         figures["update_rms"] = by_layer(updates, lambda values: values.square().mean().sqrt())
-        layers[state.step] = figures
+        named = {id(p): name for name, p in model.named_parameters()}
+        of_groups = {group["name"]: [gradients[named[id(p)]].flatten() for p in group["params"]] for group in groups}
+        norms = {name: float(torch.cat(of_group).double().norm()) for name, of_group in of_groups.items()}
+        layers[state.step] = Figures(figures, norms)
     return np.array(history), {name: p.detach().numpy() for name, p in model.named_parameters()}, layers
 
 

@@ -45,7 +45,7 @@ def test_compiled_blocks_compute_the_same(tmp_path, on_ranks):
             for key in ("loss", "grad_norm"):
                 values = [[s[key] for s in result["history"]] for result in (expected, found)]
                 np.testing.assert_allclose(values[1], values[0], rtol=1e-5)
-            for kind, of_layers in expected["layers"][1].items():
-                assert found["layers"][1][kind] == pytest.approx(of_layers, rel=1e-5), kind
+            for kind, of_layers in expected["layers"][1].layers.items():
+                assert found["layers"][1].layers[kind] == pytest.approx(of_layers, rel=1e-5), kind
             for key, value in expected["weights"].items():
                 np.testing.assert_allclose(found["weights"][key], value, rtol=1e-5, atol=1e-5)

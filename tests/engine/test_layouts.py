@@ -234,12 +234,15 @@ def test_layers_are_like_those_of_plain_torch(runs, references, ranks, name):
     close = 1e-3 if name.endswith("-lion") else 1e-5  # the sign of an element that is zero but for rounding is anyone's
     for rank in runs(ranks, name):
         assert rank["layers"].keys() == {step for step in expected if step == 1 or step % 5 == 0}
-        for step, figures in rank["layers"].items():
-            assert figures.keys() == expected[step].keys()
-            norms = list(figures["grad_norm"].values())
-            assert np.linalg.norm(norms) == pytest.approx(rank["history"][step - 1]["grad_norm"], rel=1e-5)
-            for kind, of_layers in expected[step].items():
-                assert figures[kind] == pytest.approx(of_layers, rel=close), (step, kind)
+        for step, (figures, groups) in rank["layers"].items():
+            of_layers, of_groups = expected[step]
+            assert figures.keys() == of_layers.keys()
+            for norms in (figures["grad_norm"], groups):
+                whole = rank["history"][step - 1]["grad_norm"]
+                assert np.linalg.norm(list(norms.values())) == pytest.approx(whole, rel=1e-5)
+            assert groups == pytest.approx(of_groups, rel=close)
+            for kind, values in of_layers.items():
+                assert figures[kind] == pytest.approx(values, rel=close), (step, kind)
 
 
 @pytest.mark.parametrize(("ranks", "name"), ALL_RUNS)

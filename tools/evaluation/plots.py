@@ -18,8 +18,9 @@ HEAT = ((0.0, "rgba(59,130,246,0.05)"), (1.0, "rgba(59,130,246,0.95)"))
 
 def figure(evaluations: list[dict[str, Any]]) -> Drawing | None:
     """Everything but the scores, which are a table; None where nothing of it was measured."""
-    rows = [row for row in (_positions(evaluations), _gains(evaluations), *_passkeys(evaluations)) if row]
-    return draw(rows) if rows else None
+    maps = [[panel] for panel in _gain_maps(evaluations)]
+    rows = [_positions(evaluations), _gains(evaluations), *maps, *_passkeys(evaluations)]
+    return draw(drawn) if (drawn := [row for row in rows if row]) else None
 
 
 def score_rows(evaluations: list[dict[str, Any]]) -> list[list[str]]:
@@ -107,6 +108,35 @@ def _gains(evaluations: list[dict[str, Any]]) -> list[Panel]:
         Panel("Gain from all context over chunks (nats)", by_chunk, _log_axis("tokens of a chunk"), zero),
         Panel("The same by position", by_position, _log_axis("tokens before the target"), zero),
     ]
+
+
+def _gain_maps(evaluations: list[dict[str, Any]]) -> list[Panel]:
+    """Position by chunk, of each data set and split where several chunks were measured; all sources."""
+    panels = []
+    for found in _newest(evaluations, "context_gain").values():
+        limits = whole_set(found["context_gain"])
+        if len(limits) < 2:
+            continue
+        names = list(dict.fromkeys(bucket_name(row) for limit in limits for row in limit["positions"]))
+        gains = [
+            {bucket_name(row): row["gain"] for row in limit["positions"] if row["last"] > limit["limit"]}
+            for limit in limits
+        ]
+        trace = go.Heatmap(
+            x=[f"{limit['limit']:,}" for limit in limits],
+            y=names,
+            z=[[of_limit.get(name) for of_limit in gains] for name in names],
+            colorscale=HEAT,
+            showscale=False,
+            hoverongaps=False,
+            texttemplate="%{z:.3f}",
+            hovertemplate="position %{y}, chunks of %{x}: %{z:.4f}<extra></extra>",
+        )
+        x = {"type": "category", "showgrid": False, "title": {"text": "tokens of a chunk"}}
+        y = {"type": "category", "showgrid": False, "title": {"text": "tokens before the target"}}
+        title = f"Gain by position and chunk (nats), {html.escape(_data(found))}, {html.escape(found['checkpoint'])}"
+        panels.append(Panel(title, [trace], x, y, height=max(160, 20 * len(names))))
+    return panels
 
 
 def _gain_by_position(found: dict[str, Any], limit: dict[str, Any], color: str) -> go.Scatter:
