@@ -1,6 +1,7 @@
 """What the layers of a run were like over its steps, as heat maps: a row for each layer, a column for each step looked at."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ COLUMNS = 300
 """At most; more steps than that are thinned out evenly."""
 
 
-def layer_panels(run: Run, x_axis: dict[str, Any]) -> list[Panel]:
+def layer_panels(run: Run, x_axis: Callable[[], dict[str, Any]]) -> list[Panel]:
     """One for each figure; none where the run has none."""
     records = (
         [run.layers[i] for i in np.unique(np.linspace(0, len(run.layers) - 1, COLUMNS).astype(int))]
@@ -28,9 +29,15 @@ def layer_panels(run: Run, x_axis: dict[str, Any]) -> list[Panel]:
         if names := list(dict.fromkeys(name for of_step in values for name in of_step)):
             scale = " (logarithmic)" if is_log else ""
             trace = _heat_map(records, [[of_step.get(name) for of_step in values] for name in names], names, is_log)
-            y = {"type": "category", "showgrid": False}
+            y = {"type": "category", "showgrid": False, "ticks": ""}
             panels.append(
-                Panel(f"{title} by layer{scale}", [trace], x_axis, y, height=max(120, min(16 * len(names), 320)))
+                Panel(
+                    f"{title} by layer{scale}",
+                    [trace],
+                    x_axis() | {"ticks": ""},
+                    y,
+                    height=max(120, min(16 * len(names), 320)),
+                )
             )
     return panels
 

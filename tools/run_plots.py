@@ -39,7 +39,7 @@ def figure(run: Run) -> Drawing:
     marked = [event for event in run.events if event["event"] != "checkpoint"][-POINTS_PER_CURVE // 10 :]
     loss = Panel("Loss (nats per token)", _losses(run), {"tickformat": AXES["step"]["tickformat"]}, {}, height=360)
     strip = Panel("", _events(run), _x_axis(), {"type": "category", "showgrid": False, "dtick": 1}, height=70)
-    panels += [*_of_sources(run), *_of_groups(run), *_of_adapters(run), *layer_panels(run, _x_axis())]
+    panels += [*_of_sources(run), *_of_groups(run), *_of_adapters(run), *layer_panels(run, _x_axis)]
     return draw(
         [[loss], [strip], *in_pairs(panels)],
         shapes=[_line_across_the_loss(event) for event in marked],
@@ -59,15 +59,19 @@ def comparison(runs: Sequence[Run]) -> Drawing:
             losses += _curves(title, scores, "loss", mode="markers", showlegend=False, **of_run)
         for each in SERIES:
             of_series[each.key] += _of_series(run.name, run, each, showlegend=False, **of_run)
-    loss = Panel("Loss (nats per token; markers: validation)", losses, _x_axis(AXES["step"]["title"]), {}, height=360)
+    x = {"tickformat": AXES["step"]["tickformat"], "title": {"text": AXES["step"]["title"]}}
+    loss = Panel("Loss (nats per token; markers: validation)", losses, x, {}, height=360)
     panels = [panel_of(each, of_series[each.key]) for each in SERIES]
     return draw([[loss], *in_pairs(panels)], meta={"axes": AXES, "marks": {axis: [] for axis in AXES}})
 
 
 def panel_of(series: Series, traces: list[go.Scatter]) -> Panel:
     title = f"{series.title} ({series.unit})" if series.unit else series.title
-    y = {"tickformat": series.ticks, "type": "log" if series.is_log else "linear", "rangemode": "tozero"}
-    return Panel(title, traces, _x_axis(), y)
+    return Panel(title, traces, _x_axis(), _y_axis(series.ticks, series.is_log) | {"rangemode": "tozero"})
+
+
+def _y_axis(ticks: str, is_log: bool) -> dict[str, Any]:
+    return {"tickformat": ticks} | ({"type": "log", "nticks": 3} if is_log else {"type": "linear"})
 
 
 def in_pairs(panels: list[Panel]) -> list[list[Panel]]:
@@ -92,9 +96,8 @@ def validation_scores(run: Run) -> dict[str, list[dict[str, Any]]]:
     return scores
 
 
-def _x_axis(title: str = "") -> dict[str, Any]:
-    found = {"matches": "x", "tickformat": AXES["step"]["tickformat"]}
-    return found | ({"title": {"text": title}} if title else {})
+def _x_axis() -> dict[str, Any]:
+    return {"matches": "x", "tickformat": AXES["step"]["tickformat"]}
 
 
 def _of_series(name: str, run: Run, series: Series, **options: Any) -> list[go.Scatter]:
@@ -126,8 +129,7 @@ def _named_curves(title: str, curves: dict[str, list[dict[str, Any]]], key: str,
     traces: list[go.Scatter] = []
     for number, (name, records) in enumerate(curves.items()):
         traces += _curves(name, records, key, color=COLORS[number % len(COLORS)])
-    y = {"tickformat": "~g", "type": "log" if is_log else "linear"}
-    return [Panel(title, traces, _x_axis(), y)]
+    return [Panel(title, traces, _x_axis(), _y_axis("~g", is_log))]
 
 
 def _losses(run: Run) -> list[go.Scatter]:

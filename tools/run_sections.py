@@ -50,7 +50,10 @@ def notable_steps(run: Run) -> list[list[str]]:
 
 def steps_section(run: Run) -> str:
     """A field for the number of a step, filled by a click on a curve, the command that names its documents, and a table."""
-    named = table(["step", "what stands out", "documents that were named"], notable_steps(run))
+    head, rows = ["step", "what stands out", "documents that were named"], notable_steps(run)
+    if not any(documents for *_, documents in rows):
+        head, rows = head[:-1], [row[:-1] for row in rows]
+    named = table(head, rows)
     field = '<label>documents of step <input id="step" type="number" min="1" size="8"></label>'
     return (
         f'<section data-run="{html.escape(run.folder, quote=True)}" id="steps"><nav>{field}'
