@@ -70,7 +70,7 @@ def comparison_page(runs: Sequence[Run]) -> str:
         evaluations="null",
     )
     figures = f"<section>{table(*comparison.figure_rows(runs, tiles))}</section>"
-    head = [(run.name, f"{_status(run)}; {_layout_words(run.facts)}") for run in runs]
+    head = [(run.name, "; ".join(filter(None, [_status(run), _layout_words(run.facts)]))) for run in runs]
     return framed(" · ".join(run.name for run in runs), f"{len(runs)} runs", head, [], figures + body)
 
 

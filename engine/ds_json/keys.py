@@ -146,10 +146,10 @@ KNOWN = {*TopLevel.model_fields, *SECTIONS, "optimizer"}
 REFUSED = {
     "scheduler": "the schedule belongs to the recipe (section schedule); remove it from the JSON",
     "activation_checkpointing": "it does nothing by itself; set training.activation_checkpointing in the recipe",
-    "wandb": "Longform logs to Weights & Biases itself, from one process (recipe section logging); remove it",
+    "wandb": "set logging.wandb in the recipe (logging.wandb_project, logging.wandb_entity, logging.wandb_group); remove it",
     "tensorboard": "set logging.tensorboard in the recipe, which resumes and goes back with the run; remove it",
-    "csv_monitor": "metrics.jsonl is always written; remove it",
-    "comet": "Longform logs through its own metrics (recipe section logging); remove it",
+    "csv_monitor": "RUN/metrics.jsonl has every figure, whatever logging.wandb and logging.tensorboard say; remove it",
+    "comet": "there is logging.wandb and logging.tensorboard in the recipe, and RUN/metrics.jsonl always; remove it",
     "data_efficiency": "it needs DeepSpeed's own data loader, which cannot resume; remove it",
     "autotuning": "it ends the process in the middle of a step; remove it",
     "managed_gradient_accumulation": "the accumulation boundary is Longform's; remove it",

@@ -1,9 +1,11 @@
 """The DeepSpeed JSON: what is filled, what is refused, all at once and before anything starts."""
 
 import json
+import re
 
 import pytest
 import torch
+from deepspeed.monitor.config import DeepSpeedMonitorConfig
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,6 +15,7 @@ from launch.topology import Topology
 from tests.engine.programs import shipped
 from tests.properties import examples
 from training.config import Recipe
+from training.sections import MetricsConfig
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 SHIPPED = shipped()
@@ -161,11 +164,23 @@ def test_every_problem_is_reported_at_once():
         ({"sequence_parallel_size": 4}, "does not divide the 2 ranks of this launch"),
         ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 3}}, "or start a multiple of 3 ranks"),
         ({"compile": {"deepcompile": True}}, "not supported"),
-        ({"wandb": {"enabled": True}}, "Longform logs"),
+        ({"wandb": {"enabled": True}}, "set logging.wandb in the recipe"),
     ],
 )
 def test_refusals(config, part):
     assert any(part in problem for problem in problems(config))
+
+
+@pytest.mark.parametrize("monitor", ["wandb", "tensorboard", "csv_monitor", "comet"])
+def test_a_monitor_is_refused_with_where_to_say_it_instead(monitor):
+    """Each of them that DeepSpeed knows; what is named is a key of the recipe."""
+    assert monitor in DeepSpeedMonitorConfig.model_fields
+    (problem,) = problems({monitor: {"enabled": True}})
+    named = re.findall(r"logging\.(\w+)", problem)
+    assert problem.startswith(f"{monitor}: ")
+    assert named
+    assert set(named) <= MetricsConfig.model_fields.keys()
+    resolve({monitor: {"enabled": False}})
 
 
 def recipe_with(section: str, **changes) -> Recipe:
