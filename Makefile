@@ -24,10 +24,10 @@ demo: .venv/installed
 	$(BIN)/python -m tools.demo
 
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-fast: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --fast
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder --fast
 
 test-gpu: .venv/installed
 	DS_ACCELERATOR=cuda $(BIN)/python -m pytest tests/gpu --numprocesses 4 --dist loadgroup

@@ -4,6 +4,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,16 @@ quiet = [HealthCheck.function_scoped_fixture]  # the same folder for all example
 settings.register_profile("longform", deadline=None, derandomize=True, suppress_health_check=quiet)
 settings.register_profile("fast", parent=settings.get_profile("longform"), max_examples=MOST_WHEN_FAST)
 settings.load_profile("longform")
+LONGEST = (
+    *("engine/test_layouts.py", "engine/test_spikes.py", "test_readme.py", "cluster/test_hosts.py"),
+    *("engine/test_adapters.py", "engine/test_resume.py", "engine/test_mixtures.py", "test_train.py"),
+    *("cluster/test_supervised.py", "cluster/test_requests.py", "launch/test_supervisor.py", "tools/test_tasks.py"),
+    *("test_stopping.py", "tools/test_export.py", "tools/test_demo.py", "bench/test_equivalence.py"),
+    *("data_prep/test_encode.py", "data_prep/test_repack.py", "data_prep/test_build.py", "data_prep/test_find.py"),
+    *("tools/test_resume_check.py", "test_smollm2_training.py", "engine/test_nonfinite.py", "engine/test_stages.py"),
+    *("engine/test_compile.py", "engine/run/test_watchdog.py", "engine/run/test_memory.py", "test_disk.py"),
+)
+"""Files of tests that take minutes: begun first, so that no worker is left with one of them in the end."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,6 +39,13 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("fast"):
         settings.load_profile("fast")
         sys.addaudithook(processes.skip_before_python)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    folder = Path(__file__).parent
+    place = {folder / name: number for number, name in enumerate(LONGEST)}
+    assert all(file.is_file() for file in place), "tests.conftest.LONGEST names a file that is none"
+    items.sort(key=lambda item: place.get(item.path, len(place)))
 
 
 @pytest.hookimpl(tryfirst=True)
