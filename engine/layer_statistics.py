@@ -94,7 +94,8 @@ class LayerStatistics:
         if not result.applied:
             return None
         device = self._engine.device
-        values = torch.stack([square.to(device) for *_, square in self._squares]).tolist()
+        squares = [square.to(device) for *_, square in self._squares]
+        values = torch.stack(squares).tolist() if squares else []  # of a rank whose like counts everything
         for (kind, layer, _), value in zip(self._squares, values, strict=True):
             self._sums[kind][layer] += value
         totals = self._engine.sum_over_ranks(np.concatenate(list(self._sums.values())).tolist())
