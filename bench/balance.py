@@ -28,12 +28,12 @@ RANKS, ROWS_A_STEP, ROW_TOKENS = 2, 8, 4096
 WAYS = {"in order": "false", "by attention": "true"}
 
 
-def prepare(folder: Path) -> None:
+def prepare(folder: Path, row_tokens: int = ROW_TOKENS) -> None:
     """Plays, and their speeches as documents of their own, packed into rows."""
     speeches = [part for play in sorted(PLAYS.rglob("*.md")) for part in play.read_text().split("\n\n") if part.strip()]
     with (folder / "speeches.jsonl").open("w") as file:
         file.writelines(json.dumps({"text": speech}) + "\n" for speech in speeches)
-    pack(folder, ROW_TOKENS, [f"--source=plays={PLAYS}:1", f"--source=speeches={folder / 'speeches.jsonl'}:1"])
+    pack(folder, row_tokens, [f"--source=plays={PLAYS}:1", f"--source=speeches={folder / 'speeches.jsonl'}:1"])
 
 
 def spread(data: Path, steps: int = 100) -> None:

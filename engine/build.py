@@ -69,6 +69,7 @@ def _build_engine(
     compression, loss = config.pop("gradient_compression", None), QueuedLoss(recipe.adapters)
     config.pop("tensor_parallel", None)  # DeepSpeed would start its own
     config.pop(EXCHANGE, None)
+    config.pop("planned", None)
     if config.pop("sequence_parallel_size", 1) > 1:
         config["train_batch_size"] *= mesh.sequence  # DeepSpeed counts every rank's micro-batch as other rows
     groups = Groups(mesh, holders=recipe.optimizer.is_muon)

@@ -213,6 +213,10 @@ class Probes:
         medians = torch.tensor(found_here, dtype=torch.float64, device=self.device)
         dist.all_reduce(medians)
         found = dict(zip(names, (medians / self.mesh.world_size).tolist(), strict=True))
+        passes = torch.tensor([self._found[name][1:] for name in names if name.startswith("block")], device=self.device)
+        slowest = passes.clone()
+        dist.all_reduce(passes)
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
         points: dict[str, list[tuple[float, float]]] = {}
         for name in names:
             if len(words := name.split()) == 3 and words[1].isdigit() and words[2].isdigit():
@@ -226,6 +230,7 @@ class Probes:
             copy_byte=found["copy"] / COPIED_BYTES,
             links=MeasuredLinks(points={name: sorted(pairs) for name, pairs in points.items()}),
             share=min(1.0, len(os.sched_getaffinity(0)) / self.mesh.world_size) if self.device.type == "cpu" else 1.0,
+            slowest=float((slowest * self.mesh.world_size / passes).median()),
             source=f"a calibration on {self.mesh.world_size} ranks of this machine",
         )
 

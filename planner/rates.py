@@ -111,6 +111,8 @@ class PartRates(Frozen):
     links: MeasuredLinks | DerivedLinks
     share: float = 1.0
     """Of a core that a rank had while this was measured, where ranks are more than cores."""
+    slowest: float = 1.0
+    """How much longer than on average the slowest of the ranks takes for a pass, which all wait for where they exchange in it."""
     overlap: bool = False
     """Whether gradients are reduced, and parameters gathered, beside the computation."""
     source: str

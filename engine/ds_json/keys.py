@@ -118,6 +118,15 @@ class TensorParallel(PlainSection):
     tp_overlap_comm: bool = True
 
 
+class Planned(PlainSection):
+    """What `tools.plan` said; a run on so many ranks compares itself with it (`engine.run.planned`)."""
+
+    ranks: PositiveInt
+    step_seconds: PositiveFloat | None = None
+    rank_memory: PositiveInt | None = None
+    """Bytes."""
+
+
 class Aio(PlainSection):
     block_size: PositiveInt = 1048576
     queue_depth: PositiveInt = 8
@@ -141,6 +150,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "gradient_compression": GradientCompression,
     "pipeline": Pipeline,
     "tensor_parallel": TensorParallel,
+    "planned": Planned,
 }
 KNOWN = {*TopLevel.model_fields, *SECTIONS, "optimizer"}
 REFUSED = {

@@ -20,7 +20,7 @@ from training.config import Recipe, did_you_mean
 
 OPTIMIZER_KEYS = {"type", "params", "legacy_fusion"}
 OPTIMIZER_PARAMS = {"lr", "betas", "eps", "weight_decay", "torch_adam", "adam_w_mode"}
-NOT_FOR_DEEPSPEED = {"train_batch_size", "tensor_parallel"}
+NOT_FOR_DEEPSPEED = {"train_batch_size", "tensor_parallel", "planned"}
 NEVER_AUTO = "; DeepSpeed would read the word itself: write a value or leave the key out"
 
 

@@ -15,6 +15,7 @@ from engine.layer_statistics import Figures
 from engine.run.folder import check_claim
 from engine.run.pace import Pace
 from engine.run.plan import RunPlan
+from engine.run.planned import PlanCheck
 from engine.run.stages import Stage
 from engine.run.validation import validate_all
 from engine.run.watchdog import Watchdog
@@ -65,6 +66,7 @@ class Outputs:
         roll_call = PRESENT[0] if PRESENT else None
         self.watchdog = Watchdog(run, plan.recipe.training.hang_seconds, roll_call, self._phases)
         self.pace = Pace(engine)
+        self._plan_check = PlanCheck(plan, engine.device)
         self._step = state.step
         self._device = engine.device
         self._collapsed = False
@@ -157,6 +159,8 @@ class Outputs:
             )
         if layers is not None:
             self.logger.log_layers(state.step, layers.layers, layers.groups)
+        if compared := self._plan_check.step_done():
+            self.logger.log_event(state.step, "plan", **compared)
 
     def decided(self, decision: Decision, step: int) -> None:
         """About a spike; `step`: the last that is still done. Records of those that will be done again are taken back."""
