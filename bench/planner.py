@@ -96,7 +96,11 @@ def rank(folder: Path, steps: int) -> None:
 def measure(layout: Layout, data: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        job = {"overrides": OVERRIDES | layout.overrides, "ds_config": layout.write_config(folder), "data": str(data)}
+        job: dict[str, Any] = {
+            "overrides": OVERRIDES | layout.overrides,
+            "ds_config": layout.write_config(folder),
+            "data": str(data),
+        }
         job |= {"stages": layout.stages, "seconds": arguments.seconds}
         (folder / "job.json").write_text(json.dumps(job))
         found: dict[str, Any] = run_ranks("bench.planner", layout.ranks, folder, arguments.steps)

@@ -76,7 +76,7 @@ class _Step:
         self.head_tokens = self.rows // self.mesh.sequence
         self.tokens = copies * self.head_tokens
         in_step = self.mesh.tensor > 1 or self.mesh.sequence > 1 or self.zero_stage == 3
-        self.slowest = rates.slowest if in_step else 1.0
+        self.lag = rates.slowest if in_step else 1.0
         self.half = any(plan.ds_config.get(key, {}).get("enabled") for key in ("bf16", "fp16"))
         self.width = 2 if plan.half_precision else 4
         """Bytes of an activation."""
@@ -150,14 +150,14 @@ class _Step:
         forward, backward = Seconds(), Seconds()
         for way, total in (("forward", forward), ("backward", backward)):
             cost = getattr(self.rates.block, way)
-            total["attention"] = stage.blocks * self.slowest * cost.attention(pairs, documents)
-            total["blocks"] = stage.blocks * self.slowest * cost.seconds(self.tokens)
+            total["attention"] = stage.blocks * self.lag * cost.attention(pairs, documents)
+            total["blocks"] = stage.blocks * self.lag * cost.seconds(self.tokens)
             total["embedding"] = stage.embedding * self._once(self.rates.embedding, way, self.tokens)
             total["head"] = stage.head * self._once(self.rates.head, way, self.head_tokens)
             total["tensor"] = stage.blocks * self.tensor(way) + self.tensor_ends(stage, way)
             total["sequence"] = stage.blocks * self.sequence()
         cost = self.rates.block.forward
-        again = self.slowest * (cost.attention(pairs, documents) + self.again * cost.seconds(self.tokens))
+        again = self.lag * (cost.attention(pairs, documents) + self.again * cost.seconds(self.tokens))
         again += self.tensor("forward", recomputed=True) + self.sequence()
         backward["recomputation"] = stage.recomputed * again
         return forward, backward
