@@ -34,10 +34,10 @@ from planner.parts import elements, part_of_model
 from planner.rates import Cost, Kind, MeasuredLinks, PartRates, Passes
 from training.data import TrainingData, make_batch, training_order
 
-BLOCKS = 2
-"""Different ones in turn, since a training does not find its weights in the cache either."""
+FEW_BLOCKS = 2
 FEW_ELEMENTS = 8 * 2**20
-"""Of an update that is tried, unless the model has fewer: more than a cache holds."""
+"""Of the blocks that are tried in turn, and of an update, unless the model has fewer: more than a cache holds, since a training
+does not find its weights there either."""
 SIZES = (4 * 2**10, 512 * 2**10, 8 * 2**20)
 """Bytes of the exchanges that are tried."""
 FEWEST_ROUNDS = 4
@@ -59,7 +59,10 @@ class Probes:
         self._found: dict[str, list[float]] = {}
         self._dtype = torch.bfloat16 if plan.half_precision and not self._autocast else torch.float32
         layers = layer_plan(self.model)
-        self._blocks = [self._built(layer) for layer in layers if layer.cls is Block][-BLOCKS:]
+        self._blocks: list[nn.Module] = []
+        for layer in [layer for layer in layers if layer.cls is Block][::-1]:
+            if len(self._blocks) < FEW_BLOCKS or sum(map(elements, self._blocks)) < FEW_ELEMENTS:
+                self._blocks.append(self._built(layer))
         self._head, self._embedding = self._built(layers[-1], "weight"), self._built(layers[0])
         self._norm = self._built(layers[-2])
         self._shapes = self._block_shapes()
@@ -128,7 +131,9 @@ class Probes:
         for number, documents in enumerate(self._shapes):
             tokens = documents.position_ids.shape[1]
             x = torch.randn(rows, tokens, width, device=self.device, dtype=self._dtype)
-            yield from self._passes(f"block {number}", partial(self._through_blocks, x, documents), x, BLOCKS)
+            yield from self._passes(
+                f"block {number}", partial(self._through_blocks, x, documents), x, len(self._blocks)
+            )
         for number in (0, HALF):
             documents = self._shapes[number]
             tokens = documents.position_ids.shape[1]
