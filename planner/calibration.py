@@ -8,6 +8,7 @@ A calibration belongs to a processor, a release of torch and a number of ranks; 
 import contextlib
 import os
 import pickle
+import re
 import statistics
 import subprocess
 import sys
@@ -40,7 +41,8 @@ FEW_ELEMENTS = 8 * 2**20
 does not find its weights there either."""
 SIZES = (4 * 2**10, 512 * 2**10, 8 * 2**20)
 """Bytes of the exchanges that are tried."""
-FEWEST_ROUNDS = 4
+FEWEST_ROUNDS = 2
+"""The first of which only warms up."""
 COPIED_BYTES = 32 * 2**20
 SHAPES = ((1.0, 1), (1.0, 8), (0.5, 1), (0.25, 1))
 """Of what a block is tried on beside the data's own rows: share of the tokens of a row, and documents into which it is cut."""
@@ -292,7 +294,8 @@ def calibrate(plans: Sequence[RunPlan], seconds: float = 30.0) -> dict[int, Part
         environment = {name: value for name, value in environment.items() if name not in LAUNCHER_VARIABLES}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
-            raise ValueError(f"the calibration failed: {[*done.stderr.strip().splitlines(), 'no word'][0]}")
+            said = re.findall(r"^(?:error: |[\w.]*Error\b:? ?).*", done.stderr, re.MULTILINE)
+            raise ValueError(f"the calibration ended with exit code {done.returncode}: {[*said, 'no word'][0]}")
         texts = [(Path(folder) / f"rates-{plan.mesh.tensor}.json").read_text() for plan in plans]
     return {rates.tensor: rates for rates in map(PartRates.model_validate_json, texts)}
 
