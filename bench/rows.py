@@ -4,7 +4,7 @@
 
 Each figure is the peak of anonymous memory (what the kernel cannot drop and read again) of a process, above that before:
 
-    index     the columns of all documents, duplicates, split (data_prep/finish.py)
+    index     equal texts, split, index of keys (data_prep/index.py)
     at once   rows chosen for all documents together: `pack`
     groups    the same rows, chosen group by group and written to shards (data_prep/rows.py), in one process
 
@@ -84,20 +84,26 @@ def make_units(folder: Path, documents: int) -> list[int]:
 
 
 def measure(step: str, folder: Path, documents: int) -> dict[str, float]:
-    from data_prep.finish import find_duplicates
+    from data_prep.index import Tokenized, index_store
+    from data_prep.ledger import Ledger
+    from data_prep.options import BuildOptions
     from data_prep.pack import pack
     from data_prep.rows import RowJob, choose_rows, write_rows
-    from data_prep.store import TokenStore, read_columns, write_index
+    from data_prep.store import TokenStore
+    from data_prep.tokenizer import open_tokenizer
     from storage.manifest import PackingPolicy
 
     policy, tokens = PackingPolicy(seq_length=4096), folder / "tokens"
     units = [min(UNIT_DOCUMENTS, documents - start) for start in range(0, documents, UNIT_DOCUMENTS)]
     with Peak() as peak:
         if step == "index":
-            columns, names = read_columns(tokens, [0] * len(units), ["made"])
-            find_duplicates(columns)
-            split = (columns.key_hash < np.uint64(2**64 // 100)).astype(np.uint8)
-            write_index(tokens, columns, split, units, names, [])
+            ledgers = [
+                Ledger(unit=unit, plan_sha256="", input_sha256="", sha256="", file_bytes=0, documents=count)
+                for unit, count in enumerate(units)
+            ]
+            made = Tokenized(ledgers, [0] * len(units), {}, {}, {}, {})
+            options = BuildOptions(packing=policy, validation_fraction=0.01)
+            index_store(options, ["made"], open_tokenizer(folder / "tokenizer"), made, folder, 1)
         elif step == "at once":
             pack(TokenStore.open(tokens).documents("train", "made").length, policy.row_tokens, policy, 0)
         else:

@@ -37,8 +37,9 @@ from console.progress import Progress, say
 from data_prep.chat import keep_template, read_template
 from data_prep.encode import Work, choose_encoder
 from data_prep.filters import filter_hashes
-from data_prep.finish import Tokenized, finish
+from data_prep.finish import finish
 from data_prep.foresee import say_what_is_foreseen
+from data_prep.index import Tokenized
 from data_prep.leave_out import evaluation_files
 from data_prep.ledger import Ledger, finished_units, read_ledger
 from data_prep.options import BuildOptions, add_packing_arguments, option_problems, packing_from

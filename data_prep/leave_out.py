@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from console.progress import Progress, say
+from data_prep.columns import Columns
 from data_prep.documents import read_unit
 from data_prep.dropped import REASONS, Cuts, Dropped, dropped_of, ordered
 from data_prep.duplicates.by_unit import of_units
@@ -25,7 +26,7 @@ from data_prep.options import BuildOptions
 from data_prep.plan import TOKENS_FOLDER
 from data_prep.records import Problems
 from data_prep.sources import parse_sources, plan_units
-from data_prep.store import LEFT_OUT, Columns
+from data_prep.store import LEFT_OUT
 from data_prep.token_bytes import token_bytes
 from data_prep.tokenizer import Tokenizer
 
@@ -73,12 +74,13 @@ def find_contaminated(
     options: BuildOptions,
     tokenizer: Tokenizer,
     output: Path,
+    split_file: Path,
     ledgers: list[Ledger],
-    split: np.ndarray,
     dropped: Dropped,
     workers: int,
 ) -> Dropped:
-    """What of the training documents (0 in `split`; validation: 1) stands in validation or evaluation texts as well.
+    """What of the training documents stands in validation or evaluation texts as well; the split's file says 0 of the one and
+    1 of the other, a byte a document.
 
     Raises ValueError where none of these is as long as an n-gram, or no longer what it was.
     """
@@ -86,9 +88,10 @@ def find_contaminated(
     tokens, reference = output / TOKENS_FOLDER, output / WORK_FOLDER / "reference.npy"
     reference.parent.mkdir(exist_ok=True)
     first = np.cumsum([0, *(ledger.documents for ledger in ledgers)])
+    split = np.memmap(split_file, np.uint8, "r")
     cuts = dropped.select(split[dropped.doc] != LEFT_OUT)
     begins = int(tokenizer.bos_id is not None)
-    validation = _texts(tokens, first, split == 1, Cuts(cuts), begins)
+    validation = _texts(tokens, first, split, Cuts(cuts), begins)
     evaluation = _encoded(options.evaluation or {}, options.text_field, tokenizer)
     long, short = write_reference(reference, chain(validation, evaluation), options.decontaminate)
     if not long:
@@ -101,7 +104,7 @@ def find_contaminated(
             f"{short:,} of {long + short:,} texts have fewer than {options.decontaminate} tokens: nothing is searched for them"
         )
     scan = Scan(options.decontaminate, options.section_tokens or SECTION_TOKENS, begins, options.has_chats)
-    searcher = Searcher(tokens, reference, scan, token_bytes(tokenizer), first.tolist(), split == 0, cuts)
+    searcher = Searcher(tokens, reference, scan, token_bytes(tokenizer), first.tolist(), split_file, cuts)
     parts = [dropped_of([])]
     with Progress("searching", sum(ledger.file_bytes for ledger in ledgers)) as progress:
         for found in of_units(searcher, len(ledgers), workers):
@@ -110,11 +113,11 @@ def find_contaminated(
     return ordered(parts)
 
 
-def _texts(tokens: Path, first: np.ndarray, wanted: np.ndarray, cuts: Cuts, begins: int) -> Iterator[np.ndarray]:
-    """Ids, without BOS and EOS, of the stored documents that are wanted."""
+def _texts(tokens: Path, first: np.ndarray, split: np.ndarray, cuts: Cuts, begins: int) -> Iterator[np.ndarray]:
+    """Ids, without BOS and EOS, of the stored documents for validation."""
     for unit, doc in enumerate(first[:-1].tolist()):
         for ids, offsets in read_batches(unit_path(tokens, unit)):
-            for row in np.flatnonzero(wanted[doc : doc + len(offsets) - 1]).tolist():
+            for row in np.flatnonzero(split[doc : doc + len(offsets) - 1] == 1).tolist():
                 yield cuts.applied(doc + row, ids[offsets[row] : offsets[row + 1]])[begins:-1]
             doc += len(offsets) - 1
 
@@ -144,13 +147,12 @@ def merged(dropped: Dropped, contaminated: Dropped, lengths: np.ndarray) -> Drop
     return ordered([dropped.select(~np.isin(dropped.doc, gone)), contaminated])
 
 
-def without(columns: Columns, dropped: Dropped) -> Columns:
-    """Lengths and bytes of what stays of documents that lack a part."""
+def cut_columns(columns: Columns, dropped: Dropped) -> None:
+    """Make lengths and bytes of documents that lack a part those of what stays."""
     cut = dropped.select(~dropped.whole(columns.length))
-    length, nbytes = columns.length.copy(), columns.nbytes.copy()
-    np.subtract.at(length, cut.doc, cut.end - cut.begin)
-    np.subtract.at(nbytes, cut.doc, cut.nbytes)
-    return columns._replace(length=length, nbytes=np.maximum(nbytes, 0))
+    np.subtract.at(columns.length, cut.doc, cut.end - cut.begin)
+    np.subtract.at(columns.nbytes, cut.doc, cut.nbytes)
+    columns.nbytes[cut.doc] = np.maximum(columns.nbytes[cut.doc], 0)
 
 
 def dropped_statistics(dropped: Dropped) -> dict[str, Any]:

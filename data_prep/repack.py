@@ -25,8 +25,9 @@ from console.progress import Progress, say
 from data_prep.dropped import Dropped, read_dropped
 from data_prep.dropped_report import dropped_problem
 from data_prep.find import Source
-from data_prep.finish import Tokenized, finish
+from data_prep.finish import finish
 from data_prep.foresee import say_what_is_foreseen
+from data_prep.index import Tokenized
 from data_prep.ledger import Ledger, read_ledger, unit_path, write_ledger
 from data_prep.options import BuildOptions, add_packing_arguments, packing_from
 from data_prep.plan import (

@@ -30,14 +30,13 @@ import hashlib
 import json
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
+from data_prep.columns import Columns, blocks
 from data_prep.dropped import Cuts, read_dropped
 from data_prep.ledger import unit_path
 from data_prep.sources import hash64
@@ -49,66 +48,38 @@ from storage.lookup import Lookup, write_lookup
 INDEX_FILE, KEYS_FILE = "index.arrow", "keys.arrow"
 SPLITS = ("train", "validation")
 LEFT_OUT = len(SPLITS)  # the split number of a document that is dropped
-OPEN_UNITS, MOST_SOURCES = 64, 1 << 16
+OPEN_UNITS = 64
 INDEX_SCHEMA = {"length": pa.int64(), "nbytes": pa.int64(), "source": pa.uint16(), "split": pa.uint8()}
-
-
-class Columns(NamedTuple):
-    """Per document of all units, in order."""
-
-    length: np.ndarray  # int64
-    nbytes: np.ndarray  # int64
-    source: np.ndarray  # uint16
-    key_hash: np.ndarray  # uint64
-    text_hash: np.ndarray  # uint64 [N, 2]
-
-
-def read_columns(folder: Path, unit_sources: Sequence[int], names: list[str]) -> tuple[Columns, list[str]]:
-    """Everything but tokens and keys, of all units, and the sources by their numbers: `names`, of which unit u's is number
-    `unit_sources[u]`, or those that the documents have, in the order of the alphabet."""
-    parts: list[tuple] = []
-    found: dict[str, int] = {}
-    for unit, source in enumerate(unit_sources):
-        with pa.memory_map(str(unit_path(folder, unit))) as file, pa.ipc.open_stream(file) as stream:
-            for batch in stream:
-                lengths = np.diff(batch["tokens"].offsets.to_numpy())
-                text_hash = np.frombuffer(batch["text_hash"].buffers()[1], np.uint64).reshape(-1, 2)
-                nbytes, key_hash = (np.array(batch[name]) for name in ("nbytes", "key_hash"))
-                sources = np.full(len(lengths), source, np.uint16)
-                if "source" in batch.schema.names:
-                    own = batch["source"].dictionary_encode()
-                    numbers = [found.setdefault(name, len(found)) for name in own.dictionary.to_pylist()]
-                    sources = np.array(numbers, np.int64)[own.indices.to_numpy()]
-                parts.append((lengths, nbytes, sources, key_hash, text_hash.copy()))
-    if not parts:
-        kinds = (np.int64, np.int64, np.uint16, np.uint64)
-        return Columns._make([*(np.zeros(0, kind) for kind in kinds), np.zeros((0, 2), np.uint64)]), names
-    columns = Columns(*(np.concatenate(part) for part in zip(*parts, strict=True)))
-    if not found:
-        return columns, names
-    if len(found) > MOST_SOURCES:
-        raise ValueError(
-            f"--source-field names {len(found):,} sources, more than {MOST_SOURCES:,}: choose another field"
-        )
-    ordered = sorted(found)
-    place = np.empty(len(found), np.uint16)
-    place[[found[name] for name in ordered]] = np.arange(len(found))
-    return columns._replace(source=place[columns.source]), ordered
 
 
 def write_index(
     folder: Path, columns: Columns, split: np.ndarray, units: list[int], sources: list[str], prefixes: list[str]
-) -> None:
-    """`split[d]` is a position in SPLITS or LEFT_OUT; `units[u]` the number of documents in unit u; `prefixes`: what stood
-    before a key, in one unit or another, when it was hashed (`data_prep.sources.key_prefix`)."""
-    keys = hashlib.sha256(columns.key_hash.tobytes()).hexdigest()
-    write_lookup(folder / KEYS_FILE, keys, [(columns.key_hash, np.arange(len(columns.key_hash)))])
+) -> Lookup:
+    """What a store has beside its units; returns its index of keys.
+
+    `split[d]` is a position in SPLITS or LEFT_OUT; `units[u]` the number of documents in unit u; `prefixes`: what stood
+    before a key, in one unit or another, when it was hashed (`data_prep.sources.key_prefix`).
+    """
+    digest = hashlib.sha256()
+    for block in blocks(0, len(split)):
+        digest.update(np.ascontiguousarray(columns.key_hash[block]).data)
+    keys = digest.hexdigest()
+    pairs = ((columns.key_hash[block], np.arange(block.start, block.stop)) for block in blocks(0, len(split)))
+    write_lookup(folder / KEYS_FILE, keys, pairs)
     metadata = {"units": json.dumps(units), "sources": json.dumps(sources), "keys": keys}
     metadata["prefixes"] = json.dumps(prefixes)
     schema = pa.schema(INDEX_SCHEMA, metadata)
-    arrays = [columns.length, columns.nbytes, columns.source, split.astype(np.uint8)]
+    arrays = [
+        pa.Array.from_buffers(field.type, len(split), [None, pa.py_buffer(column)])
+        for field, column in zip(
+            schema, (columns.length, columns.nbytes, columns.source, split.astype(np.uint8, copy=False)), strict=True
+        )
+    ]
     with new_stream(folder / INDEX_FILE, schema) as stream:
-        stream.write_batch(pa.record_batch([pa.array(array) for array in arrays], schema=schema))
+        stream.write_batch(pa.record_batch(arrays, schema=schema))
+    lookup = Lookup.open(folder / KEYS_FILE, keys)
+    assert lookup is not None
+    return lookup
 
 
 class TokenStore:
@@ -146,10 +117,13 @@ class TokenStore:
         self, split: str, source: str | None = None, first: int = 0, end: int | None = None
     ) -> "StoredDocuments":
         """The documents of a split (of one source) among those from `first` to `end`, in input order."""
-        chosen = self._split[first:end] == SPLITS.index(split)
-        if source is not None:
-            chosen &= self._source[first:end] == self.sources.index(source)
-        return StoredDocuments(self, first + np.flatnonzero(chosen))
+        number, found = None if source is None else self.sources.index(source), [np.zeros(0, np.int64)]
+        for block in blocks(first, min(len(self), len(self) if end is None else end)):
+            chosen = self._split[block] == SPLITS.index(split)
+            if number is not None:
+                chosen &= self._source[block] == number
+            found.append(block.start + np.flatnonzero(chosen))
+        return StoredDocuments(self, np.concatenate(found))
 
     def tokens(self, doc: int) -> np.ndarray:
         """Ids of document number `doc`: a view into the file, unless it lacks a part."""

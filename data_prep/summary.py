@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -14,7 +14,6 @@ from data_prep.filters import MEASURES
 from data_prep.ledger import Ledger
 from data_prep.pack import RowCounts, total_of
 from data_prep.records import Filtered, LeftOut, printable
-from data_prep.store import LEFT_OUT, Columns
 from storage.manifest import LeftOutFiles, Manifest, SourceRows
 
 ROW_STATISTICS = (
@@ -26,11 +25,22 @@ EXAMPLES = 5
 NAMES_KEPT, NAMES_SHOWN = 100, 5
 
 
+class StoredNumbers(NamedTuple):
+    """Of the documents that stay, and what was found beside them."""
+
+    lengths: np.ndarray
+    """The numbers of tokens that occur, ascending, int64."""
+    counts: np.ndarray
+    """How many documents have each, int64."""
+    bytes: int
+    repeated_keys: int
+    duplicates: int
+    """Documents whose text an earlier one has, whether they are left out or not."""
+
+
 def statistics(
     ledgers: list[Ledger],
-    columns: Columns,
-    split: np.ndarray,
-    duplicates: np.ndarray,
+    stored: StoredNumbers,
     removed: int,
     packings: dict[str, dict[str, RowCounts]],
     cuts: dict[str, Counter[str]],
@@ -39,32 +49,31 @@ def statistics(
 
     `removed`: how many of the exact duplicates are left out.
     """
-    kept = split != LEFT_OUT
-    lengths = np.sort(columns.length[kept])
     skipped: Counter[str] = Counter()
     for ledger in ledgers:
         skipped.update(ledger.skipped)
-    places = np.searchsorted(np.arange(1, len(lengths) + 1) * 100, np.array(PERCENTILES) * len(lengths))
+    documents, tokens = int(stored.counts.sum()), int((stored.lengths * stored.counts).sum())
+    places = np.searchsorted(np.cumsum(stored.counts) * 100, np.array(PERCENTILES) * documents)
     return {
         "input": {
             "documents": sum(ledger.documents for ledger in ledgers),
             "empty": sum(ledger.empty for ledger in ledgers),
             "skipped": dict(sorted(skipped.items())),
             "skipped_examples": [example for ledger in ledgers for example in ledger.examples][:EXAMPLES],
-            "repeated_keys": len(columns.key_hash) - len(np.unique(columns.key_hash)),
-            "duplicates": len(duplicates),
+            "repeated_keys": stored.repeated_keys,
+            "duplicates": stored.duplicates,
             "duplicates_removed": removed,
             "tokens": sum(ledger.tokens for ledger in ledgers),
             "unknown_tokens": sum(ledger.unknown for ledger in ledgers),
             "byte_fallback_tokens": sum(ledger.fallback for ledger in ledgers),
         },
-        "documents": int(np.count_nonzero(kept)),
-        "bytes": int(columns.nbytes[kept].sum()),
-        "tokens": int(lengths.sum()),
+        "documents": documents,
+        "bytes": stored.bytes,
+        "tokens": tokens,
         "document_tokens": {
-            "mean": round(float(lengths.mean()), 2),
-            **{f"p{p}": int(lengths[place]) for p, place in zip(PERCENTILES, places, strict=True)},
-            "max": int(lengths[-1]),
+            "mean": round(tokens / documents, 2),
+            **{f"p{p}": int(stored.lengths[place]) for p, place in zip(PERCENTILES, places, strict=True)},
+            "max": int(stored.lengths[-1]),
         },
         "rows": {
             name: _row_statistics(list(sources.values())) | {"cuts": dict(cuts[name])}

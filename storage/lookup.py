@@ -9,6 +9,7 @@ empty run ends it, since a stream that is cut between two messages would read as
 """
 
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from storage.atomic import new_stream
 
 RUN = 1 << 24
 """Pairs of a run: 256 MiB."""
+LOOKED_AT = 1 << 21
 COLUMNS = {"key": pa.uint64(), "value": pa.int64()}
 
 Pairs = tuple[np.ndarray, np.ndarray]
@@ -26,32 +28,33 @@ Pairs = tuple[np.ndarray, np.ndarray]
 
 def sorted_runs(pairs: Iterable[Pairs]) -> Iterator[Pairs]:
     """The pairs, given in pieces of any length, in sorted runs of `RUN`; the last may be shorter."""
-    waiting: list[Pairs] = []
+    keys, values, held = np.empty(RUN, np.uint64), np.empty(RUN, np.int64), 0
 
-    def joined() -> Pairs:
-        keys, values = (np.concatenate(column) for column in zip(*waiting, strict=True))
-        return keys.astype(np.uint64, copy=False), values.astype(np.int64, copy=False)
-
-    def ordered(keys: np.ndarray, values: np.ndarray) -> Pairs:
-        order = np.argsort(keys, kind="stable")
+    def ordered() -> Pairs:
+        order = np.argsort(keys[:held], kind="stable")
         return keys[order], values[order]
 
-    for piece in pairs:
-        waiting.append(piece)
-        while sum(len(keys) for keys, _ in waiting) >= RUN:
-            keys, values = joined()
-            yield ordered(keys[:RUN], values[:RUN])
-            waiting = [(keys[RUN:], values[RUN:])]
-    if sum(len(keys) for keys, _ in waiting):
-        yield ordered(*joined())
+    for some_keys, some_values in pairs:
+        taken = 0
+        while taken < len(some_keys):
+            count = min(RUN - held, len(some_keys) - taken)
+            keys[held : held + count] = some_keys[taken : taken + count]
+            values[held : held + count] = some_values[taken : taken + count]
+            held, taken = held + count, taken + count
+            if held == RUN:
+                yield ordered()
+                held = 0
+    if held:
+        yield ordered()
 
 
 def write_lookup(path: Path, made_from: str, pairs: Iterable[Pairs]) -> None:
     """Whole or not at all. `made_from`: what `Lookup.open` must be told to believe it."""
     schema = pa.schema(COLUMNS, {"made_from": made_from})
     with new_stream(path, schema) as stream:
-        for run in (*sorted_runs(pairs), (np.empty(0, np.uint64), np.empty(0, np.int64))):
+        for run in chain(sorted_runs(pairs), [(np.empty(0, np.uint64), np.empty(0, np.int64))]):
             stream.write_batch(pa.record_batch([pa.array(column) for column in run], schema=schema))
+            del run  # before the next is made
 
 
 class Lookup:
@@ -80,3 +83,17 @@ class Lookup:
                 begin, end = (np.searchsorted(keys, wanted, side) for side in ("left", "right"))
                 found += values[begin:end].tolist()
         return found
+
+    def distinct(self) -> int:
+        """How many different keys there are, where they are hashes: some of them are looked at together."""
+        parts = 1 + sum(len(keys) for keys, _ in self.runs) // LOOKED_AT
+        count, begins = 0, [0] * len(self.runs)
+        for part in range(1, parts + 1):
+            found, last = np.empty(0, np.uint64), np.uint64(part * 2**64 // parts - 1)
+            for number, (keys, _) in enumerate(self.runs):
+                end = int(np.searchsorted(keys, last, side="right"))
+                for first in range(begins[number], end, LOOKED_AT):
+                    found = np.unique(np.concatenate([found, keys[first : min(first + LOOKED_AT, end)]]))
+                begins[number] = end
+            count += len(found)
+        return count

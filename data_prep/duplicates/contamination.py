@@ -69,8 +69,8 @@ class Scan(NamedTuple):
 
 
 class Searcher:
-    """Searches whole units of a token store; `first_doc[u]` is the number of the first document of unit u, `train` says
-    which documents are trained on, `cuts` what is cut out of them already."""
+    """Searches whole units of a token store; `first_doc[u]` is the number of the first document of unit u, `split` a file that
+    says 0 of a document that is trained on, `cuts` what is cut out of them already."""
 
     def __init__(
         self,
@@ -79,18 +79,19 @@ class Searcher:
         scan: Scan,
         pieces: list[bytes],
         first_doc: Sequence[int],
-        train: np.ndarray,
+        split: Path,
         cuts: Dropped,
     ) -> None:
         self.tokens, self.reference, self.scan = tokens, reference, scan
         self.paragraphs = Paragraphs(pieces)
-        self.first_doc, self.train, self.cuts = first_doc, train, cuts
+        self.first_doc, self.split, self.cuts = first_doc, split, cuts
         self._opened: Reference | None = None
 
     def run(self, unit: int) -> Dropped:
         """What is to be left out of the unit's documents, beside what is cut out of them already."""
         if self._opened is None:
             self._opened = Reference(self.reference, self.scan.ngram)
+            self._split = np.memmap(self.split, np.uint8, "r")
         rows: list[tuple] = []
         doc = int(self.first_doc[unit])
         for ids, offsets in read_batches(unit_path(self.tokens, unit)):
@@ -106,7 +107,7 @@ class Searcher:
         rows = np.unique(np.searchsorted(offsets, begins, side="right") - 1)
         numbers = np.arange(first, first + len(offsets) - 1)
         rows = np.union1d(rows, np.flatnonzero(np.isin(numbers, self.cuts.doc)))
-        return rows[self.train[first + rows]].tolist()
+        return rows[self._split[first + rows] == 0].tolist()
 
     def _of_document(self, doc: int, ids: np.ndarray) -> Iterator[tuple]:
         """Rows of `Dropped`."""

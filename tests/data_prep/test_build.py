@@ -8,11 +8,11 @@ import numpy as np
 import psutil
 import pytest
 
+from data_prep.columns import equal_texts
 from data_prep.encode import UnitEncoder, Work
-from data_prep.finish import find_duplicates
 from data_prep.plan import BuildOptions, Plan
 from data_prep.sources import parse_sources
-from data_prep.store import Columns, TokenStore
+from data_prep.store import TokenStore
 from data_prep.tokenizer import open_tokenizer
 from storage.manifest import PackingPolicy, read_manifest
 from storage.shards import open_split
@@ -172,9 +172,9 @@ def test_duplicates_are_counted_and_removed(tmp_path, tokenizer_folder, remove):
 
 
 def test_equal_hashes_of_different_sizes_are_no_duplicates():
-    columns = Columns(*(np.array(c) for c in ([1] * 3, [5, 6, 5], [0] * 3, [1, 2, 3])), np.zeros((3, 2), np.uint64))
-    assert find_duplicates(columns._replace(nbytes=np.array([5, 6, 7])))[0].tolist() == []
-    assert [found.tolist() for found in find_duplicates(columns._replace(nbytes=np.array([5, 5, 7])))] == [[1], [0]]
+    hashes = np.zeros((3, 2), np.uint64)
+    assert equal_texts(hashes, np.array([5, 6, 7]))[0].tolist() == []
+    assert [found.tolist() for found in equal_texts(hashes, np.array([5, 5, 7]))] == [[1], [0]]
 
 
 def test_sources_with_weights(tmp_path, tokenizer_folder):

@@ -126,7 +126,7 @@ def test_kills_and_repacking_do_not_show(corpus, near, tokenizer_folder, tmp_pat
         assert all(path.stat().st_mtime_ns == time for path, time in sketched.items())
         raise KeyboardInterrupt
 
-    for place in ("data_prep.duplicates.near.write_dropped", "data_prep.finish.write_index"):
+    for place in ("data_prep.duplicates.near.write_dropped", "data_prep.index.write_index"):
         with monkeypatch.context() as patch:
             patch.setattr(place, killed)
             with pytest.raises(KeyboardInterrupt):

@@ -5,9 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep import store
+from data_prep.columns import read_columns
 from data_prep.ledger import Ledger, read_ledger, unit_path, write_ledger
 from data_prep.sources import hash64, key_prefix
-from data_prep.store import LEFT_OUT, TokenStore, read_columns, write_index
+from data_prep.store import LEFT_OUT, TokenStore, write_index
 from data_prep.unit_file import DocumentBatch, write_unit
 from tests.properties import examples
 
@@ -32,7 +33,7 @@ def write_store(folder, units: list[list[list[list[int]]]], dtype=np.uint16, spl
             number += len(documents)
         write_unit(unit_path(folder, unit), np.dtype(dtype), iter(made))
         counts.append(sum(map(len, batches)))
-    columns, _ = read_columns(folder, [unit % 2 for unit in range(len(units))], ["even", "odd"])
+    columns, _ = read_columns(folder, [unit % 2 for unit in range(len(units))], ["even", "odd"], folder)
     split = np.zeros(number, np.uint8) if split is None else np.array(split)
     write_index(folder, columns, split, counts, ["even", "odd"], [key_prefix(0, "even")])
     return TokenStore.open(folder)
