@@ -8,7 +8,7 @@ Each figure is the peak of anonymous memory (what the kernel cannot drop and rea
     at once   rows chosen for all documents together: `pack`
     groups    the same rows, chosen group by group and written to shards (data_prep/rows.py), in one process
 
-A number of documents takes about 320 bytes a document on the disk. `--documents 100000000` needs 32 GB and an hour.
+It takes about 400 bytes a document on the disk. `--documents 100000000 --steps index groups` needs 40 GB and an hour.
 """
 
 import argparse
@@ -118,6 +118,7 @@ def main() -> None:
     parser = CommandParser(prog="python -m bench.rows", description=__doc__)
     add = parser.add_argument
     add("--documents", type=int, nargs="+", default=[10**6, 10**7], help="(default: 1000000 10000000)")
+    add("--steps", nargs="+", choices=STEPS, default=STEPS, help="(default: all)")
     add("--folder", type=Path, help="where the documents are made, for minutes (default: a temporary folder)")
     add("--run", nargs=3, metavar=("STEP", "FOLDER", "DOCUMENTS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -135,7 +136,7 @@ def main() -> None:
             (folder / "tokenizer").mkdir()
             (folder / "tokenizer" / MODEL_FILE).write_bytes(train(["some words of a text, and more of them"], 300))
             make_units(folder / "tokens", documents)
-            for step in STEPS:
+            for step in arguments.steps:
                 command = [sys.executable, "-m", "bench.rows", "--run", step, str(folder), str(documents)]
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
                 result = json.loads(done.stdout.splitlines()[-1])
