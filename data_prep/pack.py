@@ -123,7 +123,9 @@ def pack(
     if policy.policy == "bestfit":
         groups = _bestfit_groups(lengths, policy, windows or fixed_windows(lengths, policy))
     else:
-        groups = _concat_groups(lengths, policy)
+        total = int(lengths.sum())
+        numbers = range(concat_groups(total, policy, GROUP_TOKENS))
+        groups = (_concat(lengths, policy, number, GROUP_TOKENS, 0, total) for number in numbers)
     return _packing(lengths, enumerate(groups), policy, seed)
 
 
@@ -137,7 +139,32 @@ def pack_group(
     return _packing(lengths, [(number, group)], policy, seed)
 
 
-def _packing(lengths: np.ndarray, groups: Iterable[tuple[int, _Rows]], policy: PackingPolicy, seed: int) -> Packing:
+def pack_stretch(
+    lengths: np.ndarray, policy: PackingPolicy, seed: int, number: int, group_tokens: int, before: int, total: int
+) -> tuple[Packing, slice]:
+    """Those of `pack` that are group `number` of the rows of policy concat, and which of these documents count there.
+
+    `lengths`: of all documents that the group's rows hold tokens of; `before`: tokens of those before them; `total`: of all.
+    """
+    span = group_rows(policy, group_tokens) * policy.seq_length
+    last = number == concat_groups(total, policy, group_tokens) - 1
+    begins = before + np.cumsum(lengths) - lengths
+    end = len(lengths) if last else int(np.searchsorted(begins, (number + 1) * span))
+    own = slice(int(np.searchsorted(begins, number * span)), end)
+    group = number, _concat(lengths, policy, number, group_tokens, before, total)
+    packing = _packing(lengths, [group], policy, seed, own)
+    rows = _concat_rows(total, policy)
+    dropped = total - rows * policy.seq_length - bool(rows) if last and policy.tail == "drop" else 0
+    return replace(packing, tokens_dropped=dropped), own
+
+
+def _packing(
+    lengths: np.ndarray,
+    groups: Iterable[tuple[int, _Rows]],
+    policy: PackingPolicy,
+    seed: int,
+    own: slice = slice(None),  # documents that are counted
+) -> Packing:
     parts: list[_Rows] = []
     rows = 0
     for number, part in groups:
@@ -152,6 +179,7 @@ def _packing(lengths: np.ndarray, groups: Iterable[tuple[int, _Rows]], policy: P
     )
     whole = np.zeros(len(lengths), bool)
     whole[doc[length == lengths[doc]]] = True
+    cut = ~whole[own]
     return Packing(
         row_tokens=policy.row_tokens,
         row_splits=np.searchsorted(row, np.arange(rows + 1)),
@@ -159,8 +187,8 @@ def _packing(lengths: np.ndarray, groups: Iterable[tuple[int, _Rows]], policy: P
         piece_off=off,
         piece_len=length,
         piece_ctx=ctx,
-        documents_cut=int((~whole).sum()),
-        documents_cut_though_fitting=int((~whole & (lengths <= policy.row_tokens)).sum()),
+        documents_cut=int(cut.sum()),
+        documents_cut_though_fitting=int((cut & (lengths[own] <= policy.row_tokens)).sum()),
         tokens_dropped=int(lengths.sum()) - _distinct_tokens(doc, off, length) if policy.tail == "drop" else 0,
     )
 
@@ -238,23 +266,36 @@ def _give_back(rows_with_room: dict[int, list[int]], rooms: list[int], room: int
         rows_with_room[room] += rows
 
 
-def _concat_groups(lengths: np.ndarray, policy: PackingPolicy) -> Iterator[_Rows]:
-    ends = np.cumsum(lengths)
+def group_rows(policy: PackingPolicy, group_tokens: int) -> int:
+    return max(1, group_tokens // policy.seq_length)
+
+
+def _concat_rows(total: int, policy: PackingPolicy) -> int:
+    full, rest = divmod(max(total - 1, 0), policy.seq_length)
+    return full if policy.tail == "drop" else full + bool(rest) or min(total, 1)
+
+
+def concat_groups(total: int, policy: PackingPolicy, group_tokens: int) -> int:
+    """Groups that so many tokens make, one at least."""
+    return max(1, -(-_concat_rows(total, policy) // group_rows(policy, group_tokens)))
+
+
+def _concat(
+    lengths: np.ndarray, policy: PackingPolicy, number: int, group_tokens: int, before: int, total: int
+) -> _Rows:
+    """The pieces of one group, in the order of the stream; see `pack_stretch`."""
+    ends = before + np.cumsum(lengths)
     starts = ends - lengths
-    total = int(lengths.sum())
-    stride = policy.seq_length
-    count = (total - 1) // stride if policy.tail == "drop" else -(-(total - 1) // stride) or min(total, 1)
-    group_rows = max(1, GROUP_TOKENS // stride)
-    for first in range(0, count, group_rows):
-        begin = np.arange(first, min(first + group_rows, count)) * stride
-        end = np.minimum(begin + policy.row_tokens, total)
-        first_doc = np.searchsorted(ends, begin, side="right")
-        pieces = np.searchsorted(ends, end - 1, side="right") - first_doc + 1
-        row = np.repeat(np.arange(len(begin)), pieces)
-        doc = np.arange(len(row)) - np.repeat(np.cumsum(pieces) - pieces - first_doc, pieces)
-        off = np.maximum(begin[row] - starts[doc], 0)
-        size = np.minimum(end[row], ends[doc]) - starts[doc] - off
-        yield _Rows(row, doc, off, size, (off > 0).astype(np.int64))
+    rows, first = _concat_rows(total, policy), number * group_rows(policy, group_tokens)
+    begin = np.arange(first, min(first + group_rows(policy, group_tokens), rows)) * policy.seq_length
+    end = np.minimum(begin + policy.row_tokens, total)
+    first_doc = np.searchsorted(ends, begin, side="right")
+    pieces = np.searchsorted(ends, end - 1, side="right") - first_doc + 1
+    row = np.repeat(np.arange(len(begin)), pieces)
+    doc = np.arange(len(row)) - np.repeat(np.cumsum(pieces) - pieces - first_doc, pieces)
+    off = np.maximum(begin[row] - starts[doc], 0)
+    size = np.minimum(end[row], ends[doc]) - starts[doc] - off
+    return _Rows(row, doc, off, size, (off > 0).astype(np.int64))
 
 
 def write_split(

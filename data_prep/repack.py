@@ -106,12 +106,7 @@ def _plan_of(data: Path, policy: PackingPolicy) -> tuple[PackingPlan, str]:
 
 def _check_index(store: TokenStore, origin: Manifest, sources: list[str]) -> None:
     """The index has no ledger, but the manifest counts what it lists."""
-    listed = {
-        (split, name): (len(part), int(part.nbytes.sum()), int(part.length.sum()))
-        for split in origin.splits
-        for name in store.sources
-        if len(part := store.documents(split, name))
-    }
+    listed = {place: counts for place, counts in store.totals().items() if place[0] in origin.splits}
     counted = {
         (split, name): (entry.documents, entry.bytes, entry.tokens)
         for split, entries in origin.splits.items()

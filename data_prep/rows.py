@@ -2,8 +2,6 @@
 
 choose   each group of documents (data_prep/pack.py) is packed by itself; its rows are kept in files until all are written
 write    each shard by itself, from the groups that its rows are in
-
-Only `concat`, which cuts one stream of all documents, packs those of a split and source together.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,8 +10,18 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data_prep.columns import blocks
 from data_prep.cut import Breaks, count_cuts, structure_windows
-from data_prep.pack import GROUP_TOKENS, Packing, RowCounts, pack, pack_group, write_split
+from data_prep.pack import (
+    GROUP_TOKENS,
+    Packing,
+    RowCounts,
+    concat_groups,
+    group_rows,
+    pack_group,
+    pack_stretch,
+    write_split,
+)
 from data_prep.store import SPLITS, StoredDocuments, TokenStore
 from data_prep.targets import Spans, joined
 from data_prep.token_bytes import token_bytes
@@ -22,8 +30,6 @@ from data_prep.units.pool import done_by
 from storage.manifest import PackingPolicy, Shard
 from storage.shards import ShardWriter
 
-LOOKED_AT = 1 << 22
-"""Documents of the index that are looked at together."""
 PIECES = "piece_off", "piece_len", "piece_ctx"
 
 
@@ -44,13 +50,17 @@ class RowJob(NamedTuple):
 
 
 class DocumentGroup(NamedTuple):
-    """The documents of a split and source among those from `first` to `end` (exclusive), packed by themselves."""
+    """The documents of a split and source among those from `first` to `end` (exclusive), packed by themselves; where all are
+    one stream (concat), those that a stretch of it has tokens of."""
 
     split: str
     source: str
     number: int
     first: int
     end: int
+    before: int = 0
+    """Tokens of the stream before its documents, and of the whole stream."""
+    total: int = 0
 
 
 class ShardRows(NamedTuple):
@@ -68,12 +78,12 @@ class ShardRows(NamedTuple):
 def groups_of(store: TokenStore, split: str, source: str, job: RowJob) -> Iterator[DocumentGroup]:
     """In the order of their documents."""
     if job.policy.policy == "concat":
-        yield from [DocumentGroup(split, source, 0, 0, len(store))] if len(store.documents(split, source)) else []
+        yield from _stretches(store, split, source, job)
         return
     tokens, number, first = 0, 0, None
     before = np.int64(-1)
-    for start in range(0, len(store), LOOKED_AT):
-        part = store.documents(split, source, start, start + LOOKED_AT)
+    for block in blocks(0, len(store)):
+        part = store.documents(split, source, block.start, block.stop)
         ends = tokens + np.cumsum(part.length)
         group = ends // job.group_tokens
         for place in np.flatnonzero(np.diff(group, prepend=before)).tolist():
@@ -87,6 +97,21 @@ def groups_of(store: TokenStore, split: str, source: str, job: RowJob) -> Iterat
         yield DocumentGroup(split, source, number, first, len(store))
 
 
+def _stretches(store: TokenStore, split: str, source: str, job: RowJob) -> Iterator[DocumentGroup]:
+    span = group_rows(job.policy, job.group_tokens) * job.policy.seq_length
+    firsts, total = list[tuple[int, int]](), 0  # documents with the first tokens of groups, and the tokens before each
+    for block in blocks(0, len(store)):
+        part = store.documents(split, source, block.start, block.stop)
+        ends = total + np.cumsum(part.length)
+        total += int(part.length.sum())
+        place = np.searchsorted(ends, np.arange(len(firsts) * span, total, span), side="right")
+        firsts += zip(part.doc[place].tolist(), (ends - part.length)[place].tolist(), strict=True)
+    groups = concat_groups(total, job.policy, job.group_tokens) if total else 0
+    for number, (first, before) in enumerate(firsts[:groups]):
+        end = firsts[number + 1][0] + 1 if number + 1 < groups else len(store)
+        yield DocumentGroup(split, source, number, first, end, before, total)
+
+
 class RowMaker:
     """Chooses and writes rows, in one of the processes."""
 
@@ -97,16 +122,18 @@ class RowMaker:
 
     def choose(self, group: DocumentGroup) -> tuple[RowCounts, dict[str, int]]:
         """Keep a group's rows in its folder; returns what they are, and the cuts of each kind."""
-        policy, documents = self.job.policy, self.store.documents(*group[:2], *group[3:])
-        windows = structure_windows(documents, policy, self.breaks) if policy.cut == "structure" else None
+        job, policy = self.job, self.job.policy
+        documents, own = self.store.documents(group.split, group.source, group.first, group.end), slice(None)
         if policy.policy == "concat":
-            packing = pack(documents.length, policy.row_tokens, policy, self.job.seed)
+            stretch = group.number, job.group_tokens, group.before, group.total
+            packing, own = pack_stretch(documents.length, policy, job.seed, *stretch)
         else:
-            packing = pack_group(documents.length, policy, self.job.seed, group.number, windows)
+            windows = structure_windows(documents, policy, self.breaks) if policy.cut == "structure" else None
+            packing = pack_group(documents.length, policy, job.seed, group.number, windows)
         target_bytes = 0
-        if self.job.targets:
+        if job.targets:
             spans, sizes = documents.targets()
-            packing, target_bytes = packing.with_targets(spans), int(sizes.sum())
+            packing, target_bytes = packing.with_targets(spans), int(sizes[own].sum())
         cuts = count_cuts(documents, packing.piece_doc, packing.piece_off + packing.piece_len, self.breaks)
         folder = self._folder(group)
         folder.mkdir(parents=True, exist_ok=True)
@@ -118,9 +145,9 @@ class RowMaker:
             np.save(folder / f"{name}.npy", values)
         return (
             RowCounts(
-                documents=len(documents),
-                bytes=int(documents.nbytes.sum()),
-                tokens=int(documents.length.sum()),
+                documents=len(documents.doc[own]),
+                bytes=int(documents.nbytes[own].sum()),
+                tokens=int(documents.length[own].sum()),
                 target_bytes=target_bytes,
                 rows=packing.rows,
                 row_tokens=packing.rows * packing.row_tokens,

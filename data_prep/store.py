@@ -125,6 +125,16 @@ class TokenStore:
             found.append(block.start + np.flatnonzero(chosen))
         return StoredDocuments(self, np.concatenate(found))
 
+    def totals(self) -> dict[tuple[str, str], tuple[int, int, int]]:
+        """Documents, bytes and tokens of each split and source that has documents."""
+        sums = np.zeros((3, len(SPLITS) + 1, len(self.sources) + 1), np.int64)
+        for block in blocks(0, len(self)):
+            place = np.minimum(self._split[block], len(SPLITS)), np.minimum(self._source[block], len(self.sources))
+            for counted, values in zip(sums, (1, self._nbytes[block], self._length[block]), strict=True):
+                np.add.at(counted, place, values)
+        places = ((i, split, j, name) for i, split in enumerate(SPLITS) for j, name in enumerate(self.sources))
+        return {(split, name): tuple(sums[:, i, j].tolist()) for i, split, j, name in places if sums[0, i, j]}
+
     def tokens(self, doc: int) -> np.ndarray:
         """Ids of document number `doc`: a view into the file, unless it lacks a part."""
         if self._cuts is None:

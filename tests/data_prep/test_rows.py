@@ -24,7 +24,13 @@ policies = st.builds(
     overlap=st.integers(1, 9),
     tail=st.sampled_from(["pad", "drop"]),
     cut=st.sampled_from(["exact", "structure"]),
-) | st.builds(PackingPolicy, policy=st.just("concat"), seq_length=st.sampled_from([31, 700]))
+)
+streams = st.builds(
+    PackingPolicy,
+    policy=st.just("concat"),
+    seq_length=st.sampled_from([31, 100, 700]),
+    tail=st.sampled_from(["pad", "drop"]),
+)
 
 
 def job_of(data: Path, output: Path, policy: PackingPolicy, group_tokens: int) -> RowJob:
@@ -80,14 +86,15 @@ def assert_same(data: Path, folder: Path, policy: PackingPolicy, group_tokens: i
 
 
 @examples(10)
-@given(policy=policies, group_tokens=st.sampled_from([500, 3000, 40_000, 1 << 28]))
+@given(policy=policies | streams, group_tokens=st.sampled_from([500, 3000, 40_000, 1 << 28]))
 def test_groups_do_not_show(reference, tmp_path_factory, policy, group_tokens):
     assert_same(reference, tmp_path_factory.mktemp("rows"), policy, group_tokens, 1)
 
 
 @pytest.mark.parametrize("group_tokens", [300, 1 << 28])
-def test_targets_of_pieces_go_with_them(chat_data, tmp_path, group_tokens):
-    assert_same(chat_data, tmp_path, PackingPolicy(seq_length=64, overlap=5, cut="structure"), group_tokens, 1)
+@pytest.mark.parametrize("packing", [{"overlap": 5, "cut": "structure"}, {"policy": "concat", "tail": "drop"}])
+def test_targets_of_pieces_go_with_them(chat_data, tmp_path, group_tokens, packing):
+    assert_same(chat_data, tmp_path, PackingPolicy(seq_length=64, **packing), group_tokens, 1)
 
 
 def test_processes_do_not_show(reference, tmp_path):
