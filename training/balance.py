@@ -5,6 +5,8 @@ after every step, and under ZeRO-3 or a pipeline in every micro-batch, so the sl
 therefore dealt out by cost. A step as a whole keeps its rows: which these are stays a pure function of the sample numbers.
 """
 
+import heapq
+
 import numpy as np
 
 from model.visibility import Visibility
@@ -40,14 +42,18 @@ def deal(costs: np.ndarray, micro_batch: int, world_size: int) -> np.ndarray:
     assert accumulation * micro_batch * world_size == len(costs)
     order = np.argsort(-costs, kind="stable").reshape(accumulation, world_size * micro_batch)
     dealt = np.empty((accumulation, world_size, micro_batch), np.int64)
-    total = np.zeros(world_size, np.int64)
+    total = [0] * world_size
     for group, out in zip(order, dealt, strict=True):
-        filled = np.zeros(world_size, np.int64)
-        for row in group.tolist():
-            rank = int(np.where(filled < micro_batch, total, np.iinfo(np.int64).max).argmin())
+        filled = [0] * world_size
+        least = [(total[rank], rank) for rank in range(world_size)]  # of the ranks that take more of this group
+        heapq.heapify(least)
+        for row, cost in zip(group.tolist(), costs[group].tolist(), strict=True):
+            _, rank = heapq.heappop(least)
             out[rank, filled[rank]] = row
             filled[rank] += 1
-            total[rank] += costs[row]
+            total[rank] += cost
+            if filled[rank] < micro_batch:
+                heapq.heappush(least, (total[rank], rank))
     return dealt
 
 

@@ -22,7 +22,14 @@ def test_every_row_is_dealt_once(layout, data):
     dealt = deal(costs, micro_batch, ranks)
     assert dealt.shape == (accumulation, ranks, micro_batch)
     assert sorted(dealt.ravel().tolist()) == list(range(size))
-    np.testing.assert_array_equal(deal(costs, micro_batch, ranks), dealt)
+    total, expected = [0] * ranks, [[[] for _ in range(ranks)] for _ in range(accumulation)]
+    order = sorted(range(size), key=lambda row: (-costs[row], row))
+    for place, row in enumerate(order):
+        group = expected[place // (ranks * micro_batch)]
+        rank = min((r for r in range(ranks) if len(group[r]) < micro_batch), key=lambda r: (total[r], r))
+        group[rank].append(row)
+        total[rank] += costs[row]
+    assert dealt.tolist() == expected
 
 
 @given(LAYOUT, st.data())
