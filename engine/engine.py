@@ -121,10 +121,6 @@ class Engine:
         """Over all ranks, of what `update` has returned: summed here, unless the judge had to know them before."""
         return self._totals or self.sum_over_tokens(found.tolist())
 
-    def evaluate(self, batches: list[Batch]) -> float:
-        """This rank's sum of the cross-entropy over batches of one shape, without gradients."""
-        return sum(float(sums[0]) for sums in self.sums(batches))
-
     def sums(self, batches: list[Batch]) -> list[Tensor]:
         """Those of `HeadLoss` for each of some batches of one shape, without gradients."""
         self.deepspeed.eval()

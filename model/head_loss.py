@@ -29,6 +29,8 @@ class HeadLoss:
         """Of pairs of texts, where these are what is trained on."""
         self.of_documents = False
         """Whether losses and targets of each document, or pair of texts, are asked for, instead of sums over all."""
+        self.sources_apart = 0
+        """Of how many sources losses and targets are asked for beside the sums, of a plain model whose rows say their source."""
         self.whole_rows: Callable[[Tensor, Documents], Tensor] = lambda losses, documents: losses
         """Of the losses [N, B, t] of the tokens that are here, where other processes have the rest of the rows: [N, B, T]."""
 
@@ -44,7 +46,8 @@ class HeadLoss:
         """The objective, which carries the gradient, and float64 sums [1 + N] over the targets [B, T]: the cross-entropy, and
         `reported_sums` of the rows of each adapter, or under the mixture the responsibilities of each, for every source by
         itself. A learned prior's gradient follows, as long as there are gradients. In mode hard, which mixes whole documents
-        before it chooses, the places of their best adapters come after sources taken together, [1 + N + documents].
+        before it chooses, the places of their best adapters come after sources taken together, [1 + N + documents]. With
+        `sources_apart` the sums of `sums_of_sources` come last.
 
         `cross_entropy`: `linear_cross_entropy` without its weight; `x` [B, T, D], under the mixture [N B, T, D].
         """
@@ -61,7 +64,12 @@ class HeadLoss:
             x, targets=targets, z_loss_weight=z_loss_weight, target_weights=target_weights
         )
         routing = None if documents is None else documents.routing
-        return objective, reported_sums(losses, target_weights, routing, len(self.adapters.names))
+        sums = reported_sums(losses, target_weights, routing, len(self.adapters.names))
+        if self.sources_apart:
+            assert documents is not None
+            assert documents.sources is not None
+            sums = torch.cat([sums, sums_of_sources(losses, targets, documents.sources, self.sources_apart)])
+        return objective, sums
 
     def of_tokens(
         self, cross_entropy: Callable[..., tuple[Tensor, Tensor]], x: Tensor, documents: Documents, targets: Tensor
@@ -125,6 +133,12 @@ class HeadLoss:
             documents.columns,
             lambda losses: self.whole_rows(losses, documents),
         )
+
+
+def sums_of_sources(losses: Tensor, targets: Tensor, places: Tensor, sources: int) -> Tensor:
+    """float64 [2 * sources]: first the sums of the losses [B, t], then the numbers of targets. `places` int64 [B]: by row."""
+    of_rows = torch.stack([losses.sum(1, dtype=torch.float64), (targets != IGNORED).sum(1, dtype=torch.float64)])
+    return of_rows.new_zeros(2, sources).index_add_(1, places, of_rows).flatten()
 
 
 def sums_of_documents(losses: Tensor, targets: Tensor, documents: Documents) -> Tensor:

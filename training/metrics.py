@@ -61,7 +61,7 @@ class MetricsLogger:
         self._layer_sinks: list[Sink] = []
         """Those that take the statistics of layers; a file of their own among them, since they are long."""
         self._last: dict[str, Any] = {}
-        self._best: dict[str, dict[str, float]] = {}
+        self._best: dict[str, dict[str, Any]] = {}
         self._speeds: list[float] = []
         if is_first_rank:
             self._sinks.append(Console(total_steps, peak_label))
@@ -151,8 +151,9 @@ class MetricsLogger:
         for sink in self._layer_sinks:
             sink.write(record)
 
-    def log_validation(self, step: int, results: dict[str, dict[str, float]]) -> None:
-        """Reports the validation after `step`: for each set `loss` (nats per target), `bits_per_byte` and `targets`."""
+    def log_validation(self, step: int, results: dict[str, dict[str, Any]]) -> None:
+        """Reports the validation after `step`: for each set `loss` (nats per target), `bits_per_byte`, `targets`, and
+        `loss_by_source` where there are several."""
         for name, scores in results.items():
             if not self._best.get(name, {}).get("loss", math.inf) <= scores["loss"]:
                 self._best[name] = {"step": step, **scores}

@@ -70,6 +70,7 @@ ON_OBJECTS_OF_OURS = {
     "engine/layer_statistics.py": {"place.attend"},
     "engine/run/begin.py": {"engine.base", "loop.state.decisions"},
     "engine/run/loop.py": {"loop.state"},
+    "engine/run/validation.py": {"engine.head_loss.sources_apart"},
     "engine/run/rewind.py": {"state.decisions"},
     "engine/run/outputs.py": {"self.clock.flops_per_token"},
     "engine/run/stopping.py": {"stop.name"},

@@ -263,6 +263,10 @@ def test_validation_is_the_same_in_every_layout(runs, ranks, name):
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
     assert found["targets"] == expected["targets"]
     assert found.keys() == expected.keys()
+    if not name.endswith(("-masked", "-diffusion")):
+        assert found["loss_by_source"].keys() == {"long", "short"}
+        assert found["loss_by_source"] == pytest.approx(expected["loss_by_source"], rel=1e-5)
+        assert len(set(found["loss_by_source"].values())) == 2
     if not name.endswith("-masked"):  # of masked tokens given the others there are no bits per byte
         assert found["bits_per_byte"] == pytest.approx(expected["bits_per_byte"], rel=1e-5)
 

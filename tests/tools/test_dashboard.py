@@ -31,9 +31,12 @@ def panels(spec) -> list[dict]:
 def test_every_logged_key_is_in_exactly_one_panel(spec, tmp_path):
     with open_logger(tmp_path) as logger:
         log(logger, 1, wall_seconds=dict.fromkeys(KINDS, 1.0))
-        logger.log_validation(1, {"long books": {"loss": 2.0, "bits_per_byte": 0.75, "targets": 3}})
+        logger.log_validation(
+            1, {"long books": {"loss": 2.0, "bits_per_byte": 0.75, "targets": 3, "loss_by_source": {"web": 2.5}}}
+        )
         logger.log_event(1, "checkpoint")
-        logger.log_layers(1, {kind: {"layers.0": 1.0, "norm": 2.0} for kind in FIGURES})
+        logger.log_layers(1, {kind: {"layers.0": 1.0, "norm": 2.0} for kind in FIGURES}, {"decay": 3.0})
+        logger.log_event(1, "plan", planned_step_seconds=1.0, measured_step_seconds=1.25)
     logged = {
         key
         for file in (METRICS_FILE, LAYERS_FILE)
