@@ -128,7 +128,7 @@ def _named_curves(title: str, curves: dict[str, list[dict[str, Any]]], key: str,
         return []
     traces: list[go.Scatter] = []
     for number, (name, records) in enumerate(curves.items()):
-        traces += _curves(name, records, key, color=COLORS[number % len(COLORS)])
+        traces += _curves(name, records, key, color=COLORS[(number + 2) % len(COLORS)])  # training has the first two
     return [Panel(title, traces, _x_axis(), _y_axis("~g", is_log))]
 
 

@@ -91,7 +91,7 @@ def watched(model: Llama, row: int):
         k_of_heads = k[row].repeat_interleave(q.shape[2] // k.shape[2], 1)
         scores = torch.einsum("qhd,khd->hqk", q[row].double(), k_of_heads.double()) / q.shape[3] ** 0.5
         sees = visibility.sees(of_row.at((slice(None), None)), of_row)
-        figures["max_attention_logit"][layer] = float(scores[:, sees].max())
+        figures["max_attention_logit"][layer] = float(scores[:, sees].detach().max())
         return attend(q, k, v, documents, visibility)
 
     def hand_on(layer, module, inputs, out):

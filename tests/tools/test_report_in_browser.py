@@ -65,6 +65,10 @@ const started = setInterval(() => {
   const drawn = all.filter(subplot => subplot.querySelector(marks)).length;
   const expected = plots.map(plot => plot._fullLayout._subplots.cartesian.length).reduce((a, b) => a + b);
   const dark = getComputedStyle(document.body).backgroundColor === "rgb(15, 18, 23)";
+  if (document.getElementById("steps")) {
+    document.getElementById("plot").emit("plotly_click", {points: [{data: {type: "scatter"}, customdata: 25}]});
+    console.log(document.getElementById("ledger").textContent);
+  }
   console.log(["plots", innerWidth, dark ? "dark" : "light", drawn, "of", expected].join(" "));
 }, 100);
 </script>
@@ -104,6 +108,7 @@ def test_everything_is_drawn_in_both_schemes_and_nothing_is_said_on_the_console(
         console = [line.split('"')[1] for line in said.splitlines() if "CONSOLE" in line]
         of_run, of_runs = len(SERIES) + 2 + len(LAYER_FIGURES) + 6, len(SERIES) + 1
         expected = [f"plots {width} {scheme} {n} of {n}" for width in (400, 1280) for n in (of_run, of_runs)]
+        expected += [f"python -m tools.ledger {runs[0]} --step 25"] * 2
         assert sorted(console) == sorted(expected)
         assert picture.stat().st_size > 50_000
 
