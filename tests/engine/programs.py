@@ -56,18 +56,22 @@ RECIPE = {
 AUTO = dict.fromkeys(
     ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto"
 )
+BUCKET = 5000
 BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
 
 
 def zero(stage: int, **more) -> dict:
     """A JSON of this stage with buckets so small that even a tiny model needs several; stage 3 partitions everything."""
-    sizes = {"reduce_bucket_size": 5000} if stage else {}
-    sizes |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 5000} if stage == 3 else {}
+    sizes = {"reduce_bucket_size": BUCKET} if stage else {}
+    sizes |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": BUCKET} if stage == 3 else {}
     return AUTO | {"zero_optimization": {"stage": stage, **sizes, **more.pop("zero", {})}} | more
 
 
-def shipped() -> dict[str, tuple[int, dict]]:
-    """Every JSON of `ds_configs` on the ranks of a small launch: 2, or as many as it takes to give each open degree 2."""
+def shipped(bucket: int | str = BUCKET) -> dict[str, tuple[int, dict]]:
+    """Every JSON of `ds_configs` on the ranks of a small launch: 2, or as many as it takes to give each open degree 2.
+
+    `bucket`: the size of buckets that the JSON leaves open, which "auto" makes as small as one matrix of a tiny model.
+    """
     found = {}
     for file in sorted((ROOT / "ds_configs").glob("*.json")):
         config = json.loads(file.read_text())
@@ -76,6 +80,8 @@ def shipped() -> dict[str, tuple[int, dict]]:
         if len(open_degrees) > 1:
             for section, key in open_degrees:
                 section[key] = 2
+        section = config.get("zero_optimization", {})
+        section |= {key: bucket for key in section if key.endswith("_bucket_size") and section[key] == "auto"}
         found[file.stem] = 2 ** max(len(open_degrees), 1), config
     return found
 

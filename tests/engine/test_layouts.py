@@ -11,6 +11,8 @@ from tests.engine.programs import BF16, histories, prepare, shipped, stopped_onc
 from training.config import load_recipe
 
 STEPS = {"training.max_steps": "6"}
+DEEP, FLAT = ({"model.num_hidden_layers": blocks} for blocks in ("4", "2"))
+"""Each rank of a pipeline holds some blocks; in the other layouts two show what every block is like."""
 MORE = {"training.max_steps": "10"}
 OFFLOAD = {"device": "cpu"}
 SPLIT = {"training.micro_batch_samples": "2"}
@@ -186,26 +188,31 @@ def setting(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def references(setting):
-    """By variant: the curve, the weights and the figures of layers of plain torch."""
+    """By ranks and name of a layout: the curve, the weights and the figures of layers of plain torch."""
     changes = {"": {}} | {variant: change for variant, (change, _) in VARIANTS.items()}
-    return kept(lambda variant: plain_torch(setting, STEPS | changes[variant]))
+    calculate = kept(lambda variant, deep: plain_torch(setting, STEPS | changes[variant] | (DEEP if deep else FLAT)))
+    return lambda ranks, name: calculate(variant_of(name), is_deep(ranks, name))
 
 
 @pytest.fixture(scope="module")
 def runs(setting, on_ranks):
-    """By number of ranks and name of the layout: what each rank reports."""
+    """By number of ranks and name of the layout, and whether as deep as a pipeline: what each rank reports."""
     folder, recipe, data = setting
 
     @kept
-    def run(ranks: int, name: str) -> list[dict]:
+    def run(ranks: int, name: str, deep: bool) -> list[dict]:
         variant = variant_of(name)
         config, overrides = ALL[ranks][name.removesuffix(variant)]
-        overrides = STEPS | overrides | (VARIANTS[variant][0] if variant else {})
+        overrides = STEPS | (DEEP if deep else FLAT) | overrides | (VARIANTS[variant][0] if variant else {})
         steps = int(overrides["training.max_steps"])
-        arguments = str(folder / f"world{ranks}"), recipe, data, {name: (config, overrides)}, steps
+        arguments = str(folder / f"world{ranks}-{deep}"), recipe, data, {name: (config, overrides)}, steps
         return [rank[name] for rank in on_ranks(ranks, histories, *arguments)]
 
-    return run
+    return lambda ranks, name, deep=None: run(ranks, name, is_deep(ranks, name) if deep is None else deep)
+
+
+def is_deep(ranks: int, name: str) -> bool:
+    return "pipeline" in ALL[ranks][name.removesuffix(variant_of(name))][0]
 
 
 def variant_of(name: str) -> str:
@@ -218,7 +225,7 @@ def curve(result) -> np.ndarray:
 
 @pytest.mark.parametrize(("ranks", "name"), FLOAT32_RUNS)
 def test_float32_layouts_equal_plain_torch(runs, references, ranks, name):
-    expected, weights, _ = references(variant_of(name))
+    expected, weights, _ = references(ranks, name)
     np.testing.assert_allclose(curve(runs(ranks, name)[0]), expected, rtol=1e-5)
     found = {key: value for rank in runs(ranks, name) for key, value in rank["weights"].items()}
     assert found.keys() == weights.keys()
@@ -230,7 +237,7 @@ def test_float32_layouts_equal_plain_torch(runs, references, ranks, name):
 
 @pytest.mark.parametrize(("ranks", "name"), FLOAT32_RUNS)
 def test_layers_are_like_those_of_plain_torch(runs, references, ranks, name):
-    expected = references(variant_of(name))[2]
+    expected = references(ranks, name)[2]
     close = 1e-3 if name.endswith("-lion") else 1e-5  # the sign of an element that is zero but for rounding is anyone's
     for rank in runs(ranks, name):
         assert rank["layers"].keys() == {step for step in expected if step == 1 or step % 5 == 0}
@@ -258,7 +265,7 @@ def test_all_ranks_report_the_same(runs, ranks, name):
 
 @pytest.mark.parametrize(("ranks", "name"), FLOAT32_RUNS)
 def test_validation_is_the_same_in_every_layout(runs, ranks, name):
-    expected = runs(2, "zero0" + variant_of(name))[0]["validation"]["validation"]
+    expected = runs(2, "zero0" + variant_of(name), is_deep(ranks, name))[0]["validation"]["validation"]
     found = runs(ranks, name)[0]["validation"]["validation"]
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
     assert found["targets"] == expected["targets"]
@@ -274,7 +281,7 @@ def test_validation_is_the_same_in_every_layout(runs, ranks, name):
 @pytest.mark.parametrize(("ranks", "name"), HALF_RUNS)
 def test_half_precision_stays_near_float32(runs, references, ranks, name):
     """bf16 keeps 8 bits: 1 % on the loss and 5 % on the gradient norm over all steps."""
-    found, expected = curve(runs(ranks, name)[0]), references("")[0]
+    found, expected = curve(runs(ranks, name)[0]), references(ranks, name)[0]
     np.testing.assert_allclose(found[:, 0], expected[:, 0], rtol=0.01)
     np.testing.assert_allclose(found[:, 1], expected[:, 1], rtol=0.05)
 
@@ -306,7 +313,8 @@ def test_a_fresh_engine_continues_to_the_bit(setting, on_ranks, ranks, name):
     """After one step; `test_resume.py` asks it of a few layouts over more steps, with half precision too."""
     folder, *problem = setting
     config, overrides = ALL[ranks][name]
-    arguments = str(folder / f"stopped{ranks}-{name}"), *problem, config, STEPS | overrides
+    overrides = STEPS | (DEEP if is_deep(ranks, name) else FLAT) | overrides
+    arguments = str(folder / f"stopped{ranks}-{name}"), *problem, config, overrides
     for whole, stopped in on_ranks(ranks, stopped_once, *arguments):
         np.testing.assert_equal(stopped, whole)
 

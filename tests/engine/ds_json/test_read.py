@@ -18,7 +18,7 @@ from training.config import Recipe
 from training.sections import MetricsConfig
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-SHIPPED = shipped()
+SHIPPED = shipped("auto")
 RECIPE = Recipe.model_validate(
     {
         "model": {
