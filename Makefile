@@ -40,6 +40,7 @@ check: .venv/installed
 bench: .venv/installed
 	$(BIN)/python -m bench.data
 	$(BIN)/python -m bench.rows
+	$(BIN)/python -m bench.scale
 	$(BIN)/python -m bench.cluster
 	$(BIN)/python -m bench.near_duplicates
 	$(BIN)/python -m bench.loader

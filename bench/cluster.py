@@ -21,7 +21,7 @@ POOL, RAY = "pool of 2", "Ray, 2 CPUs"
 
 def seconds(folder: Path, address: str | None) -> tuple[float, str]:
     """What a build takes, and its fingerprint."""
-    from data_prep.build import build
+    from data_prep.build import How, build
     from data_prep.options import BuildOptions
     from data_prep.plan import Plan
     from data_prep.sources import parse_sources
@@ -35,7 +35,7 @@ def seconds(folder: Path, address: str | None) -> tuple[float, str]:
     with tempfile.TemporaryDirectory(dir=folder) as output:
         started = time.perf_counter()
         plan = Plan(parse_sources([str(folder / "corpus.jsonl")], []), options, tokenizer)
-        manifest = build(plan, tokenizer, Path(output), 2, "fail", "plain", address)
+        manifest = build(plan, tokenizer, Path(output), How(2, "fail", "plain", address))
         return time.perf_counter() - started, manifest.fingerprint
 
 

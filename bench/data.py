@@ -118,7 +118,7 @@ def run_sentencepiece(folder: Path, name: str) -> Figures:
 def run_build(folder: Path, name: str, workers: int, encoder: str) -> Figures:
     import pandas  # noqa: F401 (pyarrow and gigatoken import it when first used, but the clock starts after imports)
 
-    from data_prep.build import build
+    from data_prep.build import How, build
     from data_prep.plan import BuildOptions, Plan
     from data_prep.sources import Source
     from data_prep.tokenizer import open_tokenizer
@@ -134,7 +134,7 @@ def run_build(folder: Path, name: str, workers: int, encoder: str) -> Figures:
         with Stopwatch() as watch:
             options = BuildOptions(packing=PackingPolicy(seq_length=SEQ_LENGTH), validation_fraction=0)
             plan = Plan([Source("bench", None, (str(place),))], options, tokenizer)
-            manifest = build(plan, tokenizer, Path(output), workers, encoder=encoder)
+            manifest = build(plan, tokenizer, Path(output), How(workers, encoder=encoder))
         shards = [shard for entry in manifest.splits["train"].values() for shard in entry.shards]
     size = sum(shard.bytes for shard in shards)
     tokens: Any = manifest.statistics["tokens"]
@@ -143,7 +143,7 @@ def run_build(folder: Path, name: str, workers: int, encoder: str) -> Figures:
 
 def run_repack(folder: Path, name: str, **packing: Any) -> Figures:
     """Other rows of the token store that a build left, against that build."""
-    from data_prep.build import build
+    from data_prep.build import How, build
     from data_prep.plan import BuildOptions, Plan
     from data_prep.repack import repack
     from data_prep.sources import Source
@@ -154,7 +154,7 @@ def run_repack(folder: Path, name: str, **packing: Any) -> Figures:
     options = BuildOptions(packing=PackingPolicy(seq_length=SEQ_LENGTH), validation_fraction=0)
     plan = Plan([Source("bench", None, (str(folder / f"{name}.jsonl"),))], options, tokenizer)
     with tempfile.TemporaryDirectory(dir=folder) as output:
-        build(plan, tokenizer, Path(output) / "built", encoder="accelerated")
+        build(plan, tokenizer, Path(output) / "built", How(encoder="accelerated"))
         with Stopwatch() as watch:
             manifest = repack(Path(output) / "built", PackingPolicy(**packing), Path(output) / "packed")
     statistics: dict[str, Any] = manifest.statistics

@@ -46,7 +46,7 @@ def prepare(folder: Path, megabytes: int) -> Figures:
     tokenizer = open_tokenizer(folder / "tokenizer")
     options = BuildOptions(packing=PackingPolicy(seq_length=4096), validation_fraction=0, id_field="id")
     plan = Plan([Source("bench", None, (str(folder / "corpus.jsonl"),))], options, tokenizer)
-    build(plan, tokenizer, folder / "data", 1, encoder="auto")
+    build(plan, tokenizer, folder / "data")
     size = sum(len(text.encode()) for text in chain(found, planted))
     return {"bytes": size, "originals": len(found), "planted": len(planted)}
 

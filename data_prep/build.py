@@ -71,17 +71,11 @@ class How(NamedTuple):
     ray_address: str | None = None
 
 
-def build(
-    plan: Plan,
-    tokenizer: Tokenizer,
-    output: Path,
-    workers: int | None = 1,
-    on_error: str = "fail",
-    encoder: str = "auto",
-    ray_address: str | None = None,
-) -> Manifest:
+DEFAULT = How()
+
+
+def build(plan: Plan, tokenizer: Tokenizer, output: Path, how: How = DEFAULT) -> Manifest:
     """Run all steps that are still to be done and return the manifest."""
-    how = How(workers, on_error, encoder, ray_address)
     with locked(output):
         plan.adopt(output)
         _say_what_is_not_read(plan)
@@ -105,18 +99,10 @@ def build(
             created_by={name: importlib.metadata.version(name) for name in packages},
             foreseen=foreseen,
         )
-        return finish(plan, tokenizer, tokenizer_file, output, made, workers or available_cores())
+        return finish(plan, tokenizer, tokenizer_file, output, made, how.workers or available_cores())
 
 
-def build_part(
-    plan: Plan,
-    tokenizer: Tokenizer,
-    output: Path,
-    part: Share,
-    workers: int | None = 1,
-    on_error: str = "fail",
-    encoder: str = "auto",
-) -> None:
+def build_part(plan: Plan, tokenizer: Tokenizer, output: Path, part: Share, how: How = DEFAULT) -> None:
     """Tokenize the units that fall to this part and are still to be done; others may do so with theirs at the same time."""
     share = part.of_units(plan.units)
     with joined_parts(output, plan, lambda: None if is_complete(output) else _begin(plan, tokenizer, output)):
@@ -126,7 +112,7 @@ def build_part(
             return
         tokenizer_file = tokenizer.file_in(output / TOKENIZER_FOLDER)
         try:
-            _tokenize(plan, share, tokenizer, tokenizer_file, output, How(workers, on_error, encoder))
+            _tokenize(plan, share, tokenizer, tokenizer_file, output, how)
         except BadInput:
             with parts_wait(output):
                 plan.note_failure(output)
@@ -287,11 +273,11 @@ def main() -> None:
     for notice in tokenizer.notices:
         say(notice)
     plan = Plan(parse_sources(arguments.input, arguments.source), options, tokenizer, arguments.on_error)
-    how = arguments.workers, arguments.on_error, arguments.encoder
+    how = How(arguments.workers, arguments.on_error, arguments.encoder, ray_address)
     if part is not None:
-        build_part(plan, tokenizer, arguments.output, part, *how)
+        build_part(plan, tokenizer, arguments.output, part, how)
         return
-    manifest = build(plan, tokenizer, arguments.output, *how, ray_address)
+    manifest = build(plan, tokenizer, arguments.output, how)
     print_summary(manifest, arguments.output, time.monotonic() - started)
 
 

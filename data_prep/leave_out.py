@@ -85,7 +85,7 @@ def find_contaminated(
     Raises ValueError where none of these is as long as an n-gram, or no longer what it was.
     """
     assert options.decontaminate is not None
-    tokens, reference = output / TOKENS_FOLDER, output / WORK_FOLDER / "reference.npy"
+    tokens, reference = output / TOKENS_FOLDER, output / WORK_FOLDER / "reference"
     reference.parent.mkdir(exist_ok=True)
     first = np.cumsum([0, *(ledger.documents for ledger in ledgers)])
     split = np.memmap(split_file, np.uint8, "r")

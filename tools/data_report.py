@@ -1,7 +1,8 @@
 """A data set as one HTML page that needs no network: `python -m tools.data_report DATA -o data.html`.
 
-What it holds by split and source, how long its documents are, where they are cut, what was left out and why, what a token
-holds by source and script (of a part of the documents, evenly over all), and beginnings of documents to read.
+What it holds by split and source, how long its documents are, where they are cut, what was left out and why, which documents
+have the most repetitions, what a token holds by source and script (of a part of the documents, evenly over all), and beginnings
+of documents to read. Of a data set that `data_prep` has not made, what its manifest says.
 """
 
 if __name__ == "__main__":
@@ -19,12 +20,15 @@ import numpy as np
 
 from console.command import CommandParser
 from data_prep.cut import KINDS
+from data_prep.dropped import REASONS, read_dropped
 from data_prep.plan import TOKENS_FOLDER
 from data_prep.store import SPLITS, TokenStore
 from data_prep.tokenizer import open_tokenizer
 from storage.manifest import Manifest, read_manifest
 from tools.data_facts import Efficiency, Reader, SampleText, length_classes
 from tools.page import details, framed, table, write_page
+
+CLUSTERS, KEYS_SHOWN = 20, 5
 
 
 def page(data: Path) -> str:
@@ -38,6 +42,7 @@ def page(data: Path) -> str:
         parts = {source: store.documents(SPLITS[0], source) for source in manifest.splits[SPLITS[0]]}
         sections.insert(1, ("Length of documents in tokens", _lengths(store, manifest)))
         efficiency = {source: reader.by_script(part) for source, part in parts.items()}
+        sections.append(("Repeated most", _clusters(store)))
         sections.insert(2, ("What a token holds, by source and script", _efficiency(efficiency)))
         samples = "".join(_sample_section(source, reader.samples(part)) for source, part in parts.items())
     else:
@@ -67,18 +72,24 @@ def _head(manifest: Manifest) -> list[tuple[str, str]]:
 
 def _tiles(manifest: Manifest) -> list[tuple[str, str]]:
     numbers: Any = manifest.statistics
-    rows, given = numbers["rows"], numbers["input"]
-    padding = sum(split["padding"] for split in rows.values()) / max(1, sum(s["row_tokens"] for s in rows.values()))
+    entries = {split: list(sources.values()) for split, sources in manifest.splits.items()}
+    documents, tokens, size = (
+        sum(getattr(entry, name) for of_split in entries.values() for entry in of_split)
+        for name in ("documents", "tokens", "bytes")
+    )
     tiles = [
-        ("documents", f"{numbers['documents']:,}"),
-        ("tokens", f"{numbers['tokens']:,}"),
-        ("text", f"{numbers['bytes'] / 1e6:,.1f} MB"),
-        ("bytes a token", f"{numbers['bytes'] / max(1, numbers['tokens']):.3f}"),
-        *((f"{split} rows", f"{split_rows['rows']:,}") for split, split_rows in rows.items()),
-        ("padding", f"{padding:.3%}"),
-        ("exact duplicates", f"{given['duplicates']:,}"),
+        ("documents", f"{documents:,}"),
+        ("tokens", f"{tokens:,}"),
+        ("text", f"{size / 1e6:,.1f} MB"),
+        ("bytes a token", f"{size / max(1, tokens):.3f}"),
+        *((f"{split} rows", f"{sum(entry.rows for entry in of_split):,}") for split, of_split in entries.items()),
     ]
-    if manifest.target_spans:
+    if rows := numbers.get("rows"):
+        padding = sum(split["padding"] for split in rows.values()) / max(1, sum(s["row_tokens"] for s in rows.values()))
+        tiles.append(("padding", f"{padding:.3%}"))
+    if given := numbers.get("input"):
+        tiles.append(("exact duplicates", f"{given['duplicates']:,}"))
+    if "targets" in numbers:
         tiles.append(("carry loss", f"{numbers['targets']['share']:.1%}"))
     return tiles
 
@@ -105,7 +116,7 @@ def _lengths(store: TokenStore, manifest: Manifest) -> str:
         [f"{least:,} to {most:,}", f"{documents:,}", f"{tokens:,}", f"{tokens / max(1, kept.sum()):.1%}"]
         for least, most, documents, tokens in classes
     ]
-    lengths: Any = manifest.statistics["document_tokens"]
+    lengths: Any = manifest.statistics.get("document_tokens", {})
     words = ", ".join(f"{name} {value:,}" for name, value in lengths.items())
     most_documents = max((documents for *_, documents, _ in classes), default=1)
     bars = [documents / most_documents for *_, documents, _ in classes]
@@ -131,18 +142,20 @@ def _cuts(manifest: Manifest) -> str:
     kinds = [*KINDS[:-1], "elsewhere"]
     head = ["split", "rows", "padding", "documents cut", "that would fit", *(f"cuts: {kind}" for kind in kinds)]
     rows = []
-    for split, counts in numbers["rows"].items():
+    for split, counts in numbers.get("rows", {}).items():
         padding = f"{counts['padding'] / max(1, counts['row_tokens']):.3%}"
         cut = (f"{counts['documents_cut']:,}", f"{counts['documents_cut_though_fitting']:,}")
         cuts = (f"{counts.get('cuts', {}).get(kind, 0):,}" for kind in KINDS)
         rows.append([split, f"{counts['rows']:,}", padding, *cut, *cuts])
-    return table(head, rows)
+    return table(head, rows) if rows else ""
 
 
 def _left_out(manifest: Manifest) -> str:
     """Records, documents and files of the input that are not in the data set, by reason."""
     numbers: Any = manifest.statistics
-    given = numbers["input"]
+    given = numbers.get("input")
+    if given is None:
+        return ""
     rows = [["empty documents", f"{given['empty']:,}", ""]]
     rows += [[reason, f"{count:,}", ""] for reason, count in given["skipped"].items()]
     removed = "all but the first removed" if given["duplicates_removed"] else "kept"
@@ -155,6 +168,23 @@ def _left_out(manifest: Manifest) -> str:
     for reason, entry in manifest.left_out.items():
         rows.append([f"files: {reason}", f"{entry.files:,}", f"{entry.bytes:,} bytes"])
     return table(["reason", "count", ""], rows)
+
+
+def _clusters(store: TokenStore) -> str:
+    """The documents that most of what is left out, documents and sections, is a repetition of."""
+    dropped = read_dropped(store.folder)
+    dropped = dropped.select(dropped.of >= 0)
+    originals, place, counts = np.unique(dropped.of, return_inverse=True, return_counts=True)
+    rows = []
+    for number in np.argsort(-counts, kind="stable")[:CLUSTERS].tolist():
+        mine = dropped.select(place == number)
+        of_reason = np.bincount(mine.reason, minlength=len(REASONS)).tolist()
+        what = ", ".join(f"{count:,} x {reason}" for count, reason in zip(of_reason, REASONS, strict=True) if count)
+        keys = [store.key(int(doc)) for doc in np.unique(mine.doc)[: KEYS_SHOWN + 1]]
+        shown = ", ".join(keys[:KEYS_SHOWN]) + (", ..." if len(keys) > KEYS_SHOWN else "")
+        similar = f"{mine.value.min():.3f} to {mine.value.max():.3f}"
+        rows.append([store.key(int(originals[number])), what, similar, shown])
+    return table(["document", "left out elsewhere", "similarity", "of"], rows) if rows else ""
 
 
 def _sample_section(source: str, samples: list[SampleText]) -> str:

@@ -56,7 +56,7 @@ class Items:
 
     def pairs(self, folder: Path) -> Iterator[np.ndarray]:
         """All candidates as (later << 32 | earlier), uint64, ascending, in pieces; runs lie in `folder` meanwhile."""
-        runs = _Runs(folder)
+        runs = SortedRuns(folder)
         parts = -(-len(self) // ITEMS_AT_ONCE)
         for band in range(self.bands):
             for part in range(parts):
@@ -97,7 +97,7 @@ def _paired(hashes: np.ndarray, items: np.ndarray) -> Iterator[np.ndarray]:
         yield items[later] << np.uint64(32) | items[earlier[later]]
 
 
-class _Runs:
+class SortedRuns:
     """Numbers, sorted without repetition by way of files."""
 
     def __init__(self, folder: Path) -> None:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_prep.dropped import REASONS, Cuts, Dropped, dropped_of
+from data_prep.duplicates.candidates import SortedRuns
 from data_prep.duplicates.ngrams import hashes
 from data_prep.duplicates.sections import Paragraphs, Texts, sections
 from data_prep.duplicates.sketch import read_batches
@@ -28,7 +29,7 @@ class Reference:
 
     def __init__(self, path: Path, ngram: int) -> None:
         self.ngram = ngram
-        self._hashes = np.load(path, mmap_mode="r")
+        self._hashes = np.memmap(path, np.uint64, "r")
         self._seen = np.zeros(1 << FILTER_BITS, bool)
         self._seen[self._hashes >> np.uint64(64 - FILTER_BITS)] = True
 
@@ -42,18 +43,20 @@ class Reference:
 
 
 def write_reference(path: Path, texts: Iterable[np.ndarray], ngram: int) -> tuple[int, int]:
-    """Keep the n-grams of texts (ids without BOS and EOS); returns how many texts have one, and how many are too short."""
+    """Keep the n-grams of texts (ids without BOS and EOS), sorted by way of files beside `path`; returns how many texts have
+    one, and how many are too short."""
     long = short = 0
-    parts = [np.zeros(0, np.uint64)]
+    runs = SortedRuns(path.parent)
     for ids in texts:
         if len(ids) < ngram:
             short += 1
             continue
         long += 1
-        parts.append(hashes(ids, ngram))
+        runs.add(hashes(ids, ngram))
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb") as file:
-        np.save(file, np.unique(np.concatenate(parts)))
+        for part in runs.merged():
+            file.write(part.data)
     publish(temporary, path)
     return long, short
 

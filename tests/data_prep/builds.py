@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from data_prep.build import build, build_part
+from data_prep.build import How, build, build_part
 from data_prep.documents import Document, Problems, read_unit
 from data_prep.plan import BuildOptions, Plan
 from data_prep.sources import parse_sources, plan_units
@@ -26,13 +26,13 @@ def build_here(
 ) -> Manifest:
     """`data_prep.build` within this process; `options` are of BuildOptions or PackingPolicy."""
     plan, opened = plan_of(inputs, tokenizer, on_error, **options)
-    return build(plan, opened, output, workers, on_error, encoder)
+    return build(plan, opened, output, How(workers, on_error, encoder))
 
 
 def build_part_here(part: str, inputs, tokenizer, output: Path, on_error="fail", **options) -> None:
     """`--part` of it."""
     plan, opened = plan_of(inputs, tokenizer, on_error, **options)
-    build_part(plan, opened, output, part_from(part), 1, on_error, "plain")
+    build_part(plan, opened, output, part_from(part), How(1, on_error, "plain"))
 
 
 def plan_of(inputs, tokenizer, on_error="fail", **options) -> tuple[Plan, Tokenizer]:

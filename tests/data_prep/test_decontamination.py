@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 
 from data_prep.dropped import REASONS, read_dropped
+from data_prep.duplicates import candidates
+from data_prep.duplicates.contamination import write_reference
+from data_prep.duplicates.ngrams import hashes
 from data_prep.leave_out import evaluation_files
 from data_prep.repack import repack
 from data_prep.store import TokenStore
@@ -32,6 +35,15 @@ def shared(data, evaluation) -> int:
     sides["validation"] += evaluation
     train, others = (set().union(*map(grams, sides[split])) for split in ("train", "validation"))
     return len(train & others)
+
+
+def test_the_reference_is_sorted_in_pieces(tmp_path, monkeypatch):
+    texts = [np.random.default_rng(n).integers(0, 5, 3 * n, np.uint16) for n in range(40)]
+    monkeypatch.setattr(candidates, "PAIRS_AT_ONCE", 50)
+    assert write_reference(tmp_path / "reference", texts, 4) == (38, 2)
+    expected = np.unique(np.concatenate([hashes(ids, 4) for ids in texts]))
+    assert np.fromfile(tmp_path / "reference", np.uint64).tolist() == expected.tolist()
+    assert len(list(tmp_path.glob("run-*"))) > 1
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.build import build
+from data_prep.build import How, build
 from data_prep.plan import BuildOptions, Plan, locked
 from data_prep.repack import repack
 from data_prep.sources import parse_sources
@@ -71,7 +71,7 @@ def test_weights_of_sources_skipped_records_and_uint32_are_kept(tmp_path):
     tokenizer = open_tokenizer(DEEPSEEK)
     for name, length in (("one", 16), ("two", 40)):
         options = BuildOptions(packing=PackingPolicy(seq_length=length), unit_bytes=1000)
-        build(Plan(parse_sources([], places), options, tokenizer), tokenizer, tmp_path / name, 1, "skip", "plain")
+        build(Plan(parse_sources([], places), options, tokenizer), tokenizer, tmp_path / name, How(1, "skip", "plain"))
     done = run("repack", tmp_path / "one", "--seq-length", 40, "--output", tmp_path / "again")
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "again") == contents(tmp_path / "two")

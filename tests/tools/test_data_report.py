@@ -20,6 +20,7 @@ from tests.data_prep.many_scripts import ARABIC, CHINESE, CODE, write_scripts
 from tests.data_prep.texts import PROSE
 from tests.tools.test_report import Page
 from tests.tools.test_report_in_browser import CHROMIUM, FRAME
+from tests.training.corpus import build
 from tools.data_facts import Reader, _classes, length_classes, looks_like_code
 from tools.data_report import main, page
 
@@ -63,6 +64,26 @@ def test_it_says_what_the_manifest_and_the_documents_say(data):
     assert "script" not in shown.tags  # a document's neither
     assert "<script>document.body.remove()</script>␇" in shown.visible
     assert "chinese <b>, " in shown.visible
+
+
+def test_what_repeats_a_document_is_shown_with_it(tmp_path, data):
+    texts = [("first", PROSE[0]), ("other", PROSE[1]), *((f"copy{n}", PROSE[0]) for n in range(7)), ("twin", PROSE[1])]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"id": key, "text": text}) + "\n" for key, text in texts))
+    build_here(
+        [tmp_path / "a.jsonl"], data / "tokenizer", tmp_path / "data", id_field="id", deduplicate=True, seq_length=64
+    )
+    text = page(tmp_path / "data")
+    cells = "<td>first</td><td>7 x exact duplicate</td><td>1.000 to 1.000</td><td>copy0, copy1, copy2, copy3, copy4, ...</td>"
+    assert text.index(cells) < text.index(
+        "<td>other</td><td>1 x exact duplicate</td><td>1.000 to 1.000</td><td>twin</td>"
+    )
+
+
+def test_a_data_set_without_statistics_has_a_page_of_what_is_known(tmp_path):
+    manifest = build(tmp_path, {"books": [9] * 20}, seq_length=16)
+    text = page(tmp_path)
+    assert f"<td>train</td><td>books</td><td>{manifest.splits['train']['books'].documents:,}</td>" in text
+    assert "exact duplicates" not in text
 
 
 def test_tokens_bytes_and_characters_by_script_add_up(data):

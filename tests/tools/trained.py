@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import yaml
 
-from data_prep.build import build
+from data_prep.build import How, build
 from data_prep.plan import BuildOptions, Plan
 from data_prep.sources import parse_sources
 from data_prep.tokenizer import open_tokenizer
@@ -145,5 +145,5 @@ def build_data(sources: list[str], tokenizer: Path, output: Path, seq_length: in
     """`data_prep.build --source ...` within this process."""
     options = BuildOptions(packing=PackingPolicy(seq_length=seq_length), validation_fraction=validation_fraction)
     opened = open_tokenizer(tokenizer)
-    build(Plan(parse_sources([], sources), options, opened), opened, output, encoder="plain")
+    build(Plan(parse_sources([], sources), options, opened), opened, output, How(encoder="plain"))
     return output
