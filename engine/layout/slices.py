@@ -68,6 +68,11 @@ def slice_of(whole: Tensor, dimension: int | None, rank: int, ranks: int) -> Ten
     return whole if dimension is None else whole.tensor_split(ranks, dimension)[rank]
 
 
+def first_of_slice(size: int, rank: int, ranks: int) -> int:
+    """Where in a dimension of this size the part of a rank begins (see `slice_of`)."""
+    return size // ranks * rank + min(rank, size % ranks)
+
+
 def join(parts: list[Tensor], dimension: int | None) -> Tensor:
     """The whole parameter from the parts of all ranks; what is not cut is the first rank's."""
     return parts[0] if dimension is None or len(parts) == 1 else torch.cat(parts, dimension)

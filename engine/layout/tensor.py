@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from engine import internals
 from engine.layout.exchange import Gather, Scatter, Sum, SumGradient, gather, scatter, sum_up
 from engine.layout.mesh import Mesh
-from engine.layout.slices import cuts_of, slice_of
+from engine.layout.slices import cuts_of, first_of_slice, slice_of
 from model.adapter_config import FACTORS
 from model.adapters import AdaptedLinear
 from model.config import ModelConfig
@@ -70,7 +70,7 @@ class Parts:
 def divide_layer(layer: nn.Module, config: ModelConfig, parts: Parts) -> nn.Module:
     """This rank's part of a layer of the plan, with the same names of parameters."""
     if isinstance(layer, Embedding | Head):
-        first = int(slice_of(torch.arange(config.vocab_size), 0, parts.rank, parts.ranks)[0])
+        first = first_of_slice(config.vocab_size, parts.rank, parts.ranks)
         weight = None if layer.weight is None else _part(layer.weight, 0, parts)
         if isinstance(layer, Embedding):
             return VocabularyEmbedding(weight, first, parts)
@@ -90,8 +90,7 @@ def divide_layer(layer: nn.Module, config: ModelConfig, parts: Parts) -> nn.Modu
                 if isinstance(linear, AdaptedLinear):
                     linear.of_all[FACTORS[name == last]] = parts.shared
                     if name == last:
-                        inputs = torch.arange(linear.in_features, device="cpu")
-                        linear.first_input = int(slice_of(inputs, 0, parts.rank, parts.ranks)[0])
+                        linear.first_input = first_of_slice(linear.in_features, parts.rank, parts.ranks)
             setattr(module, last, RowMap(getattr(module, last), parts))
         for name, norm in module.named_children():
             if isinstance(norm, RMSNorm) and (parts.split_rows or isinstance(module, Attention)):
