@@ -44,16 +44,16 @@ class Prospect(NamedTuple):
         return self.plan.batch.micro_batch_samples
 
 
-class LeftOut(NamedTuple):
+class NotFitting(NamedTuple):
     file: Path
     degrees: dict[str, int]
     reason: str
 
 
-class Found(NamedTuple):
+class Search(NamedTuple):
     prospects: list[Prospect]
     """The best first."""
-    left_out: list[LeftOut]
+    left_out: list[NotFitting]
 
 
 StepSeconds = Callable[[RunPlan], float | None]
@@ -62,9 +62,9 @@ StepSeconds = Callable[[RunPlan], float | None]
 
 def search(
     plan: RunPlan, files: Sequence[Path], hardware: Hardware, degrees: dict[str, int | None], step_seconds: StepSeconds
-) -> Found:
+) -> Search:
     """`plan`: of the run with any JSON; `degrees`: those that are wanted, of axes that a JSON leaves open."""
-    found, trials = Found([], []), Trials()
+    found, trials = Search([], []), Trials()
     for file in files:
         raw = read_ds_config(file)
         for chosen in open_degrees(raw, plan, hardware, degrees):
@@ -73,7 +73,7 @@ def search(
             if timed:
                 found.prospects.append(max(timed, key=_worth))
             else:
-                found.left_out.append(LeftOut(file, chosen, reason))
+                found.left_out.append(NotFitting(file, chosen, reason))
     found.prospects.sort(key=_worth, reverse=True)
     return found
 

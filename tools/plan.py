@@ -20,7 +20,7 @@ from console.command import CommandParser, run_command
 if TYPE_CHECKING:
     from engine.run.plan import RunPlan
     from planner.hardware import Hardware
-    from planner.search import Found, Prospect
+    from planner.search import Search, Prospect
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "ds_configs"
@@ -95,7 +95,7 @@ def read(arguments: argparse.Namespace) -> Iterator[tuple["RunPlan", "Hardware"]
         shutil.rmtree(folder)
 
 
-def look(plan: "RunPlan", hardware: "Hardware", arguments: argparse.Namespace) -> tuple["Found", list[str]]:
+def look(plan: "RunPlan", hardware: "Hardware", arguments: argparse.Namespace) -> tuple["Search", list[str]]:
     from planner.clock import Clock
     from planner.search import SHARE_FOR_LIBRARIES, search
 
@@ -107,7 +107,7 @@ def look(plan: "RunPlan", hardware: "Hardware", arguments: argparse.Namespace) -
     return found, notes + clock.notes
 
 
-def describe(plan: "RunPlan", hardware: "Hardware", found: "Found", arguments: argparse.Namespace) -> dict[str, Any]:
+def describe(plan: "RunPlan", hardware: "Hardware", found: "Search", arguments: argparse.Namespace) -> dict[str, Any]:
     """All that is said, JSON-able."""
     from engine.run.memory import checkpoint_bytes
 
