@@ -20,7 +20,7 @@ from console.command import CommandParser, run_command
 if TYPE_CHECKING:
     from engine.run.plan import RunPlan
     from planner.hardware import Hardware
-    from planner.search import Search, Prospect
+    from planner.search import Prospect, Search
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "ds_configs"
