@@ -66,7 +66,7 @@ def main() -> None:
     if not found.prospects:
         raise ValueError(f"nothing fits on {arguments.hardware}: take more or larger devices, or shorter rows")
     if arguments.output:
-        write(found.prospects[0], arguments.output, facts["fits"][0])
+        write(found.prospects[0], arguments.output)
         print(f"the first is written to {arguments.output}", file=sys.stderr)
 
 
@@ -225,13 +225,16 @@ def _bytes(size: float) -> str:
     )
 
 
-def write(one: "Prospect", output: Path, facts: dict[str, Any]) -> None:
-    """The JSON with its degrees and micro-batch filled in, as a run takes it."""
+def write(one: "Prospect", output: Path) -> None:
+    """The JSON with its degrees and micro-batch filled in, as a run takes it, and what the run compares itself with."""
     from engine.ds_json.read import read_ds_config
     from planner.search import filled
     from storage.atomic import write_atomically
 
-    config = filled(read_ds_config(one.file), one)
+    planned = {"ranks": one.plan.mesh.world_size, "rank_memory": one.memory.peak}
+    if one.step_seconds is not None:
+        planned["step_seconds"] = one.step_seconds
+    config = filled(read_ds_config(one.file), one) | {"planned": planned}
     write_atomically(output, (json.dumps(config, indent=2) + "\n").encode())
 
 

@@ -1,0 +1,117 @@
+"""`tools.plan` answers for every recipe, and what it writes is a run that compares itself with the plan."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from engine.run.plan import make_plan
+from planner.hardware import find_hardware
+from planner.stand_in import write_stand_in
+from tests.processes import ROOT
+from tests.tools.called import call
+from tools.plan import main
+from training.config import load_recipe
+
+RECIPES = sorted(file.name for file in (ROOT / "recipes").glob("*.yaml"))
+WHERE = {
+    "llama-70b.yaml": "h200x64",
+    "llama-8b.yaml": "h100x64",
+    "llama-7b.yaml": "a100x32",
+    "tiny-search.yaml": "h100x2",
+}
+"""The others fit one device, or eight."""
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_has_an_answer(name, capsys, monkeypatch):
+    hardware = WHERE.get(name, "h100" if name.startswith("tiny") else "h100x8")
+    config, file = ROOT / "ds_configs/zero3.json", str(ROOT / "recipes" / name)
+    words = ["--seq_length", 512, "--hardware", hardware, "--deepspeed_config", config, "--price", 2, "--json"]
+    answer = call(main, capsys, monkeypatch, "--recipe", file, *words)
+    assert answer.code == 0, answer.err
+    facts = json.loads(answer.out)
+    (first,) = facts["fits"]
+    recipe, devices = load_recipe(file, {}), find_hardware(hardware).devices
+    assert facts["parameters"] == recipe.model.num_parameters()
+    assert facts["tokens"] == facts["steps"] * recipe.training.global_batch_tokens
+    assert 0 < first["rank_memory"]["peak"] < facts["hardware"]["device"]["memory"]
+    assert first["device_hours"] == pytest.approx(first["step_seconds"] * facts["steps"] / 3600 * devices)
+    assert first["price"] == pytest.approx(2 * first["device_hours"])
+    assert 0 <= first["activation_checkpointing"] <= recipe.model.num_hidden_layers
+
+
+def test_the_best_of_all_is_written_as_a_run_takes_it(tmp_path, capsys, monkeypatch):
+    recipe, output = str(ROOT / "recipes/tiny.yaml"), tmp_path / "best.json"
+    words = ["--recipe", recipe, "--seq_length", 128, "--hardware", "h100x4", "--tensor", 2]
+    answer = call(main, capsys, monkeypatch, *words, "--output", output, "--json")
+    assert answer.code == 0, answer.err
+    facts = json.loads(answer.out)
+    assert [one["step_seconds"] for one in facts["fits"]] == sorted(one["step_seconds"] for one in facts["fits"])
+    everything = {Path(one["deepspeed_config"]).name for one in (*facts["fits"], *facts["left_out"])}
+    assert everything == {file.name for file in (ROOT / "ds_configs").glob("*.json")}
+    assert all(one["reason"] for one in facts["left_out"])
+    best, config = facts["fits"][0], json.loads(output.read_text())
+    assert config["planned"] == {
+        "ranks": 4,
+        "rank_memory": best["rank_memory"]["peak"],
+        "step_seconds": best["step_seconds"],
+    }
+    write_stand_in(tmp_path / "data", load_recipe(recipe, {}), 128)
+    overrides = {"validation.every_steps": "null", "validation.sets": "{}"}
+    topology = find_hardware("h100x4").topology()
+    found = make_plan(recipe, overrides, str(output), str(tmp_path / "data"), topology)
+    assert str(found.mesh) == best["layout"]
+    assert found.batch.micro_batch_samples == best["micro_batch_samples"]
+
+
+def test_what_cannot_be_is_said(tmp_path, capsys, monkeypatch):
+    words = ["--recipe", ROOT / "recipes/llama-70b.yaml", "--deepspeed_config", ROOT / "ds_configs/zero1.json"]
+    short = call(main, capsys, monkeypatch, *words, "--hardware", "h100x8", "--seq_length", 4096)
+    assert short.code == 2
+    assert "weights, gradients and optimizer states alone take" in short.out
+    assert short.err.endswith("error: nothing fits on h100x8: take more or larger devices, or shorter rows\n")
+    for more, sentence in (
+        (["--hardware", "h100x8"], "give either --data, or --seq_length before the data are built"),
+        (["--hardware", "h10x8", "--seq_length", 512], "no such device; did you mean 'h100'?"),
+        (["--hardware", "h100x8", "--seq_length", 512, 1024], "give one, or one for each of the 1 stages"),
+    ):
+        refused = call(main, capsys, monkeypatch, *words, *more)
+        assert refused.code == 2
+        assert sentence in refused.err
+        assert refused.out == ""
+
+
+LLAMA_405B = {
+    "model": {
+        "vocab_size": 128256,
+        "hidden_size": 16384,
+        "intermediate_size": 53248,
+        "num_hidden_layers": 126,
+        "num_attention_heads": 128,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 8192,
+    },
+    "training": {"global_batch_tokens": 2**24, "max_tokens": 15 * 10**12},
+    "optimizer": {"lr": 8e-5},
+    "schedule": {"warmup_steps": 8000},
+    "validation": {"every_steps": None},
+}
+"""The model of The Llama 3 Herd of Models (Meta 2024), table 3, and the batch of most of its training, section 3.4.1."""
+
+
+def test_405b_on_16384_devices(tmp_path, capsys, monkeypatch):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(LLAMA_405B))
+    words = ["--recipe", tmp_path / "recipe.yaml", "--seq_length", 8192, "--hardware", "h100x16384", "--json"]
+    words += ["--deepspeed_config", ROOT / "ds_configs/3d_zero1.json"]
+    answer = call(main, capsys, monkeypatch, *words)
+    assert answer.code == 0, answer.err
+    facts = json.loads(answer.out)
+    assert facts["parameters"] == pytest.approx(405e9, rel=0.01)
+    best = facts["fits"][0]
+    assert best["rank_memory"]["peak"] < facts["hardware"]["device"]["memory"]
+    # fp32 copy and moments, divided by all ranks, beside bf16 weights and gradients of a pipeline's and tensor's part
+    parts = best["degrees"].get("pipeline", 1) * best["degrees"].get("tensor", 1)
+    assert best["rank_memory"]["peak"] > 405e9 * (2 / parts + 12 / 16384)
+    assert facts["left_out"]
