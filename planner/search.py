@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from engine.ds_json.legality import illegal_combinations
-from engine.ds_json.read import StepDivision, read_ds_config, resolve_ds_config
+from engine.ds_json.read import Resolved, StepDivision, read_ds_config, resolve_ds_config
 from engine.layout.mesh import PLACES
 from engine.layout.pipeline import pipeline_bounds, untrained_stages
 from engine.layout.sequence import sequence_problems
@@ -23,7 +23,7 @@ from planner.memory import RankMemory, fullest, largest, states_of
 
 SHARE_FOR_LIBRARIES = 0.06
 """Of a device's memory: what CUDA, NCCL and the allocator's gaps take. Stated with every plan."""
-MOST_ROWS = 64
+ROWS = tuple(2**n for n in range(7))
 """Of a micro-batch: more fill no device better."""
 
 
@@ -142,7 +142,7 @@ def divisions(
     """
     recipe, topology = plan.recipe, hardware.topology()
     lengths = [stage.seq_length for stage in plan.stages]
-    resolved = resolve_ds_config(_with_rows(raw, recipe, 1), file, recipe, lengths[0], topology, degrees)
+    resolved = _resolved(plan, file, raw, degrees, hardware)
     if problems := [p for length in lengths for p in sequence_problems(recipe.model, resolved.mesh, length)]:
         raise ValueError(f"{file}: {problems[0]}")
     bounds: list[int] = []
@@ -153,9 +153,9 @@ def divisions(
         if untrained_stages(recipe.model, bounds):
             raise ValueError(f"{file}: a rank of the pipeline would have no adapters to train")
     samples, data = resolved.batch.samples, resolved.mesh.data
-    numbers = [2**n for n in range(7)] if _is_free(raw, recipe) else [resolved.batch.micro_batch_samples]
+    numbers = ROWS if _is_free(raw, recipe) else (resolved.batch.micro_batch_samples,)
     for rows in numbers:
-        if rows > min(MOST_ROWS, samples // data) or samples % (rows * data):
+        if rows > samples // data or samples % (rows * data):
             break
         batch = StepDivision(samples, rows, samples // (rows * data))
         config = resolved.config | {
@@ -173,6 +173,19 @@ def divisions(
         yield plan._replace(
             ds_config=config, mesh=resolved.mesh, stages=stages, pipeline_bounds=bounds, warnings=resolved.notices
         )
+
+
+def _resolved(plan: RunPlan, file: Path, raw: dict[str, Any], degrees: dict[str, int], hardware: Hardware) -> Resolved:
+    """The JSON on this hardware, with the fewest rows that are legal. Raises ValueError where none are."""
+    recipe, topology, length = plan.recipe, hardware.topology(), plan.stages[0].seq_length
+    first: ValueError | None = None
+    for rows in ROWS if _is_free(raw, recipe) else ROWS[:1]:
+        try:
+            return resolve_ds_config(_with_rows(raw, recipe, rows), file, recipe, length, topology, degrees)
+        except ValueError as error:
+            first = first or error
+    assert first is not None
+    raise first
 
 
 def _is_free(raw: dict[str, Any], recipe: Any) -> bool:

@@ -231,7 +231,7 @@ def write(one: "Prospect", output: Path) -> None:
     from planner.search import filled
     from storage.atomic import write_atomically
 
-    planned = {"ranks": one.plan.mesh.world_size, "rank_memory": one.memory.peak}
+    planned: dict[str, float] = {"ranks": one.plan.mesh.world_size, "rank_memory": one.memory.peak}
     if one.step_seconds is not None:
         planned["step_seconds"] = one.step_seconds
     config = filled(read_ds_config(one.file), one) | {"planned": planned}
