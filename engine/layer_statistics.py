@@ -179,7 +179,7 @@ class LayerStatistics:
                     place.attend = _Watched(place.attend, number, self._look)
 
     def _next_pass(self, module: nn.Module, *_: object) -> None:
-        self._pass += 1
+        self._pass += module.training  # adapters may be chosen first, by passes without gradients
 
     def _first_time(self, kind: str, layer: int) -> bool:
         """In this pass: backward does some layers again."""
