@@ -20,7 +20,7 @@ def run_block(word: str, folder: Path) -> str:
     """What the block of commands with this word in it prints, run in a folder that holds the repository."""
     (script,) = [block for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) if word in block]
     free = script.replace("--num_gpus 2", f"--num_gpus 2 --master_port {free_port()}")
-    done = run_cli(["bash", "-euc", free], cwd=folder, env={"PYTHONPATH": str(folder)}, timeout=400)
+    done = run_cli(["bash", "-euc", free], cwd=folder, env={"PYTHONPATH": str(folder)}, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

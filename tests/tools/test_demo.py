@@ -5,7 +5,7 @@ import re
 from tests.engine.programs import prepare
 from tests.processes import free_port, run_cli
 from tests.training.test_wandb_sync import by_step, synced
-from training.metrics import METRICS_FILE
+from training.metrics import LAYERS_FILE, METRICS_FILE
 from training.records import read_records
 
 DEMO = """
@@ -33,7 +33,8 @@ def test_wandb_sync_sends_every_row_of_the_killed_and_resumed_run_once(tmp_path)
     assert "no step lost or repeated: 24 log lines up to step 24" in done.stdout
 
     files, rows = synced(tmp_path / "run")
-    expected = by_step(read_records(tmp_path / "run" / METRICS_FILE))
+    written = [read_records(tmp_path / "run" / name) for name in (METRICS_FILE, LAYERS_FILE)]
+    expected = by_step([*written[0], *written[1]])
     assert 1 <= len(files) <= 2  # a launch that was killed early leaves none
     # The resume comes with the first row that the killed launch has not sent; steps that both made took other times.
     assert sum(row.pop("events/resume", 0) for row in rows.values()) == 1

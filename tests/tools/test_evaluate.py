@@ -65,7 +65,10 @@ def test_it_is_the_loss_that_the_run_logged(trained, figures, name, step):
     found = figures(trained.folder / name, "--data", trained.data, "--step", step)
     result = found["scores"]
     assert result.keys() == {"plays", "topics", "all"}
-    assert result["all"] == pytest.approx(logged(trained, name, step), rel=1e-5)
+    told = logged(trained, name, step)
+    by_source = {source: row["loss"] for source, row in result.items() if source != "all"}
+    assert by_source == pytest.approx(told.pop("loss_by_source"), rel=1e-5)
+    assert result["all"] == pytest.approx(told, rel=1e-5)
     assert result["all"].keys() == {"loss", "perplexity", "bits_per_byte", "targets"}
     parts = result["plays"], result["topics"]
     assert sum(part["targets"] for part in parts) == result["all"]["targets"]

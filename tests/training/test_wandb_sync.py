@@ -97,7 +97,7 @@ def wandb_server(rows: list[dict[str, Any]] | None = None, trouble="") -> Iterat
 
 
 def by_step(records: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
-    """What W&B has to show of records of `metrics.jsonl`."""
+    """What W&B has to show of records of a run."""
     expected: dict[int, dict[str, float]] = {}
     for record in records:
         expected.setdefault(record["step"], {}).update(wandb_values(record))
