@@ -6,7 +6,7 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -324,3 +324,8 @@ def moved(folder: str, recipe: str, data: str, pairs: list[tuple[str, str]], con
         results[source, target] = {"history": run.steps(steps), "weights": run.weights()}
         run.close()
     return results
+
+
+def flat(scores: dict[str, Any]) -> dict[str, float]:
+    """Of a validation set, with the loss of each source among them."""
+    return {**scores, **scores["loss_by_source"], "loss_by_source": 0.0}
