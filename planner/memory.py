@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from engine.layout.mesh import Mesh
-from engine.run.memory import parameter_sizes, share, widths
+from engine.run.memory import kind_of_layer, parameter_sizes, share, widths
 from engine.run.plan import RunPlan
 from model.llama import Block, is_recomputed, layer_plan
 from planner.activations import LayerBytes, Layers, Numbers, RowsHere, Trials
@@ -280,7 +280,7 @@ def sizes_of_layers(plan: RunPlan, mesh: Mesh) -> list[list[int]]:
     flat, found, known = [size.numel for size in parameter_sizes(plan.recipe.model, plan.pipeline_bounds, mesh)], [], {}
     place = 0
     for entry in entries[first:last]:
-        kind = (Block, entry.adapters is None) if entry.cls is Block else entry.name
+        kind = kind_of_layer(entry)
         if kind not in known:
             with torch.device("meta"):
                 known[kind] = len(list(entry.build(0).parameters()))

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from engine.layout.schedule import instructions
+from engine.run.memory import has_half_weights
 from engine.run.plan import RunPlan
 from planner.lengths import StepRows, rows_of_steps
 from planner.parts import StageParts, stage_parts
@@ -77,7 +78,7 @@ class _Step:
         self.tokens = copies * self.head_tokens
         in_step = self.mesh.tensor > 1 or self.mesh.sequence > 1 or self.zero_stage == 3
         self.lag = rates.slowest if in_step else 1.0
-        self.half = any(plan.ds_config.get(key, {}).get("enabled") for key in ("bf16", "fp16"))
+        self.half = has_half_weights(plan)
         self.width = 2 if plan.half_precision else 4
         """Bytes of an activation."""
         self.weight = 2 if self.half else 4

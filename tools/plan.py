@@ -82,8 +82,7 @@ def read(arguments: argparse.Namespace) -> Iterator[tuple["RunPlan", "Hardware"]
     hardware = find_hardware(arguments.hardware)
     if arguments.price:
         hardware = hardware.model_copy(update={"price": arguments.price})
-    degrees = {axis: getattr(arguments, axis) for axis in ("pipeline", "tensor", "sequence")}
-    files = [arguments.deepspeed_config] if arguments.deepspeed_config else sorted(SHIPPED.glob("*.json"))
+    files, degrees = asked_about(arguments)
     if arguments.data:
         yield plan_of_data(arguments.recipe, arguments.data, files, hardware, degrees), hardware
         return
@@ -95,13 +94,17 @@ def read(arguments: argparse.Namespace) -> Iterator[tuple["RunPlan", "Hardware"]
         shutil.rmtree(folder)
 
 
+def asked_about(arguments: argparse.Namespace) -> tuple[list[Path], dict[str, int | None]]:
+    """The JSONs, and the degrees that are wanted."""
+    files = [arguments.deepspeed_config] if arguments.deepspeed_config else sorted(SHIPPED.glob("*.json"))
+    return files, {axis: getattr(arguments, axis) for axis in ("pipeline", "tensor", "sequence")}
+
+
 def look(plan: "RunPlan", hardware: "Hardware", arguments: argparse.Namespace) -> tuple["Search", list[str]]:
     from planner.clock import Clock
     from planner.search import SHARE_FOR_LIBRARIES, search
 
-    clock = Clock(hardware)
-    degrees = {axis: getattr(arguments, axis) for axis in ("pipeline", "tensor", "sequence")}
-    files = [arguments.deepspeed_config] if arguments.deepspeed_config else sorted(SHIPPED.glob("*.json"))
+    clock, (files, degrees) = Clock(hardware), asked_about(arguments)
     found = search(plan, files, hardware, degrees, clock.step_seconds)
     notes = [f"of a device's memory {SHARE_FOR_LIBRARIES:.0%} are left to libraries and the allocator"]
     return found, notes + clock.notes

@@ -78,19 +78,19 @@ def parameter_sizes(model: ModelConfig, bounds: list[int], mesh: Mesh) -> list[S
     of_kind: dict[Any, list[Size]] = {}
     with torch.device("meta"):
         for entry in plan:
-            if _kind(entry) not in of_kind:
+            if kind_of_layer(entry) not in of_kind:
                 layer = entry.build(seed=0)
                 dimensions = cuts_of_layer(layer)
-                of_kind[_kind(entry)] = [
+                of_kind[kind_of_layer(entry)] = [
                     Size(slice_of(p, dimensions.get(name), mesh.tensor_rank, mesh.tensor).numel(), p.requires_grad)
                     for name, p in layer.named_parameters()
                 ]
-    held = [_kind(entry) for entry in plan[first:last]]
+    held = [kind_of_layer(entry) for entry in plan[first:last]]
     held += [entry.tied_to for entry in plan[first:last] if entry.tied_to and entry.tied_to not in held]
     return [size for kind in held for size in of_kind[kind]]
 
 
-def _kind(entry: Layer) -> Any:
+def kind_of_layer(entry: Layer) -> Any:
     """What layers of the same parameters have in common."""
     return (Block, entry.adapters is None) if entry.cls is Block else entry.name
 
@@ -99,7 +99,7 @@ def rank_need(plan: RunPlan, rank: int) -> Need:
     """What the rank with this number has to hold."""
     config, mesh, recipe = plan.ds_config, plan.mesh._replace(rank=rank), plan.recipe
     zero, bf16 = config.get("zero_optimization", {}), config.get("bf16", {})
-    stage, half = zero.get("stage", 0), _half(plan)
+    stage, half = zero.get("stage", 0), has_half_weights(plan)
     sizes = parameter_sizes(recipe.model, plan.pipeline_bounds, mesh)
     among, number = mesh.data * mesh.sequence, mesh.data_rank * mesh.sequence + mesh.sequence_rank
     everything, parameters = (sum(size.numel for size in sizes if size.trained or frozen) for frozen in (True, False))
@@ -152,13 +152,13 @@ class Widths(NamedTuple):
 def widths(plan: RunPlan) -> Widths:
     bf16, moments = plan.ds_config.get("bf16", {}), 2 if plan.recipe.optimizer.name in ("adamw", "normuon") else 1
     return Widths(
-        weight=2 if _half(plan) else 4,
+        weight=2 if has_half_weights(plan) else 4,
         master=2 if bf16.get("bf16_master_weights_and_grads") else 4,
         moments=moments * (2 if bf16.get("bf16_optimizer_states") else 4),
     )
 
 
-def _half(plan: RunPlan) -> bool:
+def has_half_weights(plan: RunPlan) -> bool:
     """Whether the weights are; under torch_autocast they are not."""
     return any(plan.ds_config.get(key, {}).get("enabled") for key in ("bf16", "fp16"))
 
