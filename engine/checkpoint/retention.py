@@ -29,9 +29,11 @@ class Retention:
         reason to end a run.
         """
         policy, self._proven[written] = self._policy, _identity(written)
-        notices = self._missing()
+        seen = steps(self._run)
+        notices = self._missing(seen)
+        self._there = {written, *seen}
         skipping = {}  # newest first: whether it was saved while steps were skipped
-        for folder in steps(self._run):
+        for folder in seen:
             with contextlib.suppress(ValueError):  # damaged or not what its name says: left for its owner to look at
                 skipping[folder] = read_manifest(folder, full=False).state.consecutive_skipped_steps > 0
         places = policy.keep_last - (not skipping.pop(written, False))
@@ -44,11 +46,11 @@ class Retention:
                 places -= self._is_intact(folder)
             elif was_skipping or (crowded and not lasting):
                 notices += delete_folder(folder)
-        self._there = set(steps(self._run))
+                self._there.discard(folder)
         return notices
 
-    def _missing(self) -> list[str]:
-        gone = sorted(folder.name for folder in self._there if not folder.exists())
+    def _missing(self, seen: list[Path]) -> list[str]:
+        gone = sorted(folder.name for folder in self._there.difference(seen))
         place = self._run / "checkpoints"
         return [f"{place}: {', '.join(gone)} was removed while training ran, by something else"] if gone else []
 
@@ -77,6 +79,8 @@ def delete_folder(folder: Path) -> list[str]:
             shutil.rmtree(doomed, ignore_errors=True)
             folder.rename(doomed)
         shutil.rmtree(doomed)
+    except FileNotFoundError:  # somebody else was faster
+        shutil.rmtree(doomed, ignore_errors=True)
     except OSError as error:
         return [f"{folder} is no longer needed but cannot be deleted ({error.strerror}): delete it yourself"]
     return []

@@ -223,10 +223,34 @@ def test_what_cannot_be_deleted_or_was_taken_away_is_said(tmp_path):
     assert sentence.startswith(f"{first} is no longer needed but cannot be deleted (")
     assert steps(tmp_path) == [third, second, first]
     assert delete_folder(first.with_name(f".{first.name}.partial")) != []
-    shutil.rmtree(tmp_path / "checkpoints")
+    shutil.rmtree(tmp_path / "checkpoints")  # also the one that the user was told to delete
     (sentence,) = retention.retire(write(tmp_path, 4))
-    assert f"{first.name}, {second.name}, {third.name} was removed while training ran" in sentence
+    assert f": {second.name}, {third.name} was removed while training ran" in sentence
     assert retention.retire(write(tmp_path, 5)) == []
+
+
+@pytest.mark.parametrize("moment", range(6))
+def test_what_was_taken_away_while_older_ones_are_deleted_is_said_once(tmp_path, monkeypatch, moment):
+    for step in (1, 2, 3, 4):
+        write(tmp_path, step)
+    retention, folders = Retention(tmp_path, CheckpointConfig(keep_last=2)), steps(tmp_path)
+    calls = []
+
+    def disturbed(work):
+        def call(*args, **options):
+            calls.append(work)
+            if len(calls) == moment + 1:
+                shutil.rmtree(tmp_path / "checkpoints")
+            return work(*args, **options)
+
+        return call
+
+    for work in (read_manifest, delete_folder):
+        monkeypatch.setattr(f"engine.checkpoint.retention.{work.__name__}", disturbed(work))
+    assert retention.retire(folders[0]) == []
+    assert len(calls) > moment
+    (sentence,) = retention.retire(write(tmp_path, 5))
+    assert f"{folders[0].name} was removed while training ran, by something else" in sentence
 
 
 def test_a_name_that_is_not_the_state_s_is_never_the_newest(tmp_path):
