@@ -20,7 +20,7 @@ from datasets import load_from_disk
 from torch.utils.data import DistributedSampler
 
 from data_prep.pack import pack, write_split
-from storage.documents import rows_of, shards_hash, write_manifest
+from storage.documents import rows_of, write_manifest
 from storage.lookup import RUN, write_lookup
 from storage.manifest import Manifest, PackingPolicy, SourceRows, TokenizerInfo, save_manifest
 from storage.shards import ShardedDataset, ShardWriter, open_split
@@ -182,7 +182,7 @@ def write_documents(directory: Path) -> list[int]:
     """The index of a document a row, in order. Of all runs but the middle one only the ends are there; documents of that one."""
     dataset = open_split(directory, "train", verify="none")
     file = directory / "train/documents-random.arrow"
-    write_lookup(file, shards_hash(dataset, "random"), ())
+    write_lookup(file, dataset.manifest.splits["train"]["random"].shards_hash, ())
     schema = pa.ipc.open_stream(file).schema
     runs = -(-len(dataset) // RUN)
     ends = np.arange(runs)[:, None] * RUN + [0, RUN - 1]

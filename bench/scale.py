@@ -2,8 +2,8 @@
 
 The real code of sampler, manifests and checkpoint index is fed with sizes that are made up: a data set of so many tokens in
 shards of 256 MB, a checkpoint of ZeRO-3 with two files a rank. Nothing else is on the disk but one shard (what mapping it
-costs is counted for all that a rank would map), and as many empty files as the checkpoint has. Every figure is a process of its
-own: seconds, and the peak of anonymous memory above that before.
+costs is counted for all that a rank would map), the pieces of the rows of one source (3.9 GB), and as many empty files as the
+checkpoint has. Every figure is a process of its own: seconds, and the peak of anonymous memory above that before.
 """
 
 import argparse
@@ -129,8 +129,62 @@ def deal_step(folder: Path, tokens: int, ranks: int) -> dict[str, Any]:
     return peak.result
 
 
+def write_pieces(folder: Path, tokens: int, ranks: int) -> dict[str, Any]:
+    """A build writes the pieces of every row beside the shards: here of one source, and that file once more for each other."""
+    from storage.atomic import new_stream
+    from storage.pieces import PieceWriter, pieces_schema
+    from storage.rows import RowBlock
+    from storage.shards import open_split
+
+    dataset = open_split(folder, "train", verify="none")
+    first, *others = dataset.sources
+    schema, rows = pieces_schema(dataset.manifest.splits["train"][first].shards_hash), dataset.rows_per_source[first]
+    none = np.zeros((0, 0), np.uint16)
+    with Peak() as peak, new_stream(dataset.piece_path(first), schema) as stream:
+        writer = PieceWriter(stream, schema)
+        for begin in range(0, rows, SHARD_ROWS):
+            count = 2 * min(SHARD_ROWS, rows - begin)
+            splits, lengths = np.arange(0, count + 1, 2, dtype=np.int32), np.full(count, SEQ_LENGTH // 2, np.int32)
+            writer.add(RowBlock(none, splits, lengths, lengths, 2 * begin + np.arange(count), lengths))
+        writer.flush()
+    for source in others:
+        os.link(dataset.piece_path(first), dataset.piece_path(source))
+    size = dataset.piece_path(first).stat().st_size
+    return peak.result | {"note": f"{rows:,} rows of two pieces each, {size / 1e6:,.0f} MB"}
+
+
+def _opened_with_pieces(folder: Path) -> Any:
+    """The data set, of whose files of pieces nothing is in memory."""
+    from storage.shards import open_split
+
+    dataset = open_split(folder, "train", verify="none")
+    with dataset.piece_path(dataset.sources[0]).open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return dataset
+
+
 def cost_step(folder: Path, tokens: int, ranks: int) -> dict[str, Any]:
-    """Every rank in every step: the cost of all these rows, from the shards that they lie in."""
+    """Every rank in every step: the cost of all these rows, from the files of pieces."""
+    from training.balance import row_costs
+    from training.config import load_recipe
+    from training.data import TrainingData, training_order
+    from training.sections import DataConfig
+
+    recipe, dataset = load_recipe("recipes/llama-8b.yaml", {}), _opened_with_pieces(folder)
+    data, rows, times = TrainingData(dataset, training_order(dataset, DataConfig(), 0)), ranks * MICRO_BATCH, []
+    steps = [data.places(10**9 + step * rows + np.arange(rows)) for step in range(5)]
+    with Peak() as peak:
+        for places in steps:
+            began = time.perf_counter()
+            row_costs(dataset, *places, recipe.model.visibility)
+            times.append(time.perf_counter() - began)
+    note = f"the first, which also opens the files, {times[0]:.2f} s; of the others the slowest is given"
+    return peak.result | {"seconds": max(times[1:]), "note": note}
+
+
+def cost_step_by_shards(folder: Path, tokens: int, ranks: int) -> dict[str, Any]:
+    """The same without these files: from the shards that the rows lie in."""
     from storage.mapped import MappedShard
     from storage.shards import open_split
     from training.balance import row_costs
@@ -148,6 +202,22 @@ def cost_step(folder: Path, tokens: int, ranks: int) -> dict[str, Any]:
     each = (time.perf_counter() - started) / len(kept)
     note = f"{distinct:,} shards to map, {1000 * each:.2f} ms each; the rows themselves {peak.result['seconds']:.2f} s"
     return peak.result | {"seconds": peak.result["seconds"] + each * distinct, "note": note}
+
+
+def ask_ledger(folder: Path, tokens: int, ranks: int) -> dict[str, Any]:
+    """`tools.ledger RUN --step N`: the rows of three steps of 1,024 samples, and their documents."""
+    from training.ledger import SampleLedger, StageSpan
+    from training.sections import DataConfig
+    from training.state import TrainState
+
+    dataset = _opened_with_pieces(folder)
+    steps = len(dataset) // 1024
+    stage = StageSpan("all", dataset, DataConfig(), 0, steps, 1024)
+    ledger = SampleLedger([stage], TrainState(data_fingerprint="", seed=0, wandb_id=""), [])
+    with Peak() as peak:
+        found = [len(ledger.of_step(step)) for step in (1, steps // 2, steps)]
+    assert found == [1024] * 3
+    return peak.result | {"seconds": peak.result["seconds"] / 3, "note": "1,024 rows, a mean of three steps"}
 
 
 def _files(ranks: int) -> dict[str, tuple[int, str]]:
@@ -207,12 +277,15 @@ def read_checkpoint(folder: Path, tokens: int, ranks: int) -> dict[str, Any]:
 
 STEPS = {
     "data set: written": save_data,
+    "data set: pieces written": write_pieces,
     "data set: opened": open_data,
     "data set: shards looked at": look_at_shards,
     "order: made, and half way": make_order,
     "step: rows found": place_step,
     "step: rows dealt": deal_step,
     "step: costs of rows": cost_step,
+    "step: costs, by shards": cost_step_by_shards,
+    "ledger: a step": ask_ledger,
     "save: files told to all": gather_files,
     "save: index sealed": seal_checkpoint,
     "resume: index read": read_checkpoint,

@@ -31,7 +31,7 @@ from data_prep.plan import TOKENS_FOLDER
 from data_prep.store import INDEX_FILE, TokenStore
 from data_prep.targets import Spans, problem_of
 from data_prep.unit_file import targets_of_unit
-from storage.documents import index_problem
+from storage.documents import index_problems
 from storage.manifest import Manifest, file_sha256, read_manifest
 from storage.shards import ShardedDataset
 
@@ -53,7 +53,7 @@ def problems(directory: Path, full: bool = False) -> Iterator[tuple[int, str | N
             intact &= problem is None
             yield shard.bytes, problem
         if intact:
-            yield from ((0, index_problem(dataset, source, full)) for source in dataset.sources)
+            yield from ((0, words) for source in dataset.sources for words in index_problems(dataset, source, full))
         if intact and manifest.target_spans:
             yield from ((0, problem) for problem in _target_problems(dataset))
     if (directory / TOKENS_FOLDER).is_dir():  # training does not need it, so it may be gone

@@ -1,17 +1,19 @@
 """Which rows hold a document: an index beside the shards of each source, DATA/<split>/documents-<source>.arrow.
 
-It is made with the manifest, but no part of it: a data set without one answers the same, by reading every row.
+It is made with the manifest, but no part of it: a data set without one answers the same, by reading every row. So is the file of
+the pieces of rows (storage/pieces.py).
 """
 
-import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
+from storage.atomic import new_stream
 from storage.lookup import Lookup, Pairs, sorted_runs, write_lookup
 from storage.manifest import Manifest, save_manifest, write_datasets_index
-from storage.rows import SEGMENT_COLUMNS, TARGET_COLUMN
+from storage.pieces import PieceWriter, pieces_schema
+from storage.rows import SEGMENT_COLUMNS, TARGET_COLUMN, RowBlock
 from storage.shards import ShardedDataset
 
 
@@ -26,12 +28,18 @@ def write_manifest(directory: Path, manifest: Manifest) -> Manifest:
 
 
 def index_documents(dataset: ShardedDataset, source: str) -> None:
-    """Write the index of a source, from its rows. Raises OSError where the folder refuses."""
-    write_lookup(_index_file(dataset, source), shards_hash(dataset, source), _pairs(dataset, source))
+    """Write the index of a source and the file of its pieces, from its rows. Raises OSError where the folder refuses."""
+    made_from = _shards_hash(dataset, source)
+    schema = pieces_schema(made_from)
+    with new_stream(dataset.piece_path(source), schema) as stream:
+        pieces = PieceWriter(stream, schema)
+        write_lookup(_index_file(dataset, source), made_from, _pairs(dataset, source, pieces.add))
+        pieces.flush()
 
 
 def is_indexed(dataset: ShardedDataset, source: str) -> bool:
-    return _index(dataset, source) is not None
+    """Whether both files are there."""
+    return _index(dataset, source) is not None and dataset.open_pieces(source) is not None
 
 
 def rows_of(dataset: ShardedDataset, source: str, document: int) -> list[int]:
@@ -56,41 +64,46 @@ def pieces_of(dataset: ShardedDataset, source: str, document: int) -> list[tuple
     return sorted(found, key=lambda piece: piece[1])
 
 
-def index_problem(dataset: ShardedDataset, source: str, full: bool) -> str | None:
-    """What is wrong with an index that is there; `full`: its content is compared with the rows."""
-    file = _index_file(dataset, source)
-    if not file.exists():
-        return None
-    index = _index(dataset, source)
-    if index is None:
-        return f"{file} is damaged or of other shards: remove it (`python -m tools.ledger` makes it anew)"
-    if full:
-        expected = list(sorted_runs(_pairs(dataset, source)))
-        same = len(expected) == len(index.runs) and all(
-            np.array_equal(ours, theirs)
-            for run, found in zip(expected, index.runs, strict=True)
-            for ours, theirs in zip(run, found, strict=True)
-        )
-        if not same:
-            return f"{file} does not say which rows hold which documents: remove it (`python -m tools.ledger` makes it anew)"
-    return None
+def index_problems(dataset: ShardedDataset, source: str, full: bool) -> Iterator[str]:
+    """What is wrong with those of the two files that are there; `full`: their content is compared with the rows."""
+    anew = "remove it (`python -m tools.ledger RUN --document N` makes it anew)"
+    file, index = _index_file(dataset, source), _index(dataset, source)
+    if file.exists() and index is None:
+        yield f"{file} is damaged or of other shards: {anew}"
+    if index and full and not _agrees(index, _pairs(dataset, source)):
+        yield f"{file} does not say which rows hold which documents: {anew}"
+    file, pieces = dataset.piece_path(source), dataset.open_pieces(source)
+    if file.exists() and pieces is None:
+        yield f"{file} is damaged or of other shards: {anew}"
+    if pieces and full and not all(pieces.agrees(first, block) for first, block in dataset.blocks(source)):
+        yield f"{file} does not say which documents rows hold: {anew}"
+
+
+def _agrees(index: Lookup, pairs: Iterator[Pairs]) -> bool:
+    expected = list(sorted_runs(pairs))
+    return len(expected) == len(index.runs) and all(
+        np.array_equal(ours, theirs)
+        for run, found in zip(expected, index.runs, strict=True)
+        for ours, theirs in zip(run, found, strict=True)
+    )
 
 
 def _index(dataset: ShardedDataset, source: str) -> Lookup | None:
-    return Lookup.open(_index_file(dataset, source), shards_hash(dataset, source))
+    return Lookup.open(_index_file(dataset, source), _shards_hash(dataset, source))
 
 
 def _index_file(dataset: ShardedDataset, source: str) -> Path:
     return dataset.directory / dataset.split / f"documents-{source}.arrow"
 
 
-def shards_hash(dataset: ShardedDataset, source: str) -> str:
-    """By which an index knows the shards that it was made from."""
-    shards = dataset.manifest.splits[dataset.split][source].shards
-    return hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest()
+def _shards_hash(dataset: ShardedDataset, source: str) -> str:
+    return dataset.manifest.splits[dataset.split][source].shards_hash
 
 
-def _pairs(dataset: ShardedDataset, source: str) -> Iterator[Pairs]:
-    """Document and row of every piece; a batch at a time."""
+def _pairs(
+    dataset: ShardedDataset, source: str, read: Callable[[RowBlock], None] = lambda block: None
+) -> Iterator[Pairs]:
+    """Document and row of every piece; a batch at a time. `read` gets each."""
     for first, block in dataset.blocks(source):
+        read(block)
         yield block.seg_doc, np.repeat(np.arange(first, first + len(block.ids)), np.diff(block.splits))

@@ -135,6 +135,11 @@ class SourceRows(Record):
     """Share of the samples relative to the other sources; none for all sources: in proportion to their rows."""
     shards: list[Shard]
 
+    @property
+    def shards_hash(self) -> str:
+        """By which a file beside the shards knows those that it was made from."""
+        return hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
+
     @model_validator(mode="after")
     def _shards_add_up(self) -> "SourceRows":
         if sum(shard.rows for shard in self.shards) != self.rows:

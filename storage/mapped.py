@@ -1,4 +1,4 @@
-"""A shard by memory map, which is not used once its file is another."""
+"""A file by memory map, which is not used once it is another."""
 
 import time
 from pathlib import Path
@@ -12,16 +12,15 @@ LOOK_SECONDS = 0.02
 RESTORE = "restore it, check the data with `python -m data_prep.verify`, and run the same command again"
 
 
-class MappedShard:
-    """The rows of a file, as long as it is the one that was mapped."""
+class MappedStream:
+    """The record batches of an Arrow stream, as long as its file is the one that was mapped."""
 
     def __init__(self, path: Path, may_go: bool = False) -> None:
         """`may_go`: the file may be taken away, which leaves what is mapped as it is. Raises OSError, ArrowException."""
         self.path, self._status = path, path.stat()
         self.good_until = float("inf") if may_go else 0.0
-        self.schema, batches = map_shard(path)
-        self.rows = sum(batch.num_rows for batch in batches)
-        self.blocks = [row_block(batch) for batch in batches]
+        self.schema, self.batches = map_stream(path)
+        self.rows = sum(batch.num_rows for batch in self.batches)
 
     def look(self) -> None:
         """Raises ValueError when the file changed."""
@@ -37,7 +36,15 @@ class MappedShard:
         self.good_until = time.monotonic() + LOOK_SECONDS
 
 
-def map_shard(path: Path) -> tuple[pa.Schema, list[pa.RecordBatch]]:
+class MappedShard(MappedStream):
+    """The rows of a shard."""
+
+    def __init__(self, path: Path, may_go: bool = False) -> None:
+        super().__init__(path, may_go)
+        self.blocks = [row_block(batch) for batch in self.batches]
+
+
+def map_stream(path: Path) -> tuple[pa.Schema, list[pa.RecordBatch]]:
     """Schema and record batches of a file, as views of its map."""
     with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as stream:
         return stream.schema, list(stream)

@@ -3,6 +3,7 @@
     DATA/manifest.json                       what is here (storage/manifest.py), written last
     DATA/<split>/shard-<source>-00000.arrow  rows; a record batch is a fixed number of rows
     DATA/<split>/documents-<source>.arrow    which rows hold a document (storage/documents.py)
+    DATA/<split>/pieces-<source>.arrow       which documents a row holds (storage/pieces.py)
     DATA/<split>/state.json, dataset_info.json   let `datasets.load_from_disk` open the split in place
 
 What a row holds: storage/rows.py. Only the stream form of Arrow can be opened in place by `datasets`, but a stream cut
@@ -21,8 +22,9 @@ import pyarrow as pa
 
 from storage.atomic import publish
 from storage.manifest import Manifest, Shard, file_sha256, read_manifest
-from storage.mapped import MappedShard, map_shard
+from storage.mapped import MappedShard, map_stream
 from storage.on_demand import on_demand
+from storage.pieces import PieceFile, Pieces
 from storage.rows import (
     Row,
     RowBlock,
@@ -187,13 +189,15 @@ class ShardedDataset:
         self._shard_rows = [shards[0].rows for shards in self._shards]
         self._batch_rows = rows_per_batch(manifest.packing.row_tokens, manifest.dtype)
         self._mapped: list[list[MappedShard | None]] = [[None] * len(shards) for shards in self._shards]
+        self._piece_files: dict[int, PieceFile | None] = {}
         self._on_demand, self._brought = on_demand(self.directory), 0
 
     def __len__(self) -> int:
         return sum(self.rows_per_source.values())
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_mapped": [[None] * len(shards) for shards in self._shards], "_brought": 0}
+        mapped = {"_mapped": [[None] * len(shards) for shards in self._shards], "_piece_files": {}}
+        return self.__dict__ | mapped | {"_brought": 0}
 
     def find(self, source: int, row: int) -> tuple[RowBlock, int]:
         """The block that holds row `row` of `self.sources[source]`, and the row's index in it."""
@@ -227,6 +231,25 @@ class ShardedDataset:
         block, j = self.find(self.sources.index(source), row)
         pieces = slice(block.splits[j], block.splits[j + 1])
         return Row(block.ids[j], *(column[pieces] for column in block.pieces))
+
+    def pieces(self, source: int, row: int) -> Pieces:
+        """Of row `row` of `self.sources[source]`, for which no shard is opened where the source has a file of its pieces."""
+        file = self._piece_files.get(source)
+        if source not in self._piece_files or (file and file.is_other()):
+            file = self._piece_files[source] = self.open_pieces(self.sources[source])
+        if file:
+            return file.of_row(row)
+        block, j = self.find(source, row)
+        mine = slice(block.splits[j], block.splits[j + 1])
+        return Pieces(block.seg_len[mine], block.seg_doc[mine])
+
+    def open_pieces(self, source: str) -> PieceFile | None:
+        """None where there is no file of pieces, or one that was not made from these shards."""
+        entry = self.manifest.splits[self.split][source]
+        return PieceFile.open(self.piece_path(source), entry.shards_hash, entry.rows)
+
+    def piece_path(self, source: str) -> Path:
+        return self.directory / self.split / f"pieces-{source}.arrow"
 
     def spans(self, source: str, row: int) -> np.ndarray | None:
         """Which tokens of a row carry loss (see `RowBlock.spans`)."""
@@ -300,7 +323,7 @@ def _shard_problem(path: Path, shard: Shard, manifest: Manifest, identity: dict[
     if difference := path.stat().st_size - shard.bytes:
         return f"{path} is {abs(difference)} bytes {'longer' if difference > 0 else 'shorter'} than its manifest says"
     try:
-        schema, batches = map_shard(path)
+        schema, batches = map_stream(path)
     except (OSError, pa.ArrowException) as error:
         return f"{path} is not a readable Arrow stream ({error})"
     metadata = schema.metadata or {}

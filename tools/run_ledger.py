@@ -68,7 +68,7 @@ def uses_of(ledger: SampleLedger, wanted: str) -> list[Use]:
 
 def show(ledger: SampleLedger, uses: list[Use], as_csv: bool) -> None:
     """A line a use."""
-    stores = {stage.name: _store(stage.dataset) for stage in ledger.stages}
+    keys = {stage.name: _keys(stage, uses) for stage in ledger.stages}
     skipped = {each.step for each in ledger.decisions if each.action == "skip"}
 
     def state(step: int) -> str:
@@ -79,8 +79,7 @@ def show(ledger: SampleLedger, uses: list[Use], as_csv: bool) -> None:
     def lines() -> list[tuple]:
         found = []
         for use in uses:
-            store = stores[use.stage]
-            documents = " ".join(quote(store.key(document)) if store else str(document) for document in use.documents)
+            documents = " ".join(quote(keys[use.stage][document]) for document in use.documents)
             found.append((use.step, state(use.step), *use[1:6], documents))
         return found
 
@@ -97,6 +96,13 @@ def show(ledger: SampleLedger, uses: list[Use], as_csv: bool) -> None:
     for each in ledger.decisions:
         left_out = ", ".join(f"row {sample.row} of {sample.source}" for sample in each.samples)
         console.print(f"at step {each.step}: {each.action} {left_out} ({each.reason})", highlight=False)
+
+
+def _keys(stage: StageSpan, uses: list[Use]) -> dict[int, str]:
+    """Of the documents of a stage's uses, by the units of the token store; their numbers where it is gone."""
+    store = _store(stage.dataset)
+    documents = sorted({document for use in uses if use.stage == stage.name for document in use.documents})
+    return {document: store.key(document) if store else str(document) for document in documents}
 
 
 def _store(dataset: ShardedDataset) -> TokenStore | None:

@@ -15,16 +15,14 @@ from storage.shards import ShardedDataset
 
 def row_costs(dataset: ShardedDataset, sources: np.ndarray, rows: np.ndarray, visibility: Visibility) -> np.ndarray:
     """Visible (query, key) pairs in each row, int64 [n]; padding counts, since it is computed."""
-    costs = np.empty(len(rows), np.int64)
-    for i, (source, row) in enumerate(zip(sources.tolist(), rows.tolist(), strict=True)):
-        costs[i] = visibility.pairs(lengths_of_row(dataset, source, row)).sum()
-    return costs
+    lengths = [lengths_of_row(dataset, *place) for place in zip(sources.tolist(), rows.tolist(), strict=True)]
+    begins = np.cumsum([0] + [len(each) for each in lengths[:-1]])
+    return np.add.reduceat(visibility.pairs(np.concatenate(lengths)), begins)
 
 
 def lengths_of_row(dataset: ShardedDataset, source: int, row: int) -> np.ndarray:
     """Tokens of each document as far as a row has them as inputs, and of the padding if there is some; int64."""
-    block, j = dataset.find(source, row)
-    lengths = block.seg_len[block.splits[j] : block.splits[j + 1]].astype(np.int64)
+    lengths = dataset.pieces(source, row).seg_len.astype(np.int64)
     rest = dataset.manifest.seq_length - int(lengths.sum())
     if rest > 0:
         return np.append(lengths, rest)

@@ -78,7 +78,7 @@ class SampleLedger:
                 yield self._use(self._step_of(begin + sample), stage, sample, source, row, epoch)
 
     def _use(self, step: int, stage: StageSpan, sample: int, source: str, row: int, epoch: int) -> Use:
-        documents = tuple(stage.dataset.row(source, row).seg_doc.tolist())
+        documents = tuple(stage.dataset.pieces(stage.dataset.sources.index(source), row).seg_doc.tolist())
         return Use(step, stage.name, sample, source, row, epoch, documents)
 
     def _order(self, number: int) -> SampleOrder:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage import lookup
-from storage.documents import index_documents, index_problem, is_indexed, pieces_of, rows_of
+from storage.documents import index_documents, index_problems, is_indexed, pieces_of, rows_of
 from storage.lookup import Lookup, write_lookup
 from storage.shards import ShardedDataset, open_split
 from tests.properties import examples
@@ -84,16 +84,19 @@ def test_rows_of_a_document_with_an_index_without_and_anew(dataset):
 
 
 def test_an_index_of_other_shards_is_none_and_a_wrong_one_is_noticed(dataset):
+    def problems(source: str, full: bool) -> list[str]:
+        return list(index_problems(dataset, source, full))
+
     books, web = (dataset.directory / f"train/documents-{source}.arrow" for source in ("books", "web"))
-    assert index_problem(dataset, "books", full=True) is None
+    assert problems("books", full=True) == []
     whole = books.read_bytes()
     shutil.copy(web, books)
     assert not is_indexed(dataset, "books")
     assert rows_of(dataset, "books", 3) == sorted({row for _, row, *_ in by_reading(dataset, 3)})
-    assert index_problem(dataset, "books", full=False).startswith(f"{books} is damaged or of other shards: remove it")
+    assert problems("books", full=False)[0].startswith(f"{books} is damaged or of other shards: remove it")
     value = np.concatenate([rows_of(dataset, "web", document) for document in range(495, 554)]).tobytes()
     web.write_bytes(web.read_bytes().replace(value, value[8:] + value[:8]))
-    assert index_problem(dataset, "web", full=False) is None
-    assert index_problem(dataset, "web", full=True).startswith(f"{web} does not say which rows hold which documents")
+    assert problems("web", full=False) == []
+    assert problems("web", full=True)[0].startswith(f"{web} does not say which rows hold which documents")
     books.write_bytes(whole)
-    assert index_problem(dataset, "books", full=True) is None
+    assert problems("books", full=True) == []
