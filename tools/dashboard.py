@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from console.command import CommandParser, DefaultsInHelp
 from tools.shown import LAYER_FIGURES, OF_GROUPS, OF_SOURCES, SERIES
-from training.wandb_run import WANDB_KEYS
+from training.wandb_run import STEP_KEY, WANDB_KEYS
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace
@@ -68,7 +68,7 @@ def workspace(entity: str, project: str, name: str) -> "Workspace":
 
     def plot(title: str, what: str, options: dict[str, Any]) -> reports.LinePlot:
         shown = {"metric_regex": what.strip("/")} if what.startswith("/") else {"y": [WANDB_KEYS[what]]}
-        return reports.LinePlot(title=title, x="Step", **shown, **options)
+        return reports.LinePlot(title=title, x=STEP_KEY, **shown, **options)
 
     sections = [
         workspaces.Section(name=section, panels=[plot(*panel) for panel in panels], is_open=True)

@@ -1,8 +1,10 @@
 """Weights & Biases: one run per training run, on the first rank only, the same one again after every restart.
 
 Without a key the run is recorded offline under `RUN/wandb` (`wandb sync` uploads it, `wandb beta leet` shows it in the
-terminal). W&B's own step is the optimizer step. After a resume, steps that W&B has already seen are not sent again: the
-resume is exact, so they would be the same numbers. Steps that it lost in a kill are sent first.
+terminal). Every row says its optimizer step in `progress/step`, over which the curves are drawn. W&B's own step is the same
+until the run goes back after a spike, since W&B takes no step back: what is done again has rows of its own after those that
+were dropped, and is what is shown last for its step. After a resume, rows that W&B has already seen are not sent again: the
+resume is exact, so they would be the same numbers. Rows that it lost in a kill are sent first.
 """
 
 import logging
@@ -47,6 +49,7 @@ ADAPTER_KEYS = {
     "adapter_shares_of_sources": "share",
     "adapter_prior": "prior",
 }
+STEP_KEY = "progress/step"
 VALIDATION_KEYS = ("loss", "bits_per_byte")
 ANSWER_SECONDS, CONNECT_SECONDS, FINISH_SECONDS = 3.0, 10.0, 15.0
 """For W&B's server: to accept a connection, to know the run, and to take at the end what it has not taken yet."""
@@ -92,6 +95,11 @@ def wandb_values(record: dict[str, Any]) -> dict[str, float]:
     return {key: value for key, value in finite(values).items() if value is not None}
 
 
+def wandb_row(record: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a record and the optimizer step that they are of: of a spike, the one that was refused."""
+    return wandb_values(record) | {STEP_KEY: record.get("spike_step", record["step"])}
+
+
 class WandbRun:
     """Sends records to one W&B run; whatever W&B does, training goes on, and a fault of it is said once.
 
@@ -115,10 +123,14 @@ class WandbRun:
         """
         self._run: wandb.Run | None = None
         self._carried: dict[str, float] = {}
+        self._dropped = 0
+        """Steps that were done, and then dropped when the run went back."""
+        self._closed = -1
         try:
             self._rows = mend_files(run_dir / "wandb", run_id)
             with _without_stderr():
                 self._run, notice = _open_run(run_dir, config, run_id, facts, mode)
+                self._run.define_metric("*", step_metric=STEP_KEY)
             if notice:
                 print(f"warning: {notice}", file=sys.stderr)
             self._folder = Path(self._run.settings.sync_dir)
@@ -129,8 +141,7 @@ class WandbRun:
         except Exception as error:
             self._give_up(error)
         for record in earlier:
-            if self._run and record["step"] >= self._closed:
-                self._send(record)
+            self._send(record, self._closed)
 
     def write(self, record: dict[str, Any]) -> None:
         self._send(record)
@@ -140,21 +151,25 @@ class WandbRun:
             except Exception as error:
                 self._give_up(error)
 
-    def _send(self, record: dict[str, Any]) -> None:
+    def _send(self, record: dict[str, Any], first: int = 0) -> None:
+        """Into its row, if that is not before the row `first`."""
         if self._run is None:
             return
-        values, step = wandb_values(record), record["step"]
+        values = wandb_row(record)
+        row = int(values[STEP_KEY]) + self._dropped
+        self._dropped = row - record["step"]
         try:
-            if step > self._closed:
-                self._run.log(self._carried | values, step=step)
+            if row > self._closed:
+                self._run.log(self._carried | values, step=row)
                 self._carried = {}
-            elif step in self._rows:
-                self._carried |= {key: value for key, value in values.items() if key not in self._rows[step]}
+            elif row >= first and row in self._rows:
+                late = {key: value for key, value in values.items() if key not in self._rows[row]}
+                self._carried |= late and late | {STEP_KEY: values[STEP_KEY]}
         except Exception as error:
             self._give_up(error)
 
     def go_back(self, step: int) -> None:
-        """Rows that are closed stay: W&B takes no step back."""
+        """Rows that are closed stay; those to come follow from the record of the spike."""
 
     def close(self, exit_code: int) -> None:
         """Wait a while for W&B to take the rest; what it does not take then, the next launch sends."""

@@ -15,7 +15,7 @@ from training.metrics import METRICS_FILE, MetricsLogger
 from training.records import read_records
 from training.sections import MetricsConfig
 from training.wandb_files import messages
-from training.wandb_run import WANDB_KEYS, wandb_values
+from training.wandb_run import STEP_KEY, WANDB_KEYS, wandb_row, wandb_values
 
 FACTS = {
     "recipe": {
@@ -99,9 +99,9 @@ def test_offline_run_and_its_resume_are_one_run(tmp_path):
 
     expected: dict[int, dict[str, float]] = {}
     for record in read_records(tmp_path / METRICS_FILE):
-        expected.setdefault(record["step"], {}).update(wandb_values(record))
+        expected.setdefault(record["step"], {}).update(wandb_row(record))
     assert sorted(expected) == [1, 2, 3, 4, 5, 6]
-    assert expected[6].keys() == {*WANDB_KEYS.values(), *SCORES}
+    assert expected[6].keys() == {*WANDB_KEYS.values(), *SCORES, STEP_KEY}
     assert expected[1].keys() - expected[2].keys() == {"train/grad_norm"}
     expected[4] |= SCORES | {"events/stop": 1}  # of the first launch, which W&B cannot take back
     assert merged == expected
@@ -123,7 +123,7 @@ def test_what_a_kill_took_from_wandb_is_sent_at_the_next_launch(tmp_path):
     assert not histories[0].keys() & histories[1].keys()
     merged, expected = histories[0] | histories[1], {}
     for record in read_records(tmp_path / METRICS_FILE):
-        expected.setdefault(record["step"], {}).update(wandb_values(record))
+        expected.setdefault(record["step"], {}).update(wandb_row(record))
     assert merged == expected
     for path in files:  # wandb sync stops at a torn end, before all later files
         assert [*messages(path.read_bytes())][-1][1] == path.stat().st_size

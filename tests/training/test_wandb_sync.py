@@ -28,7 +28,7 @@ from training.metrics import METRICS_FILE, MetricsLogger
 from training.records import read_records
 from training.sections import MetricsConfig
 from training.wandb_files import messages
-from training.wandb_run import WandbRun, wandb_values
+from training.wandb_run import STEP_KEY, WandbRun, wandb_row
 
 KEY = "0123456789" * 4
 BUCKET = {
@@ -100,7 +100,7 @@ def by_step(records: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
     """What W&B has to show of records of a run."""
     expected: dict[int, dict[str, float]] = {}
     for record in records:
-        expected.setdefault(record["step"], {}).update(wandb_values(record))
+        expected.setdefault(record["step"], {}).update(wandb_row(record))
     return expected
 
 
@@ -142,6 +142,43 @@ def test_wandb_sync_sends_every_row_of_an_ended_and_continued_run_once(tmp_path,
     assert "preempting" not in kinds, "the second launch was not stopped"
 
 
+def rewound_launch(folder: str, begin: int, spikes: list[tuple[int, int]], end: int) -> None:
+    """Steps to `end`; at each spike, a step and where the run goes back to, as `Outputs.decided` logs it."""
+    logger = MetricsLogger(
+        Path(folder), MetricsConfig(), is_first_rank=True, total_steps=9, resumed_step=begin, run_id="kept1234", facts=FACTS,
+    )  # fmt: skip
+    step = begin
+    with logger:
+        for spike, back in [*spikes, (end + 1, end)]:
+            while step + 1 < spike:
+                step += 1
+                log(logger, step, loss=step + 0.25 * spike)
+            if spike <= end:
+                step = back
+                logger.go_back(back)
+                logger.log_event(back, "spike", spike_step=spike, action="leave_out", documents=["7 of books"], left_out=1)
+
+
+def test_steps_that_are_done_again_after_a_spike_have_rows_of_their_own(tmp_path):
+    """A rewind, one within what was done again, and after a restart one more: no row is lost, none sent twice."""
+    home = {"HOME": str(tmp_path / "home"), "WANDB_MODE": None}
+    for begin, spikes, end in ((0, [(5, 2), (4, 2)], 6), (5, [(8, 5)], 8)):
+        call = f"rewound_launch({str(tmp_path)!r}, {begin}, {spikes}, {end})"
+        done = run_python(["-c", f"from tests.training.test_wandb_sync import rewound_launch; {call}"], env=home)
+        assert done.returncode == 0, done.stderr
+    files, rows = synced(tmp_path)
+    assert len(files) == 2
+    passes = [(row[STEP_KEY], row.get("train/loss"), row.get("events/spike")) for _, row in sorted(rows.items())]
+    assert passes == [
+        *[(1, 2.25, None), (2, 3.25, None), (3, 4.25, None), (4, 5.25, None), (5, None, 1)],
+        *[(3, 4.0, None), (4, None, 1)],
+        *[(3, 4.75, None), (4, 5.75, None), (5, 6.75, None), (6, 7.75, None)],
+        *[(7, 9.0, None), (8, None, 1), (6, 8.25, None), (7, 9.25, None), (8, 10.25, None)],
+    ]
+    last = {row[STEP_KEY]: row["train/loss"] for _, row in sorted(rows.items()) if "train/loss" in row}
+    assert last == {record["step"]: record["loss"] for record in read_records(tmp_path / METRICS_FILE) if "loss" in record}
+
+
 def synced(run: Path) -> tuple[list[Path], dict[int, dict[str, float]]]:
     """The folders of W&B in a run that was recorded offline, and the rows that `wandb sync` sends of them, each once."""
     env = {"HOME": str(run / "home"), "WANDB_MODE": None, "WANDB_API_KEY": KEY}
@@ -170,6 +207,9 @@ class Recorder:
     def log(self, values: dict[str, float], step: int) -> None:
         assert step >= max(self.rows, default=0), "W&B drops what comes for an earlier step"
         self.rows.setdefault(step, {}).update(values)
+
+    def define_metric(self, name: str, step_metric: str) -> None:
+        """Nothing to do."""
 
     def finish(self, exit_code: int) -> None:
         """Nothing to do."""
@@ -212,7 +252,7 @@ def test_wherever_a_kill_cuts_the_file_nothing_is_lost_or_sent_twice(finished, t
     if 6 in sent.rows:
         expected[6] |= late
     else:  # the row of step 6 is closed: a later one takes what came after it
-        expected[7] = late
+        expected[7] = late | {STEP_KEY: 6}
     assert kept | sent.rows == expected
 
 
