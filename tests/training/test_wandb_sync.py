@@ -156,7 +156,9 @@ def rewound_launch(folder: str, begin: int, spikes: list[tuple[int, int]], end: 
             if spike <= end:
                 step = back
                 logger.go_back(back)
-                logger.log_event(back, "spike", spike_step=spike, action="leave_out", documents=["7 of books"], left_out=1)
+                logger.log_event(
+                    back, "spike", spike_step=spike, action="leave_out", documents=["7 of books"], left_out=1
+                )
 
 
 def test_steps_that_are_done_again_after_a_spike_have_rows_of_their_own(tmp_path):
@@ -176,7 +178,9 @@ def test_steps_that_are_done_again_after_a_spike_have_rows_of_their_own(tmp_path
         *[(7, 9.0, None), (8, None, 1), (6, 8.25, None), (7, 9.25, None), (8, 10.25, None)],
     ]
     last = {row[STEP_KEY]: row["train/loss"] for _, row in sorted(rows.items()) if "train/loss" in row}
-    assert last == {record["step"]: record["loss"] for record in read_records(tmp_path / METRICS_FILE) if "loss" in record}
+    assert last == {
+        record["step"]: record["loss"] for record in read_records(tmp_path / METRICS_FILE) if "loss" in record
+    }
 
 
 def synced(run: Path) -> tuple[list[Path], dict[int, dict[str, float]]]:
