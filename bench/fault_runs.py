@@ -93,8 +93,16 @@ class MarkedLaunch:
         flags = [*FLAGS, "--data", str(folder / "data"), "--output", str(run)]
         command = ["env", f"{MARK}={self._mark}", sys.executable, "-m", "torch.distributed.run"]
         command += ["--standalone", "--nproc-per-node=2", str(ROOT / "train.py")]
-        with (folder / "output.txt").open("ab") as output:
+        self._output = folder / "output.txt"
+        with self._output.open("ab") as output:
+            self._before = output.tell()
             self.process = subprocess.Popen([*command, *flags], stdout=output, stderr=output)
+
+    def said(self) -> str:
+        """All that its processes have written to the terminal."""
+        with self._output.open("rb") as output:
+            output.seek(self._before)
+            return output.read().decode(errors="replace")
 
     def processes(self) -> list[psutil.Process]:
         """All that there are of it."""
