@@ -25,6 +25,8 @@ SAID_APART = re.compile(rb"\bRendezvous(Closed|Connection|Timeout)Error\b")
 SAID_WHO = re.compile(r"^\s+(host|rank) +: (\S+)")
 """In torchrun's words on the rank that failed first, the only ones on one that was killed."""
 SAID_ERROR = re.compile(r"(?:^|: )error: (.*)")
+SAID_BY_SLURM = re.compile(r"^(?:srun|slurmstepd\S*): error: (.*)")
+"""Of any task that ended, after what its rank has told; the first of them is of the one that ended first."""
 MOST_NAMED = 20
 
 
@@ -75,7 +77,7 @@ class Listener:
     """Passes on what a launch says on standard error, and remembers what it has said of its end."""
 
     def __init__(self, process: subprocess.Popen) -> None:
-        self.words, self.apart, self._codes = "", False, list[int]()
+        self.words, self._slurm_words, self.apart, self._codes = "", "", False, list[int]()
         self._who: dict[str, str] = {}
         self.lost: set[str] = set()
         """Hosts whose ssh has ended without a word of theirs."""
@@ -87,6 +89,7 @@ class Listener:
         self._thread.join(5.0)  # a process that has left the launch may keep its end of the pipe
         if not self.words and len(self._who) == 2:
             self.words = "{host} (rank {rank})".format(**self._who)
+        self.words = self.words or self._slurm_words
 
     def code(self, of_launcher: int) -> int:
         """That of the rank which ended first, where the launcher has told; else the launcher's, as a shell says it.
@@ -110,7 +113,9 @@ class Listener:
                 self.lost.add(lost[1].decode())
             self.apart = self.apart or bool(SAID_APART.search(line))
             text = line.decode(errors="replace").rstrip()
-            if error := SAID_ERROR.search(text):
+            if told := SAID_BY_SLURM.match(text):
+                self._slurm_words = self._slurm_words or told[1]
+            elif error := SAID_ERROR.search(text):
                 self.words = error[1]
             elif who := SAID_WHO.search(text):
                 self._who[who[1]] = who[2]

@@ -163,7 +163,10 @@ trap 'kill -USR1 "${tasks[@]}"' USR1
 for task in 0 1; do
     while kill -0 "${tasks[task]}" 2>/dev/null; do wait "${tasks[task]}"; code=$?; done
     if [ $code -eq 137 ]; then echo "srun: error: node2: task 1: Killed" >&2; kill "${tasks[1]}"; exit 137; fi
-    [ $task -eq 0 ] && worst=$code
+    if [ $task -eq 0 ]; then
+        worst=$code
+        [ $code -eq 1 ] && { echo "srun: error: node1: task 0: Exited with exit code 1" >&2; kill "${tasks[1]}"; exit 1; }
+    fi
 done
 exit $worst
 """
@@ -175,7 +178,7 @@ def test_under_slurm_a_killed_task_is_named_and_a_request_reaches_the_tasks(tmp_
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/srun").write_text(SRUN)
     (tmp_path / "bin/srun").chmod(0o755)
-    scenario = '[[3, "killed", ""], [5, "wait", ""]]'
+    scenario = '[[3, "killed", ""], [4, 1, "gone"], [5, "wait", ""]]'
     command = [sys.executable, "-m", "tools.supervise", "--", "srun", sys.executable, "train.py", scenario]
     path = f"{tmp_path}/bin:{Path(sys.executable).parent}:/usr/bin:/bin"
     with start_cli([*command, "--output", "run"], cwd=tmp_path, env={"PATH": path}) as running:
@@ -184,8 +187,9 @@ def test_under_slurm_a_killed_task_is_named_and_a_request_reaches_the_tasks(tmp_
         done = running.finish(30)
         assert running.alive() == 0
     assert done.returncode == 75, done.stderr
-    told = "supervisor: restart 1 of at most 10 in 1 s, after step 3: killed: node2: task 1: Killed"
-    assert told in done.stderr.splitlines()
+    told = [line for line in done.stderr.splitlines() if line.startswith("supervisor: restart ")]
+    assert told[0] == "supervisor: restart 1 of at most 10 in 1 s, after step 3: killed: node2: task 1: Killed"
+    assert told[1].endswith(", after step 4: exit code 1: gone"), "what the rank has told, not Slurm of every task"
     refused = run_cli([*command[:3], "--hostfile", "hosts", *command[3:], "--output", "run"], cwd=tmp_path)
     assert refused.returncode == 2
     assert refused.stderr == "error: --hostfile is for `deepspeed`: let the words after -- begin with train.py\n"
