@@ -59,7 +59,6 @@ def main(arguments: argparse.Namespace, stop: StopSignal) -> int:
     topology = read_topology()
 
     from engine.checkpoint.manifest import steps
-    from engine.process_group import start_process_group
     from engine.run.begin import begin_or_continue
     from engine.run.folder import claim_run, describe, fill_run, layout_facts
     from engine.run.loop import train
@@ -67,6 +66,7 @@ def main(arguments: argparse.Namespace, stop: StopSignal) -> int:
     from engine.run.outputs import Outputs
     from engine.run.plan import make_plan
     from engine.run.resume import check_resumable
+    from planner.recompute import start_decided
 
     overrides = {name: value for name, value in vars(arguments).items() if "." in name or name == "stages"}
 
@@ -86,7 +86,7 @@ def main(arguments: argparse.Namespace, stop: StopSignal) -> int:
     if topology.is_first:
         print(memory, flush=True)
 
-    start_process_group(topology, plan.recipe.training.collective_timeout_minutes)
+    plan = start_decided(plan, topology)
     lock = claim_run(run) if topology.is_first else None
 
     # Continue where the newest good checkpoint stopped, or begin.

@@ -1,4 +1,4 @@
-"""Predicted against measured memory of the ranks of small runs on CPUs: `python -m bench.plan_memory [NAME ...]`.
+"""Predicted against measured memory of the ranks of small runs on CPUs: `python -m bench.plan_memory [NAME ...] [--json FILE]`.
 
 A rank is a process that does what train.py does: plan, engine, steps. Measured is the most that it holds during two steps less
 what it held before the engine was built, after a small run had loaded all libraries. The C library gives every tensor pages of
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from console.command import CommandParser, run_command
+from storage.atomic import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, ACCUMULATION, ROWS = 2, 2, 64
@@ -162,10 +163,26 @@ def predict(folder: Path, case: Case, length: int) -> list[int]:
     return [rank_memory(plan, rank, "cpu", None, trials).peak for rank in range(case.ranks)]
 
 
+def lines(case: Case, length: int, predicted: list[int], measured: list[int]) -> list[str]:
+    """Of each end of a pipeline; else of the rank that holds most."""
+    ends = [range(case.ranks)]
+    if (pipeline := case.degrees.get("pipeline", 1)) > 1:
+        ends = [ends[0][: case.ranks // pipeline], ends[0][-case.ranks // pipeline :]]
+    found = []
+    for ranks in ends:
+        most = max(ranks, key=lambda rank: measured[rank])
+        pair = predicted[most] / 1e6, measured[most] / 1e6
+        found.append(
+            f"| {case.name} | {length:,} | {most} | {pair[0]:.1f} | {pair[1]:.1f} | {pair[0] / pair[1] - 1:+.1%} |"
+        )
+    return found
+
+
 def main() -> None:
     parser = CommandParser(prog="python -m bench.plan_memory", description=__doc__)
     parser.add_argument("names", nargs="*", help="of JSONs (default: all)")
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS), help="tokens of a row")
+    parser.add_argument("--json", type=Path, help="keep what was measured: what is in it is only predicted anew")
     arguments = parser.parse_args()
     for name, value in ALLOCATOR.items():
         os.environ[name] = value
@@ -182,19 +199,21 @@ def main() -> None:
         folder = Path(name)
         (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
         recipe = load_recipe(folder / "recipe.yaml", {})
-        print(f"{'layout':62} tokens  predicted  measured  error")
+        print("| layout | tokens | rank | predicted, MB | measured, MB | error |\n|---|---|---|---|---|---|")
+        known = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.exists() else {}
         for length in arguments.lengths:
             write_stand_in(folder / str(length), recipe, length, rows=ROWS)
             for case in CASES:
                 if arguments.names and case.file not in arguments.names:
                     continue
-                measured, predicted = measure(folder, case, length), predict(folder, case, length)
-                most = max(measured, key=lambda rank: measured[rank])
-                pair = predicted[most] / 1e6, measured[most] / 1e6
-                print(
-                    f"{case.name:62} {length:6,} {pair[0]:7.1f} MB {pair[1]:6.1f} MB {pair[0] / pair[1] - 1:+6.1%}",
-                    flush=True,
-                )
+                place = f"{case.name}, {length} tokens"
+                if place not in known:
+                    found = measure(folder, case, length)
+                    known[place] = [found[rank] for rank in range(case.ranks)]
+                    if arguments.json:
+                        write_atomically(arguments.json, json.dumps(known).encode())
+                for line in lines(case, length, predict(folder, case, length), known[place]):
+                    print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def _build_engine(
         config["pipeline"] = {"use_reentrant": False, **equal}
     else:
         model = Llama(recipe.model, recipe.training.seed, build)
-        model.activation_checkpointing = recipe.training.activation_checkpointing
+        model.activation_checkpointing = recipe.training.recomputed_blocks
     if mesh.sequence > 1:
         share_rows(model, groups.sequence, mesh)
     if weights is not None:

@@ -88,7 +88,7 @@ def rank_memory(
     `training.activation_checkpointing`. `trials`: what was found on fake tensors before, which is added to."""
     mesh, trials = plan.mesh._replace(rank=rank), trials or Trials()
     if recomputed is None:
-        recomputed = plan.recipe.training.activation_checkpointing
+        recomputed = plan.recipe.training.recomputed_blocks
     states, numbers, found = states_of(plan, mesh, trials), numbers_of(plan, device), []
     for batch, here in {(stage.batch, rows_here(plan, stage, device)) for stage in plan.stages}:
         layers = trials.layers(plan.recipe, mesh, here, numbers)

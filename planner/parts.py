@@ -30,7 +30,7 @@ class StageParts(NamedTuple):
 
 def stage_parts(plan: RunPlan) -> list[StageParts]:
     """By rank of the pipeline."""
-    model, chosen = part_of_model(plan.recipe.model, plan.mesh), plan.recipe.training.activation_checkpointing
+    model, chosen = part_of_model(plan.recipe.model, plan.mesh), plan.recipe.training.recomputed_blocks
     layers = layer_plan(model)
     with torch.device("meta"):
         kinds = {(layer.cls, layer.adapters is None): layer.build(0) for layer in layers}

@@ -8,7 +8,7 @@ import argparse
 import difflib
 import textwrap
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
 from pydantic_core import ErrorDetails
@@ -45,8 +45,9 @@ class TrainingConfig(Section):
     """Stop after this much wall time of this launch, with a checkpoint; the next launch continues."""
     z_loss_weight: float = Field(default=0.0, ge=0)
     """Weight of the mean squared log-partition added to the loss (PaLM, section 5)."""
-    activation_checkpointing: bool | NonNegativeInt = False
-    """Recompute blocks in the backward pass (true: all; a number: so many, evenly): less memory, up to a third more work."""
+    activation_checkpointing: bool | NonNegativeInt | Literal["auto"] = False
+    """Recompute blocks in the backward pass (true: all; a number: so many, evenly; auto: as many as it takes to fit, which the
+    start of a run decides and says): less memory, up to a third more work."""
     compile: bool = False
     """torch.compile each block, attention excepted: a minute or more at the start, then less memory traffic on GPUs."""
     max_consecutive_skipped_steps: int = Field(default=10, ge=1)
@@ -60,6 +61,12 @@ class TrainingConfig(Section):
     hang_seconds: float | None = Field(default=20.0, gt=0)
     """End with code 76 when a step takes this much longer than twice its usual time; the Python stacks of all ranks are then in
     RUN/stacks. null: never."""
+
+    @property
+    def recomputed_blocks(self) -> bool | int:
+        """`activation_checkpointing` of a run that has begun."""
+        assert self.activation_checkpointing != "auto", "planner.recompute decides before anything is built"
+        return self.activation_checkpointing
 
     @model_validator(mode="after")
     def _has_one_length(self) -> Self:
@@ -174,7 +181,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _numbers_agree(self) -> Self:
         recomputed, blocks = self.training.activation_checkpointing, self.model.num_hidden_layers
-        if recomputed > blocks:
+        if recomputed != "auto" and recomputed > blocks:
             raise ValueError(f"training.activation_checkpointing {recomputed} is more than the model's {blocks} blocks")
         key = "max_steps" if self.training.max_steps else "max_tokens"
         if getattr(self.training, key) is None:

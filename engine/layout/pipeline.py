@@ -69,7 +69,7 @@ class PipelineLayer(nn.Module):
         super().__init__()
         self.entry, self.known = entry, known
         self.layer = build(entry, recipe.training.seed)
-        chosen, block = recipe.training.activation_checkpointing, entry.name.rpartition(".")[2]
+        chosen, block = recipe.training.recomputed_blocks, entry.name.rpartition(".")[2]
         self.recompute = entry.cls is Block and is_recomputed(int(block), recipe.model, chosen)
 
     def forward(self, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor] | Tensor:

@@ -38,7 +38,7 @@ def check_resumable(run: Path, plan: RunPlan, allow_data_change: bool, resume_st
         f"{section}.{key}": (before[section][key], value)
         for section, keys in plan.recipe.model_dump(exclude={"stages"}).items()
         for key, value in keys.items()
-        if before[section][key] != value
+        if before[section][key] != value and (key, value) != ("activation_checkpointing", "auto")  # decided anew
     }
     fixed = {key for key in changes if key.startswith("model.") or key in ("training.seed", "optimizer.name")}
     if plan.recipe.model.position_embedding != "learned" and plan.recipe.model.rope_scaling is None:

@@ -19,12 +19,12 @@ def main(folder: Path) -> int:
     topology = read_topology()
 
     from engine.checkpoint.saving import save
-    from engine.process_group import start_process_group
     from engine.run.begin import begin_or_continue
     from engine.run.folder import describe
     from engine.run.memory import check_memory
     from engine.run.plan import make_plan
     from engine.run.resume import check_resumable
+    from planner.recompute import start_decided
 
     job = json.loads((folder / "job.json").read_text())
     run = Path(job["run"])
@@ -33,7 +33,7 @@ def main(folder: Path) -> int:
     )
     check_resumable(run, plan, allow_data_change=False)
     check_memory(plan, topology)
-    start_process_group(topology)
+    plan = start_decided(plan, topology)
     loop = begin_or_continue(plan, run).loop
     with (folder / f"rank-{topology.rank}.jsonl").open("w", buffering=1) as records:
         train(loop, job["last_step"], records)
