@@ -1,8 +1,9 @@
 """Predicted against measured memory of the ranks of small runs on CPUs: `python -m bench.plan_memory [NAME ...] [--json FILE]`.
 
 A rank is a process that does what train.py does: plan, engine, steps. Measured is the most that it holds during two steps less
-what it held before the engine was built, after a small run had loaded all libraries. The C library gives every tensor pages of
-its own there and takes them back at once, so that the allocator adds next to nothing; of the rank that holds most.
+what it held before the engine was built, after a shallower run had loaded all libraries and what they need to work in; pages of
+the libraries' files that are read meanwhile do not count. The C library gives every tensor pages of its own there and takes them
+back at once, so that the allocator adds next to nothing; of the rank that holds most.
 """
 
 import gc
@@ -37,8 +38,8 @@ RECIPE: dict[str, dict[str, Any]] = {
     "validation": {"every_steps": None},
     "logging": {"wandb": False},
 }
-SMALL = {"model.hidden_size": "32", "model.intermediate_size": "32", "model.num_hidden_layers": "2"}
-"""Of the run before the measured one."""
+SHALLOW = {"model.num_hidden_layers": "2"}
+"""The run before the measured one, as wide: kernels for these shapes, and what libraries keep to work in, are there after it."""
 PAIR = {"tensor": 2, "sequence": 2}
 
 
@@ -113,15 +114,15 @@ def run_rank(rank: int, port: int, folder: Path, case: Case, length: int, result
     recipe, changes, *files = of_plan(folder, case, length)
     plan = make_plan(recipe, changes, files[0], files[1], topology, case.degrees)
     start_process_group(topology)
-    small = begin(make_plan(recipe, changes | SMALL, files[0], files[1], topology, case.degrees))
+    small = begin(make_plan(recipe, changes | SHALLOW, files[0], files[1], topology, case.degrees))
     small.step()
     gc.collect()
-    before, peaks = status("VmRSS:"), []
+    before, peaks = status("RssAnon:"), []
     loop = begin(plan)
     for _ in range(STEPS):
         Path("/proc/self/clear_refs").write_text("5")  # the peak is what there is now
         loop.step()
-        peaks.append(status("VmHWM:"))
+        peaks.append(status("VmHWM:") - status("RssFile:") - status("RssShmem:"))
     results.put((rank, max(peaks) - before))
     results.close()
     results.join_thread()

@@ -129,11 +129,13 @@ class Trials:
         tokens = members * here.rows * here.length // mesh.sequence
         chunk = CHUNK_TOKENS_CUDA if numbers.device == "cuda" and mesh.tensor == 1 else CHUNK_TOKENS * mesh.tensor
         chunks = 1 if tokens <= chunk else 2
-        place += f" {chunks}"
-        if place not in self._known:
-            with fake_ranks(parts) as group, FakeTensorMode():
-                self._known[place] = _Trial(recipe, parts, here, numbers, group).heads(chunks)
-        few, heads = self._known[place]
+        alone = parts._replace(world_size=mesh.tensor, sequence=1, exchange="heads")
+
+        def find() -> tuple[int, list[LayerBytes]]:
+            with fake_ranks(alone) as group, FakeTensorMode():
+                return _Trial(recipe, alone, here, numbers, group).heads(chunks)
+
+        few, heads = self.remembered((recipe.model, recipe.objective, alone, numbers, chunks), find)
         if chunks == 1:
             head = _extended(heads[0], heads[1], tokens / few)
         else:
@@ -268,7 +270,8 @@ class _Trial:
             return self._measure(run, nn.ModuleList([norm, head]), like)[0]
 
         few, rows = CHUNK_TOKENS // 2, loss.SOFTMAX_TOKENS if chunks == 1 else CHUNK_TOKENS // 4
-        with mock.patch.object(loss, "SOFTMAX_TOKENS", rows):
+        scaled = _scaled_on_cpu if self.numbers.device == "cpu" else loss._scaled
+        with mock.patch.object(loss, "SOFTMAX_TOKENS", rows), mock.patch.object(loss, "_scaled", scaled):
             numbers = (1,) if chunks == 1 else (2, 3)
             return few, [of(each, number) for number in numbers for each in (few, 2 * few)]
 
@@ -289,7 +292,9 @@ class _Trial:
         cast = self.numbers.autocast
         before = live.peak = live.bytes
         with live:
-            x = torch.empty(like.shape, dtype=like.dtype).requires_grad_(like.requires_grad)
+            x = torch.empty(like.shape, dtype=like.dtype)
+            if like.requires_grad:  # not a leaf, which its graph would keep whether or not a gradient needs it
+                x = torch.empty(1, dtype=like.dtype, requires_grad=True).expand(like.shape).contiguous()
             with torch.autocast("cpu", cast) if cast else contextlib.nullcontext():
                 y = run(x)
             forward, backward = live.peak - before, 0
@@ -312,6 +317,11 @@ class _Trial:
             tensor for one in each for tensor in (one.position_ids, one.cu_seqlens, one.routing, *(one.rotary or ()))
         ]
         return [tensor for tensor in found if tensor is not None]
+
+
+def _scaled_on_cpu(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`loss._scaled` with what a CPU's kernel makes inside, where no tracker sees it, of a result of another dtype."""
+    return torch.mul(grad.to(factor.dtype), factor).to(dtype)
 
 
 def _forget(parameter: Tensor) -> None:

@@ -84,7 +84,7 @@ def _fitting(
     """With more and more rows, as long as they fit; and why there are none."""
     found: list[Prospect] = []
     try:
-        for other in divisions(plan, file, raw, degrees, hardware):
+        for other in divisions(plan, file, raw, degrees, hardware, trials):
             fits, reason = least_recomputed(other, hardware, trials)
             if fits is None:
                 return found, reason
@@ -134,7 +134,7 @@ def open_degrees(
 
 
 def divisions(
-    plan: RunPlan, file: Path, raw: dict[str, Any], degrees: dict[str, int], hardware: Hardware
+    plan: RunPlan, file: Path, raw: dict[str, Any], degrees: dict[str, int], hardware: Hardware, trials: Trials
 ) -> Iterator[RunPlan]:
     """The plan with another JSON, and micro-batches of 1, 2, 4 ... rows where nobody says how many.
 
@@ -147,9 +147,8 @@ def divisions(
         raise ValueError(f"{file}: {problems[0]}")
     bounds: list[int] = []
     if section := resolved.config.get("pipeline"):
-        bounds = pipeline_bounds(
-            recipe.model, section["stages"], section["partition"], lengths[0], recipe.objective.copies
-        )
+        cut_at = section["stages"], section["partition"], lengths[0], recipe.objective.copies
+        bounds = trials.remembered(("bounds", *cut_at), lambda: pipeline_bounds(recipe.model, *cut_at))
         if untrained_stages(recipe.model, bounds):
             raise ValueError(f"{file}: a rank of the pipeline would have no adapters to train")
     samples, data = resolved.batch.samples, resolved.mesh.data
