@@ -16,7 +16,7 @@ from engine.layout.exchange import gather_uneven
 from engine.layout.groups import Groups
 from engine.layout.mesh import EXCHANGE, Mesh
 from engine.layout.names import named_parameters
-from engine.layout.pipeline import Builder, PipelinedLlama, QueuedLoss
+from engine.layout.pipeline import Builder, PipelinedLlama, QueuedLoss, recomputed_blocks
 from engine.layout.sequence import losses_of_whole_rows, share_rows
 from engine.layout.slices import cut_dimensions, slice_of
 from engine.layout.tensor import Parts, divide_layer
@@ -82,7 +82,7 @@ def _build_engine(
         config["pipeline"] = {"use_reentrant": False, **equal}
     else:
         model = Llama(recipe.model, recipe.training.seed, build)
-        model.activation_checkpointing = recipe.training.recomputed_blocks
+        model.activation_checkpointing = recomputed_blocks(recipe)
     if mesh.sequence > 1:
         share_rows(model, groups.sequence, mesh)
     if weights is not None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from engine.layout.mesh import Mesh
+from engine.layout.pipeline import recomputed_blocks
 from engine.run.memory import kind_of_layer, parameter_sizes, share, widths
 from engine.run.plan import RunPlan
 from model.llama import Block, is_recomputed, layer_plan
@@ -88,7 +89,7 @@ def rank_memory(
     `training.activation_checkpointing`. `trials`: what was found on fake tensors before, which is added to."""
     mesh, trials = plan.mesh._replace(rank=rank), trials or Trials()
     if recomputed is None:
-        recomputed = plan.recipe.training.recomputed_blocks
+        recomputed = recomputed_blocks(plan.recipe)
     states, numbers, found = states_of(plan, mesh, trials), numbers_of(plan, device), []
     for batch, here in {(stage.batch, rows_here(plan, stage, device)) for stage in plan.stages}:
         layers = trials.layers(plan.recipe, mesh, here, numbers)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from engine.layout.mesh import Mesh
+from engine.layout.pipeline import recomputed_blocks
 from engine.run.plan import RunPlan
 from model.config import ModelConfig
 from model.llama import Block, Embedding, Head, is_recomputed, layer_plan
@@ -30,7 +31,7 @@ class StageParts(NamedTuple):
 
 def stage_parts(plan: RunPlan) -> list[StageParts]:
     """By rank of the pipeline."""
-    model, chosen = part_of_model(plan.recipe.model, plan.mesh), plan.recipe.training.recomputed_blocks
+    model, chosen = part_of_model(plan.recipe.model, plan.mesh), recomputed_blocks(plan.recipe)
     layers = layer_plan(model)
     with torch.device("meta"):
         kinds = {(layer.cls, layer.adapters is None): layer.build(0) for layer in layers}

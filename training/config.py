@@ -46,8 +46,7 @@ class TrainingConfig(Section):
     z_loss_weight: float = Field(default=0.0, ge=0)
     """Weight of the mean squared log-partition added to the loss (PaLM, section 5)."""
     activation_checkpointing: bool | NonNegativeInt | Literal["auto"] = False
-    """Recompute blocks in the backward pass (true: all; a number: so many, evenly; auto: as many as it takes to fit, which the
-    start of a run decides and says): less memory, up to a third more work."""
+    """Recompute blocks in backward (true: all; a number: so many, evenly; auto: so many that it fits): up to a third more work."""
     compile: bool = False
     """torch.compile each block, attention excepted: a minute or more at the start, then less memory traffic on GPUs."""
     max_consecutive_skipped_steps: int = Field(default=10, ge=1)
@@ -61,12 +60,6 @@ class TrainingConfig(Section):
     hang_seconds: float | None = Field(default=20.0, gt=0)
     """End with code 76 when a step takes this much longer than twice its usual time; the Python stacks of all ranks are then in
     RUN/stacks. null: never."""
-
-    @property
-    def recomputed_blocks(self) -> bool | int:
-        """`activation_checkpointing` of a run that has begun."""
-        assert self.activation_checkpointing != "auto", "planner.recompute decides before anything is built"
-        return self.activation_checkpointing
 
     @model_validator(mode="after")
     def _has_one_length(self) -> Self:

@@ -35,6 +35,13 @@ Builder = Callable[[Layer, int], nn.Module]
 """Makes a layer of the plan from a seed, as far as it is here."""
 
 
+def recomputed_blocks(recipe: Recipe) -> bool | int:
+    """What `training.activation_checkpointing` says, for which planner.recompute has put a number in the place of `auto`."""
+    chosen = recipe.training.activation_checkpointing
+    assert not isinstance(chosen, str), "decided before anything is built"
+    return chosen
+
+
 class KnownDocuments:
     """The documents of the rows that pass through this rank: one tensor of positions goes through all its layers.
 
@@ -69,7 +76,7 @@ class PipelineLayer(nn.Module):
         super().__init__()
         self.entry, self.known = entry, known
         self.layer = build(entry, recipe.training.seed)
-        chosen, block = recipe.training.recomputed_blocks, entry.name.rpartition(".")[2]
+        chosen, block = recomputed_blocks(recipe), entry.name.rpartition(".")[2]
         self.recompute = entry.cls is Block and is_recomputed(int(block), recipe.model, chosen)
 
     def forward(self, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor] | Tensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.layout.pipeline import recomputed_blocks
 from engine.run.folder import describe
 from engine.run.plan import RunPlan, make_plan
 from engine.run.resume import check_resumable
@@ -50,7 +51,7 @@ def started(folder: str, files: tuple[str, str], room: int) -> tuple[int, list[s
         *files,
         zero(1),
         Path(folder),
-        {"training.activation_checkpointing": str(plan.recipe.training.recomputed_blocks)},
+        {"training.activation_checkpointing": str(recomputed_blocks(plan.recipe))},
     )
     run.steps(1)
     run.save()
