@@ -46,7 +46,7 @@ class TrainingConfig(Section):
     z_loss_weight: float = Field(default=0.0, ge=0)
     """Weight of the mean squared log-partition added to the loss (PaLM, section 5)."""
     activation_checkpointing: bool | NonNegativeInt | Literal["auto"] = False
-    """Recompute blocks in backward (true: all; a number: so many, evenly; auto: so many that it fits): up to a third more work."""
+    """Recompute blocks in backward (true: all; a number: so many, evenly; auto: so many that it fits): a third more work."""
     compile: bool = False
     """torch.compile each block, attention excepted: a minute or more at the start, then less memory traffic on GPUs."""
     max_consecutive_skipped_steps: int = Field(default=10, ge=1)
