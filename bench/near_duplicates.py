@@ -75,8 +75,9 @@ def run_ours(folder: Path, **levels: float) -> Figures:
     ledgers = [Ledger.model_validate_json(path.read_bytes()) for path in sorted(tokens.glob("unit-*.json"))]
     with tempfile.TemporaryDirectory(dir=folder) as work, Stopwatch() as watch:
         settings = NearSettings(levels, NGRAM, SECTION_TOKENS, begins=1)
-        dropped = find_near_duplicates(tokens, Path(work) / "near", settings, ledgers, pieces, 1)
-    return watch.result | {"dropped": np.unique(dropped.doc[dropped.begin == 0]).tolist()}
+        dropped = list(find_near_duplicates(tokens, Path(work) / "near", settings, ledgers, pieces, 1))
+    documents = [rows.doc[rows.begin == 0] for rows in dropped]
+    return watch.result | {"dropped": np.unique(np.concatenate([np.zeros(0, np.int64), *documents])).tolist()}
 
 
 def run_datatrove(folder: Path) -> Figures:

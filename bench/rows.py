@@ -4,7 +4,8 @@
 
 Each figure is the peak of anonymous memory (what the kernel cannot drop and read again) of a process, above that before:
 
-    index     equal texts, split, index of keys (data_prep/index.py)
+    left out  equal texts, a third of all, left out; split, index of keys (data_prep/index.py)
+    index     the same, with nothing left out
     at once   rows chosen for all documents together: `pack`
     groups    the same rows, chosen group by group and written to shards (data_prep/rows.py), in one process
 
@@ -28,7 +29,7 @@ from console.command import CommandParser
 
 UNIT_DOCUMENTS, BATCH_DOCUMENTS = 200_000, 20_000
 VOCAB_SIZE = 32_000
-STEPS = "index", "at once", "groups"
+STEPS = "left out", "index", "at once", "groups"
 
 
 def anonymous_bytes() -> int:
@@ -63,13 +64,15 @@ def batches(first: int, count: int) -> Iterator[Any]:
         random = np.random.default_rng(start)
         number = min(BATCH_DOCUMENTS, first + count - start)
         lengths = np.minimum(2 + random.geometric(1 / 62, number), 2000)
+        text_hashes = random.integers(0, 2**64, (number, 2), dtype=np.uint64)
+        lengths[2::3], text_hashes[2::3] = lengths[1::3][: number // 3], text_hashes[1::3][: number // 3]
         yield DocumentBatch(
             random.integers(3, VOCAB_SIZE, int(lengths.sum()), dtype=np.uint16),
             lengths,
             [str(start + i) for i in range(number)],
             (4 * lengths).tolist(),
             random.integers(0, 2**64, number, dtype=np.uint64).tolist(),
-            [hashed.tobytes() for hashed in random.integers(0, 2**64, (number, 2), dtype=np.uint64)],
+            [hashed.tobytes() for hashed in text_hashes],
         )
 
 
@@ -96,13 +99,13 @@ def measure(step: str, folder: Path, documents: int) -> dict[str, float]:
     policy, tokens = PackingPolicy(seq_length=4096), folder / "tokens"
     units = [min(UNIT_DOCUMENTS, documents - start) for start in range(0, documents, UNIT_DOCUMENTS)]
     with Peak() as peak:
-        if step == "index":
+        if step in ("index", "left out"):
             ledgers = [
                 Ledger(unit=unit, plan_sha256="", input_sha256="", sha256="", file_bytes=0, documents=count)
                 for unit, count in enumerate(units)
             ]
             made = Tokenized(ledgers, [0] * len(units), {}, {}, {}, {})
-            options = BuildOptions(packing=policy, validation_fraction=0.01)
+            options = BuildOptions(packing=policy, validation_fraction=0.01, deduplicate=step == "left out")
             index_store(options, ["made"], open_tokenizer(folder / "tokenizer"), made, folder, 1)
         elif step == "at once":
             pack(TokenStore.open(tokens).documents("train", "made").length, policy.row_tokens, policy, 0)

@@ -152,7 +152,7 @@ def _tokenize(
 ) -> list[Ledger]:
     """The ledgers of these units, in their order, each of them finished."""
     tokens = output / TOKENS_FOLDER
-    done = {u.index: ledger for u in units if (ledger := read_ledger(tokens, u.index, plan.sha256))}
+    done = {u.index: ledger.without_lists() for u in units if (ledger := read_ledger(tokens, u.index, plan.sha256))}
     if how.on_error == "fail":  # what an earlier run with "skip" left out must be found again
         done = {unit: ledger for unit, ledger in done.items() if not ledger.skipped}
     todo = unfinished(units, done)
@@ -174,7 +174,7 @@ def _tokenize(
         with Progress("tokenizing", sum(unit.size for unit in units)) as progress:
             progress.resume_at(sum(plan.units[unit].size for unit in done))
             for ledger in _encode(work, todo, how, progress):
-                done[ledger.unit] = ledger
+                done[ledger.unit] = ledger.without_lists()
     return [done[unit.index] for unit in units]
 
 

@@ -43,9 +43,12 @@ class GrowingColumn:
     def mapped(self) -> np.ndarray:
         """All of it, to read and to change; nothing more can be added."""
         self._file.close()
-        if not self.path.stat().st_size:
-            return np.zeros(0, self.kind)
-        return np.asarray(np.memmap(self.path, self.kind, "r+"))
+        return mapped_column(self.path, self.kind)
+
+
+def mapped_column(path: Path, kind: np.dtype | str) -> np.ndarray:
+    """A column that was written before."""
+    return np.asarray(np.memmap(path, kind, "r+")) if path.stat().st_size else np.zeros(0, kind)
 
 
 @contextmanager
@@ -127,6 +130,17 @@ def find_duplicates(columns: Columns, scratch: Path) -> tuple[np.ndarray, np.nda
 
 def equal_texts(text_hash: np.ndarray, nbytes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Positions of texts that an earlier one is equal to, ascending, and of the first that each is equal to."""
+    hashes = np.sort(text_hash[:, 0])
+    again = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
+    if not len(again):
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    place = np.searchsorted(again, text_hash[:, 0]).clip(max=len(again) - 1)
+    possible = np.flatnonzero(again[place] == text_hash[:, 0])
+    later, earlier = _equal_among(text_hash[possible], nbytes[possible])
+    return possible[later], possible[earlier]
+
+
+def _equal_among(text_hash: np.ndarray, nbytes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     order = np.lexsort((text_hash[:, 1], text_hash[:, 0]))  # stable: document order within equals
     same = np.all(text_hash[order[1:]] == text_hash[order[:-1]], axis=1)
     same &= nbytes[order[1:]] == nbytes[order[:-1]]
@@ -161,6 +175,8 @@ def _pieces(path: Path) -> Iterator[np.ndarray]:
 
 def smallest_by_source(source: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The sources that occur, and the position of the first of the smallest values of each."""
-    order = np.lexsort((values, source))
-    sources, first = np.unique(source[order], return_index=True)
-    return sources, order[first]
+    smallest = np.full(int(source.max(initial=-1)) + 1, np.iinfo(values.dtype).max, values.dtype)
+    np.minimum.at(smallest, source, values)
+    places = np.flatnonzero(values == smallest[source])
+    sources, first = np.unique(source[places], return_index=True)
+    return sources, places[first]

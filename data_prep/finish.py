@@ -48,7 +48,7 @@ def finish(
         if near_settings(options, tokenizer) or options.decontaminate is not None:
             numbers["dropped"] = index.dropped
         if options.filters is not None:
-            numbers["filtered"] = filtered_statistics(made.ledgers)
+            numbers["filtered"] = filtered_statistics(output / TOKENS_FOLDER)
         splits = _write_rows(plan, job, chosen, sums, workers)
     finally:
         shutil.rmtree(job.scratch, ignore_errors=True)

@@ -1,7 +1,6 @@
 """The index step of a build: what is left out, and every document's split, by document order and hash only.
 
-Whatever the number of documents, it needs the memory of a part of them (columns.py) and of the rows of what is left out
-(dropped.py).
+Whatever the number of documents, and of those left out, it needs the memory of a part of them (columns.py, dropped.py).
 """
 
 from pathlib import Path
@@ -20,10 +19,10 @@ from data_prep.columns import (
     scratch_folder,
     smallest_by_source,
 )
-from data_prep.dropped import Dropped, write_dropped
+from data_prep.dropped import Dropped, kept_in, read_dropped, write_dropped
 from data_prep.duplicates.contamination import CONTAMINATED
 from data_prep.leave_out import cut_columns, dropped_statistics, find_contaminated, find_dropped, merged
-from data_prep.ledger import Ledger
+from data_prep.ledger import Ledger, filtered_of
 from data_prep.options import BuildOptions
 from data_prep.plan import TOKENS_FOLDER
 from data_prep.sources import key_prefix
@@ -46,8 +45,8 @@ class Tokenized(NamedTuple):
     foreseen: dict[str, JsonValue]
     """What an export of the tokenizer will not keep as it is (data_prep/foresee.py)."""
     repacked_from: str | None = None
-    dropped: Dropped | None = None
-    """What is left out, where that was decided before."""
+    dropped: Path | None = None
+    """Folder of the token store that lists what is left out, where that was decided before."""
 
 
 class Indexed(NamedTuple):
@@ -72,13 +71,14 @@ def index_store(
         decided = made.dropped
         if decided is None:
             exact = duplicates, originals
-            dropped = find_dropped(options, tokenizer, output, made.ledgers, columns, exact, workers)
+            found = find_dropped(options, tokenizer, output, made.ledgers, columns, exact, workers, scratch)
         else:
-            dropped = decided.select(decided.reason != CONTAMINATED)
+            found = (rows.select(rows.reason != CONTAMINATED) for rows in read_dropped(decided))
+        dropped = kept_in(scratch / "dropped", found)
         split = _split_by_hash(columns, options.validation_fraction, scratch)
-        split[dropped.doc[dropped.whole(columns.length)]] = LEFT_OUT
+        _leave_out(split, dropped, columns)
         if not sum(_counts(split)[:LEFT_OUT]):
-            filtered = sum(len(ledger.filtered) for ledger in made.ledgers)
+            filtered = sum(1 for _ in filtered_of(tokens))
             words = f", {filtered} left out by --filter" if filtered else ""
             raise ValueError(
                 f"the input holds no text: {sum(ledger.empty for ledger in made.ledgers)} empty documents{words}"
@@ -88,15 +88,16 @@ def index_store(
         if options.decontaminate is not None:
             if decided is None:
                 places = output, scratch / "split"
-                contaminated = find_contaminated(options, tokenizer, *places, made.ledgers, dropped, workers)
+                found = find_contaminated(options, tokenizer, *places, made.ledgers, dropped, workers, scratch)
             else:
-                contaminated = decided.select(decided.reason == CONTAMINATED)
-            dropped = merged(dropped, contaminated, columns.length)
-            split[contaminated.doc[contaminated.whole(columns.length)]] = LEFT_OUT
+                found = (rows.select(rows.reason == CONTAMINATED) for rows in read_dropped(decided))
+            contaminated = kept_in(scratch / "contaminated", found)
+            _leave_out(split, contaminated, columns)
+            dropped = kept_in(scratch / "all", merged(dropped, contaminated, columns.length))
             if not _counts(split)[0]:
                 raise ValueError(f"--decontaminate {options.decontaminate} leaves no document for training")
         cut_columns(columns, dropped)
-        write_dropped(tokens, dropped)
+        write_dropped(tokens, dropped.pieces())
         prefixes = [key_prefix(options.seed, name) for name in sources]
         keys = write_index(tokens, columns, split, [ledger.documents for ledger in made.ledgers], names, prefixes)
         repeated = len(split) - keys.distinct()
@@ -108,6 +109,11 @@ def _split_by_hash(columns: Columns, validation_fraction: float, scratch: Path) 
     for block in blocks(0, len(columns.key_hash)):
         column.add(columns.key_hash[block] < limit)
     return column.mapped()
+
+
+def _leave_out(split: np.ndarray, dropped: Dropped, columns: Columns) -> None:
+    for rows in dropped.pieces():
+        split[rows.doc[rows.whole(columns.length)]] = LEFT_OUT
 
 
 def _counts(split: np.ndarray) -> list[int]:

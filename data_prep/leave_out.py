@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from console.progress import Progress, say
-from data_prep.columns import Columns
+from data_prep.columns import Columns, blocks
 from data_prep.documents import read_unit
-from data_prep.dropped import REASONS, Cuts, Dropped, dropped_of, ordered
+from data_prep.dropped import REASONS, Cuts, Dropped, DroppedFiles, in_order, kept_in
 from data_prep.duplicates.by_unit import of_units
-from data_prep.duplicates.contamination import Scan, Searcher, write_reference
+from data_prep.duplicates.contamination import CONTAMINATED, Scan, Searcher, write_reference
 from data_prep.duplicates.near import WORK_FOLDER, find_near_duplicates
 from data_prep.duplicates.sketch import NearSettings, read_batches
 from data_prep.elsewhere import open_file
@@ -50,18 +50,30 @@ def find_dropped(
     columns: Columns,
     duplicates: tuple[np.ndarray, np.ndarray],
     workers: int,
-) -> Dropped:
-    """All that is left out; `duplicates`: documents with the text of an earlier one, and the first that has it."""
-    parts = [dropped_of([])]
+    scratch: Path,
+) -> Iterator[Dropped]:
+    """All that is left out, in order; `duplicates`: documents with the text of an earlier one, and the first that has it."""
     exact = duplicates if options.deduplicate else (np.zeros(0, np.int64),) * 2
+    parts = [kept_in(scratch / "exact", _exact(exact[0], exact[1], columns))]
     if settings := near_settings(options, tokenizer):
         places = output / TOKENS_FOLDER, output / WORK_FOLDER
         near = find_near_duplicates(*places, settings, ledgers, token_bytes(tokenizer), workers)
-        parts.append(near.select(~np.isin(near.doc, exact[0])))
-    doc, of = exact
-    reasons, similar = np.full(len(doc), EXACT, np.uint8), np.ones(len(doc))
-    parts.append(Dropped(doc, np.zeros_like(doc), columns.length[doc], reasons, similar, of, columns.nbytes[doc]))
-    return ordered(parts)
+        parts.append(kept_in(scratch / "near", (rows.select(~_among(exact[0], rows.doc)) for rows in near)))
+    return in_order(parts)
+
+
+def _exact(doc: np.ndarray, of: np.ndarray, columns: Columns) -> Iterator[Dropped]:
+    for block in blocks(0, len(doc)):
+        mine = doc[block]
+        reasons, similar = np.full(len(mine), EXACT, np.uint8), np.ones(len(mine))
+        places = mine, np.zeros_like(mine), columns.length[mine]
+        yield Dropped(*places, reasons, similar, of[block], columns.nbytes[mine])
+
+
+def _among(numbers: np.ndarray, some: np.ndarray) -> np.ndarray:
+    """bool: which of `some` are among `numbers`, both ascending."""
+    first, last = np.searchsorted(numbers, [some[0], some[-1] + 1]).tolist() if len(some) else (0, 0)
+    return np.isin(some, numbers[first:last])
 
 
 def evaluation_files(places: list[str]) -> dict[str, str]:
@@ -78,9 +90,10 @@ def find_contaminated(
     ledgers: list[Ledger],
     dropped: Dropped,
     workers: int,
-) -> Dropped:
-    """What of the training documents stands in validation or evaluation texts as well; the split's file says 0 of the one and
-    1 of the other, a byte a document.
+    scratch: Path,
+) -> Iterator[Dropped]:
+    """What of the training documents stands in validation or evaluation texts as well, in order; the split's file says 0 of the
+    one and 1 of the other, a byte a document.
 
     Raises ValueError where none of these is as long as an n-gram, or no longer what it was.
     """
@@ -89,9 +102,9 @@ def find_contaminated(
     reference.parent.mkdir(exist_ok=True)
     first = np.cumsum([0, *(ledger.documents for ledger in ledgers)])
     split = np.memmap(split_file, np.uint8, "r")
-    cuts = dropped.select(split[dropped.doc] != LEFT_OUT)
+    cuts = kept_in(scratch / "cuts", (rows.select(split[rows.doc] != LEFT_OUT) for rows in dropped.pieces()))
     begins = int(tokenizer.bos_id is not None)
-    validation = _texts(tokens, first, split, Cuts(cuts), begins)
+    validation = _texts(tokens, first, split, Cuts([(cuts.doc, cuts.begin, cuts.end)]), begins)
     evaluation = _encoded(options.evaluation or {}, options.text_field, tokenizer)
     long, short = write_reference(reference, chain(validation, evaluation), options.decontaminate)
     if not long:
@@ -104,13 +117,15 @@ def find_contaminated(
             f"{short:,} of {long + short:,} texts have fewer than {options.decontaminate} tokens: nothing is searched for them"
         )
     scan = Scan(options.decontaminate, options.section_tokens or SECTION_TOKENS, begins, options.has_chats)
-    searcher = Searcher(tokens, reference, scan, token_bytes(tokenizer), first.tolist(), split_file, cuts)
-    parts = [dropped_of([])]
+    searcher = Searcher(tokens, reference, scan, token_bytes(tokenizer), first.tolist(), split_file, scratch / "cuts")
+    files, places, held = DroppedFiles(scratch / "found"), dict[int, slice](), 0
     with Progress("searching", sum(ledger.file_bytes for ledger in ledgers)) as progress:
-        for found in of_units(searcher, len(ledgers), workers):
-            parts.append(found)
-            progress.advance(sum(ledger.file_bytes for ledger in ledgers) // len(ledgers))
-    return ordered(parts)
+        for unit, found in of_units(searcher, len(ledgers), workers):
+            files.add([found])
+            places[unit] = slice(held, held := held + len(found.doc))
+            progress.advance(ledgers[unit].file_bytes)
+    rows = files.mapped()
+    return (rows.select(places[unit]) for unit in sorted(places))
 
 
 def _texts(tokens: Path, first: np.ndarray, split: np.ndarray, cuts: Cuts, begins: int) -> Iterator[np.ndarray]:
@@ -141,31 +156,31 @@ def _sha256(path: str) -> str:
         return ""
 
 
-def merged(dropped: Dropped, contaminated: Dropped, lengths: np.ndarray) -> Dropped:
-    """Both; a document that is left out as a whole has one row."""
-    gone = contaminated.doc[contaminated.whole(lengths)]
-    return ordered([dropped.select(~np.isin(dropped.doc, gone)), contaminated])
+def merged(dropped: Dropped, contaminated: Dropped, lengths: np.ndarray) -> Iterator[Dropped]:
+    """Both, in order; a document that is left out as a whole has one row."""
+    for rows in in_order([dropped, contaminated]):
+        last = rows.reason == CONTAMINATED
+        yield rows.select(last | ~np.isin(rows.doc, rows.doc[last & rows.whole(lengths)]))
 
 
 def cut_columns(columns: Columns, dropped: Dropped) -> None:
     """Make lengths and bytes of documents that lack a part those of what stays."""
-    cut = dropped.select(~dropped.whole(columns.length))
-    np.subtract.at(columns.length, cut.doc, cut.end - cut.begin)
-    np.subtract.at(columns.nbytes, cut.doc, cut.nbytes)
-    columns.nbytes[cut.doc] = np.maximum(columns.nbytes[cut.doc], 0)
+    for rows in dropped.pieces():
+        cut = rows.select(~rows.whole(columns.length))
+        np.subtract.at(columns.length, cut.doc, cut.end - cut.begin)
+        np.subtract.at(columns.nbytes, cut.doc, cut.nbytes)
+        columns.nbytes[cut.doc] = np.maximum(columns.nbytes[cut.doc], 0)
 
 
 def dropped_statistics(dropped: Dropped) -> dict[str, Any]:
     """By reason, the documents and tokens that are left out."""
-    found = {}
-    for number, reason in enumerate(REASONS):
-        rows = dropped.select(dropped.reason == number)
-        if len(rows.doc):
-            tokens, nbytes = int((rows.end - rows.begin).sum()), int(rows.nbytes.sum())
-            found[reason] = {
-                "count": len(rows.doc),
-                "documents": len(np.unique(rows.doc)),
-                "tokens": tokens,
-                "bytes": nbytes,
-            }
-    return found
+    found: dict[str, Any] = {}
+    for rows in dropped.pieces():
+        for number in np.unique(rows.reason).tolist():
+            mine = rows.select(rows.reason == number)
+            counts = found.setdefault(REASONS[number], dict.fromkeys(("count", "documents", "tokens", "bytes"), 0))
+            counts["count"] += len(mine.doc)
+            counts["documents"] += len(np.unique(mine.doc))
+            counts["tokens"] += int((mine.end - mine.begin).sum())
+            counts["bytes"] += int(mine.nbytes.sum())
+    return {reason: found[reason] for reason in REASONS if reason in found}

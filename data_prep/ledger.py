@@ -36,6 +36,10 @@ class Ledger(BaseModel):
     disagreed: bool = False
     """The accelerated encoder gave other ids, so the reference encoder did the unit."""
 
+    def without_lists(self) -> "Ledger":
+        """What is held of every unit; `filtered_of` reads again what filters left out."""
+        return self.model_copy(update={"filtered": []})
+
 
 def unit_path(folder: Path, unit: int) -> Path:
     """The file with a unit's tokens; its ledger lies beside it."""

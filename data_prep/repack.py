@@ -22,7 +22,6 @@ from pydantic import ValidationError
 
 from console.command import CommandParser, run_command
 from console.progress import Progress, say
-from data_prep.dropped import Dropped, read_dropped
 from data_prep.dropped_report import dropped_problem
 from data_prep.find import Source
 from data_prep.finish import finish
@@ -78,7 +77,7 @@ def repack(data: Path, policy: PackingPolicy, output: Path) -> Manifest:
             left_out=origin.left_out,
             foreseen=foreseen,
             repacked_from=origin.fingerprint,
-            dropped=_dropped(store) if "dropped" in origin.statistics else None,
+            dropped=_checked(store) if "dropped" in origin.statistics else None,
         )
         return finish(plan, tokenizer, tokenizer_file, output, made, available_cores())
 
@@ -116,10 +115,11 @@ def _check_index(store: TokenStore, origin: Manifest, sources: list[str]) -> Non
         raise ValueError(f"{store.folder / INDEX_FILE} does not list the documents of the manifest: restore it")
 
 
-def _dropped(store: TokenStore) -> Dropped:
+def _checked(store: TokenStore) -> Path:
+    """The folder of what is left out."""
     if problem := dropped_problem(store):
         raise ValueError(problem)
-    return read_dropped(store.folder)
+    return store.folder
 
 
 def _take_units(store: TokenStore, plan_before: str, output: Path, plan_sha256: str) -> list[Ledger]:
@@ -139,7 +139,7 @@ def _take_units(store: TokenStore, plan_before: str, output: Path, plan_sha256: 
                     raise ValueError(problem)
                 _link(path, unit_path(output, unit))
                 write_ledger(output, ledger)
-            ledgers.append(ledger)
+            ledgers.append(ledger.without_lists())
             progress.advance(ledger.file_bytes)
     return ledgers
 

@@ -4,7 +4,9 @@ choose   each group of documents (data_prep/pack.py) is packed by itself; its ro
 write    each shard by itself, from the groups that its rows are in
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,7 +66,7 @@ class DocumentGroup(NamedTuple):
 
 
 class ShardRows(NamedTuple):
-    """Rows `first` to `end` (exclusive) of a split and source, a shard of their own; `groups` hold all its rows."""
+    """Rows `first` to `end` (exclusive) of some groups of a split and source, a shard of their own."""
 
     split: str
     source: str
@@ -230,8 +232,12 @@ def write_rows(
     tasks: list[tuple[str, ShardRows]] = []
     for (split, source), groups in rows.items():
         step, count = shard_writer(job, split, source, dtype).shard_rows, sum(n for _, n in groups)
+        ends = list(accumulate(n for _, n in groups))
         for number, first in enumerate(range(0, count, step)):
-            tasks.append(("write", ShardRows(split, source, number, first, min(first + step, count), groups)))
+            last = min(first + step, count)
+            mine = slice(bisect_right(ends, first), bisect_left(ends, last) + 1)
+            before = ends[mine.start - 1] if mine.start else 0
+            tasks.append(("write", ShardRows(split, source, number, first - before, last - before, groups[mine])))
     shards: dict[tuple[str, str], list[Shard]] = {key: [] for key in rows}
     for (_, task), shard in zip(tasks, done_by(RowMaker, job, tasks, workers), strict=True):
         shards[task[:2]].append(shard)

@@ -37,7 +37,7 @@ import numpy as np
 import pyarrow as pa
 
 from data_prep.columns import Columns, blocks
-from data_prep.dropped import Cuts, read_dropped
+from data_prep.dropped import Cuts
 from data_prep.ledger import unit_path
 from data_prep.sources import hash64
 from data_prep.targets import Spans, joined
@@ -137,10 +137,12 @@ class TokenStore:
 
     def tokens(self, doc: int) -> np.ndarray:
         """Ids of document number `doc`: a view into the file, unless it lacks a part."""
+        ids = self.stored_tokens(doc)
+        if len(ids) == self._length[doc]:
+            return ids
         if self._cuts is None:
-            dropped = read_dropped(self.folder)
-            self._cuts = Cuts(dropped.select(self._split[dropped.doc] != LEFT_OUT))
-        return self._cuts.applied(doc, self.stored_tokens(doc))
+            self._cuts = Cuts.of_store(self.folder)
+        return self._cuts.applied(doc, ids)
 
     def stored_tokens(self, doc: int) -> np.ndarray:
         """All ids of a document, also those that are left out of it: a view into the file."""
@@ -190,6 +192,19 @@ class TokenStore:
     def length(self, doc: int) -> int:
         """Tokens of a document, without what is left out of it."""
         return int(self._length[doc])
+
+    def lengths(self, documents: slice) -> np.ndarray:
+        """Tokens of documents without what is left out of them, none of those that are dropped: int64 [documents]."""
+        return np.where(self._split[documents] == LEFT_OUT, 0, self._length[documents])
+
+    def stored_lengths(self, documents: slice) -> np.ndarray:
+        """All tokens of documents, int64 [documents]."""
+        found = [np.zeros(0, np.int64)]
+        for unit, (start, end) in enumerate(pairwise([0, *self._unit_ends])):
+            mine = slice(max(documents.start, start) - start, min(documents.stop, end) - start)
+            if mine.start < mine.stop:
+                found.append(self._unit(unit).lengths()[mine])
+        return np.concatenate(found)
 
     def source(self, doc: int) -> str:
         return self.sources[int(self._source[doc])]

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from data_prep.cut import KINDS
 from data_prep.filters import MEASURES
-from data_prep.ledger import Ledger
+from data_prep.ledger import Ledger, filtered_of
 from data_prep.pack import RowCounts, total_of
 from data_prep.records import Filtered, LeftOut, printable
 from storage.manifest import LeftOutFiles, Manifest, SourceRows
@@ -175,9 +175,9 @@ def print_summary(manifest: Manifest, output: Path, seconds: float) -> None:
         print(_plain(table))
 
 
-def filtered_statistics(ledgers: list[Ledger]) -> dict[str, Any]:
-    """Documents that filters left out, by filter, and for what has words for reasons by these."""
-    counts = Counter(filtered_reason(entry) for ledger in ledgers for entry in ledger.filtered)
+def filtered_statistics(tokens: Path) -> dict[str, Any]:
+    """Documents of a finished store that filters left out, by filter, and for what has words for reasons by these."""
+    counts = Counter(map(filtered_reason, filtered_of(tokens)))
     return dict(sorted(counts.items()))
 
 

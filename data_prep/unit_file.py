@@ -119,6 +119,10 @@ class UnitFile:
         offsets = self._offsets[batch]
         return self._values[batch][offsets[row] : offsets[row + 1]]
 
+    def lengths(self) -> np.ndarray:
+        """Tokens of every document, int64."""
+        return np.concatenate([np.zeros(0, np.int64), *(np.diff(offsets) for offsets in self._offsets)])
+
     def key(self, row: int) -> str:
         batch, row = self._batch(row)
         return self._keys[batch][row].as_py()
@@ -145,7 +149,7 @@ class UnitFile:
 def targets_of_unit(path: Path) -> tuple[Spans, np.ndarray]:
     """Those of all documents of a unit's file, and the tokens of each. Raises ValueError."""
     file = UnitFile(path)
-    lengths = np.concatenate([np.zeros(0, np.int64), *(np.diff(offsets) for offsets in file._offsets)])
+    lengths = file.lengths()
     if not len(lengths):
         return Spans(np.zeros(1, np.int64), lengths, lengths), lengths
     return file.targets(np.arange(len(lengths)))[0], lengths

@@ -32,7 +32,9 @@ def sorted_runs(pairs: Iterable[Pairs]) -> Iterator[Pairs]:
 
     def ordered() -> Pairs:
         order = np.argsort(keys[:held], kind="stable")
-        return keys[order], values[order]
+        for column in (keys, values):  # in their place: a copy of one at a time
+            column[:held] = column[order]
+        return keys[:held], values[:held]
 
     for some_keys, some_values in pairs:
         taken = 0
@@ -43,7 +45,7 @@ def sorted_runs(pairs: Iterable[Pairs]) -> Iterator[Pairs]:
             held, taken = held + count, taken + count
             if held == RUN:
                 yield ordered()
-                held = 0
+                keys, values, held = np.empty(RUN, np.uint64), np.empty(RUN, np.int64), 0
     if held:
         yield ordered()
 
@@ -93,7 +95,14 @@ class Lookup:
             for number, (keys, _) in enumerate(self.runs):
                 end = int(np.searchsorted(keys, last, side="right"))
                 for first in range(begins[number], end, LOOKED_AT):
-                    found = np.unique(np.concatenate([found, keys[first : min(first + LOOKED_AT, end)]]))
+                    found = np.concatenate([found, keys[first : min(first + LOOKED_AT, end)]])
+                    if len(found) > 2 * LOOKED_AT:
+                        found = _distinct(found)
                 begins[number] = end
-            count += len(found)
+            count += len(_distinct(found))
         return count
+
+
+def _distinct(keys: np.ndarray) -> np.ndarray:
+    ordered = np.sort(keys)
+    return ordered[np.append(True, ordered[1:] != ordered[:-1])[: len(ordered)]]

@@ -20,7 +20,7 @@ import numpy as np
 
 from console.command import CommandParser
 from data_prep.cut import KINDS
-from data_prep.dropped import REASONS, read_dropped
+from data_prep.dropped import REASONS, ordered, read_dropped
 from data_prep.plan import TOKENS_FOLDER
 from data_prep.store import SPLITS, TokenStore
 from data_prep.tokenizer import open_tokenizer
@@ -172,18 +172,22 @@ def _left_out(manifest: Manifest) -> str:
 
 def _clusters(store: TokenStore) -> str:
     """The documents that most of what is left out, documents and sections, is a repetition of."""
-    dropped = read_dropped(store.folder)
-    dropped = dropped.select(dropped.of >= 0)
-    originals, place, counts = np.unique(dropped.of, return_inverse=True, return_counts=True)
+    originals, counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
+    for piece in read_dropped(store.folder):
+        found, times = np.unique(piece.of[piece.of >= 0], return_counts=True)
+        originals, place = np.unique(np.concatenate([originals, found]), return_inverse=True)
+        counts = np.bincount(place, np.concatenate([counts, times]), len(originals)).astype(np.int64)
+    shown = originals[np.argsort(-counts, kind="stable")[:CLUSTERS]]
+    pieces = [piece.select(np.isin(piece.of, shown)) for piece in read_dropped(store.folder)]
     rows = []
-    for number in np.argsort(-counts, kind="stable")[:CLUSTERS].tolist():
-        mine = dropped.select(place == number)
+    for original in shown.tolist():
+        mine = ordered([piece.select(piece.of == original) for piece in pieces])
         of_reason = np.bincount(mine.reason, minlength=len(REASONS)).tolist()
         what = ", ".join(f"{count:,} x {reason}" for count, reason in zip(of_reason, REASONS, strict=True) if count)
         keys = [store.key(int(doc)) for doc in np.unique(mine.doc)[: KEYS_SHOWN + 1]]
-        shown = ", ".join(keys[:KEYS_SHOWN]) + (", ..." if len(keys) > KEYS_SHOWN else "")
+        names = ", ".join(keys[:KEYS_SHOWN]) + (", ..." if len(keys) > KEYS_SHOWN else "")
         similar = f"{mine.value.min():.3f} to {mine.value.max():.3f}"
-        rows.append([store.key(int(originals[number])), what, similar, shown])
+        rows.append([store.key(original), what, similar, names])
     return table(["document", "left out elsewhere", "similarity", "of"], rows) if rows else ""
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_prep.dropped import REASONS, Cuts, Dropped, dropped_of
+from data_prep.dropped import REASONS, Cuts, Dropped, dropped_of, mapped_from
 from data_prep.duplicates.candidates import SortedRuns
 from data_prep.duplicates.ngrams import hashes
 from data_prep.duplicates.sections import Paragraphs, Texts, sections
@@ -73,7 +73,7 @@ class Scan(NamedTuple):
 
 class Searcher:
     """Searches whole units of a token store; `first_doc[u]` is the number of the first document of unit u, `split` a file that
-    says 0 of a document that is trained on, `cuts` what is cut out of them already."""
+    says 0 of a document that is trained on, `cuts` a folder of what is cut out of them already."""
 
     def __init__(
         self,
@@ -83,33 +83,35 @@ class Searcher:
         pieces: list[bytes],
         first_doc: Sequence[int],
         split: Path,
-        cuts: Dropped,
+        cuts: Path,
     ) -> None:
         self.tokens, self.reference, self.scan = tokens, reference, scan
         self.paragraphs = Paragraphs(pieces)
-        self.first_doc, self.split, self.cuts = first_doc, split, cuts
+        self.first_doc, self.split, self._cuts_folder = first_doc, split, cuts
         self._opened: Reference | None = None
 
-    def run(self, unit: int) -> Dropped:
-        """What is to be left out of the unit's documents, beside what is cut out of them already."""
+    def run(self, unit: int) -> tuple[int, Dropped]:
+        """The unit, and what is to be left out of its documents beside what is cut out of them already."""
         if self._opened is None:
             self._opened = Reference(self.reference, self.scan.ngram)
             self._split = np.memmap(self.split, np.uint8, "r")
+            cuts = mapped_from(self._cuts_folder)
+            self._cut_docs, self._cuts = cuts.doc, Cuts([(cuts.doc, cuts.begin, cuts.end)])
         rows: list[tuple] = []
         doc = int(self.first_doc[unit])
         for ids, offsets in read_batches(unit_path(self.tokens, unit)):
             for row in self._suspects(ids, offsets, doc):
                 rows += self._of_document(doc + row, ids[offsets[row] : offsets[row + 1]])
             doc += len(offsets) - 1
-        return dropped_of(rows)
+        return unit, dropped_of(rows)
 
     def _suspects(self, ids: np.ndarray, offsets: np.ndarray, first: int) -> list[int]:
         """Documents of a batch with one of the n-grams, or with cuts, which may have joined one."""
         assert self._opened is not None
         begins = self._opened.begins(ids)
         rows = np.unique(np.searchsorted(offsets, begins, side="right") - 1)
-        numbers = np.arange(first, first + len(offsets) - 1)
-        rows = np.union1d(rows, np.flatnonzero(np.isin(numbers, self.cuts.doc)))
+        mine = slice(*np.searchsorted(self._cut_docs, [first, first + len(offsets) - 1]).tolist())
+        rows = np.union1d(rows, self._cut_docs[mine] - first)
         return rows[self._split[first + rows] == 0].tolist()
 
     def _of_document(self, doc: int, ids: np.ndarray) -> Iterator[tuple]:
@@ -118,7 +120,7 @@ class Searcher:
         scan, size = self.scan, len(ids)
         begin, end = scan.begins, size - 1
         stays = np.zeros(size, bool)
-        stays[Cuts(self.cuts).applied(doc, np.arange(size))] = True
+        stays[self._cuts.applied(doc, np.arange(size))] = True
         before = stays.copy()
         content = Texts(ids, np.array([begin]), np.array([end]))
         section = np.searchsorted(

@@ -7,6 +7,7 @@ and the settings alone.
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from data_prep.duplicates.sketch import SLOTS
 from data_prep.ledger import unit_path
 from data_prep.unit_file import UnitFile
 
-OPEN_UNITS, READ_ITEMS, PAIRS_AT_ONCE = 64, 128, 1 << 18
+OPEN_UNITS, READ_ITEMS, PAIRS_AT_ONCE, FOUND_AT_ONCE = 64, 128, 1 << 18, 1 << 16
 DEVIATIONS = 4
 """A pair as similar as the threshold is lost, once in 30,000 times, where its sketches differ by more standard deviations."""
 
@@ -62,15 +63,17 @@ class Deciding:
             lambda unit: tuple(items.column(name, unit) for name in ("doc", "begin", "end"))
         )
 
-    def repetitions(self, threshold: float, folder: Path, left_out: np.ndarray) -> np.ndarray:
-        """REPETITION [found], in order; `left_out`: documents (ascending) that are not compared at all.
+    def repetitions(self, threshold: float, folder: Path, left_out: np.ndarray) -> Iterator[np.ndarray]:
+        """REPETITION [found], in order, in pieces; `left_out`: documents (ascending) that are not compared at all.
 
-        Candidates are sorted in `folder`.
+        Candidates are sorted in `folder`, where a byte an item lies as well.
         """
-        return np.fromiter(self._repetitions(threshold, folder, left_out), REPETITION)
+        found = self._repetitions(threshold, folder, left_out)
+        while len(piece := np.fromiter(islice(found, FOUND_AT_ONCE), REPETITION)):
+            yield piece
 
     def _repetitions(self, threshold: float, folder: Path, left_out: np.ndarray) -> Iterator[tuple]:
-        gone = np.zeros(len(self.items), bool)
+        gone = np.asarray(np.memmap(folder / "run-gone", bool, "w+", shape=len(self.items)))
         passed = 0
         for later, earlier in self._promising(threshold, folder):
             for item, other in zip(later.tolist(), earlier.tolist(), strict=True):

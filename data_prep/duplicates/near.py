@@ -12,17 +12,18 @@ was killed goes on with the sketches that are there, and with what was decided.
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from console.progress import Progress
-from data_prep.dropped import REASONS, Dropped, ordered, read_dropped, write_dropped
+from data_prep.columns import scratch_folder
+from data_prep.dropped import REASONS, Dropped, in_order, kept_in, ordered, read_dropped, write_dropped
 from data_prep.duplicates.by_unit import of_units
 from data_prep.duplicates.candidates import Items
 from data_prep.duplicates.decide import REPETITION, Deciding
-from data_prep.duplicates.sketch import LEVELS, NearSettings, Sketcher, sketch_path
+from data_prep.duplicates.sketch import NearSettings, Sketcher, sketch_path
 from data_prep.ledger import Ledger
 from storage.atomic import write_atomically
 
@@ -35,8 +36,8 @@ DOCUMENT, EMPTIED, SECTION = (
 
 def find_near_duplicates(
     tokens: Path, work: Path, settings: NearSettings, ledgers: Sequence[Ledger], pieces: list[bytes], workers: int
-) -> Dropped:
-    """What repeats something earlier in the token store; `pieces`: the bytes that each token adds to a text.
+) -> Iterator[Dropped]:
+    """What repeats something earlier in the token store, in order; `pieces`: the bytes that each token adds to a text.
 
     Raises ValueError where no document is as long as an n-gram.
     """
@@ -47,7 +48,8 @@ def find_near_duplicates(
         with Progress("sketching", sum(ledger.file_bytes for ledger in ledgers)) as progress:
             for unit in of_units(sketcher, len(ledgers), workers):
                 progress.advance(ledgers[unit].file_bytes)
-        write_dropped(work, _decided(tokens, work, settings, ledgers, sketcher.paragraphs.sizes))
+        with scratch_folder(work / "run-found") as scratch:
+            write_dropped(work, _decided(tokens, work, scratch, settings, ledgers, sketcher.paragraphs.sizes))
         write_atomically(decided, b"")
     return read_dropped(work)
 
@@ -64,12 +66,14 @@ def _prepare(work: Path, settings: NearSettings, ledgers: Sequence[Ledger]) -> N
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
         write_atomically(work / KEY_FILE, key)
-    for path in (*work.glob("*.tmp"), *work.glob("run-*")):
+    for path in (*work.glob("*.tmp"), *work.glob("run-*.npy")):
         path.unlink()
 
 
-def _decided(tokens: Path, work: Path, settings: NearSettings, ledgers: Sequence[Ledger], sizes: np.ndarray) -> Dropped:
-    found = dict.fromkeys(LEVELS, np.zeros(0, REPETITION))
+def _decided(
+    tokens: Path, work: Path, scratch: Path, settings: NearSettings, ledgers: Sequence[Ledger], sizes: np.ndarray
+) -> Iterator[Dropped]:
+    found: list[Dropped] = []
     size = sum(ledger.file_bytes for ledger in ledgers)
     for level, threshold in settings.levels.items():
         items = Items([sketch_path(work, unit, level) for unit in range(len(ledgers))])
@@ -80,26 +84,43 @@ def _decided(tokens: Path, work: Path, settings: NearSettings, ledgers: Sequence
         documents = [ledger.documents for ledger in ledgers]
         with Progress(f"comparing {level}", size) as progress:
             deciding = Deciding(tokens, documents, items, settings.ngram, sizes, progress, size / len(items))
-            found[level] = deciding.repetitions(threshold, work, found["documents"]["doc"])
-    return _rows(found["documents"], found["sections"], settings.begins + 1)
+            gone = found[0].doc if found else np.zeros(0, np.int64)
+            pieces = deciding.repetitions(threshold, work, gone)
+            rows = (
+                (_all_of(piece, DOCUMENT, piece["value"]) for piece in pieces)
+                if level == "documents"
+                else (_of_sections(piece, settings.begins + 1) for piece in _by_document(pieces))
+            )
+            found.append(kept_in(scratch / level, rows))
+    return in_order(found)
 
 
-def _rows(whole: np.ndarray, cuts: np.ndarray, around: int) -> Dropped:
-    """Both levels together; `around`: tokens of a document that are no text."""
-    docs, first, counts = np.unique(cuts["doc"], return_index=True, return_counts=True)
-    emptied = np.zeros(len(docs), bool)
-    similar = cuts["value"]
-    if len(docs):
-        emptied = np.add.reduceat(cuts["end"] - cuts["begin"], first) == cuts["length"][first] - around
-        similar = np.minimum.reduceat(cuts["value"], first)
+def _all_of(rows: np.ndarray, reason: int, value: np.ndarray) -> Dropped:
+    places = np.zeros_like(rows["doc"]), rows["length"]
+    return Dropped(rows["doc"], *places, np.full(len(rows), reason, np.uint8), value, rows["of"], rows["nbytes"])
+
+
+def _by_document(pieces: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """The same repetitions in pieces that have all or none of a document."""
+    held = np.zeros(0, REPETITION)
+    for piece in pieces:
+        held = np.concatenate([held, piece])
+        end = int(np.searchsorted(held["doc"], held["doc"][-1]))
+        if end:
+            yield held[:end]
+        held = held[end:]
+    if len(held):
+        yield held
+
+
+def _of_sections(cuts: np.ndarray, around: int) -> Dropped:
+    """Of sections that repeat others; `around`: tokens of a document that are no text."""
+    _, first, counts = np.unique(cuts["doc"], return_index=True, return_counts=True)
+    emptied = np.add.reduceat(cuts["end"] - cuts["begin"], first) == cuts["length"][first] - around
+    similar, nbytes = np.minimum.reduceat(cuts["value"], first), np.add.reduceat(cuts["nbytes"], first)
     of_emptied = cuts[first[emptied]]
+    of_emptied["nbytes"] = nbytes[emptied]
     left = cuts[np.repeat(~emptied, counts)]
-
-    def all_of(rows: np.ndarray, reason: int, value: np.ndarray) -> Dropped:
-        places = np.zeros_like(rows["doc"]), rows["length"]
-        return Dropped(rows["doc"], *places, np.full(len(rows), reason, np.uint8), value, rows["of"], rows["nbytes"])
-
     reasons = np.full(len(left), SECTION, np.uint8)
-    stretches = Dropped(left["doc"], left["begin"], left["end"], reasons, left["value"], left["of"], left["nbytes"])
-    of_emptied["nbytes"] = np.add.reduceat(cuts["nbytes"], first)[emptied] if len(docs) else 0
-    return ordered([all_of(whole, DOCUMENT, whole["value"]), all_of(of_emptied, EMPTIED, similar[emptied]), stretches])
+    cut_out = Dropped(left["doc"], left["begin"], left["end"], reasons, left["value"], left["of"], left["nbytes"])
+    return ordered([_all_of(of_emptied, EMPTIED, similar[emptied]), cut_out])

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.dropped import REASONS
+from data_prep.dropped import REASONS, dropped_of, ordered
 from data_prep.duplicates import candidates, ngrams
 from data_prep.duplicates.candidates import Items
 from data_prep.duplicates.near import find_near_duplicates
@@ -69,7 +69,8 @@ def write_store(folder, units: list[list[np.ndarray]]) -> list[Ledger]:
 def found(folder, units, workers: int = 1, ngram: int = 5, least: int = 50, **levels: float):
     ledgers = write_store(folder / "tokens", units)
     settings = NearSettings(levels, ngram, least, begins=0)
-    return find_near_duplicates(folder / "tokens", folder / "work", settings, ledgers, PIECES, workers)
+    pieces = find_near_duplicates(folder / "tokens", folder / "work", settings, ledgers, PIECES, workers)
+    return ordered([dropped_of([]), *pieces])
 
 
 # --- n-grams, sections, sketches --------------------------------------------------------------------------------------
@@ -209,10 +210,16 @@ def test_pairs_do_not_depend_on_what_fits_into_memory(tmp_path, monkeypatch):
     assert len(list(tmp_path.glob("run-*"))) > 1
 
 
-def test_worker_processes_do_not_show(tmp_path):
+def test_worker_processes_and_what_is_looked_at_together_do_not_show(tmp_path, monkeypatch):
     generator = np.random.default_rng(6)
     texts = [prose(generator, 500) for _ in range(10)]
     units = [[*texts, edited(texts[i], 0.85, generator)] for i in range(4)]
     one, two = (found(tmp_path / str(n), units, n, documents=0.8, sections=0.8) for n in (1, 2))
     assert len(one.doc) == 34
-    assert all(np.array_equal(*columns) for columns in zip(one, two, strict=True))
+    cut = found(tmp_path / "cut", units, sections=0.8)
+    assert {REASONS[reason] for reason in cut.reason} == {"repeated section", "repeated sections"}
+    monkeypatch.setattr("data_prep.duplicates.decide.FOUND_AT_ONCE", 3)
+    monkeypatch.setattr("data_prep.dropped.ROWS_TOGETHER", 2)
+    again = found(tmp_path / "again", units, sections=0.8)
+    for pair in ((one, two), (cut, again)):
+        assert all(np.array_equal(*columns) for columns in zip(*pair, strict=True))

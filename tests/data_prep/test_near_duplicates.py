@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from data_prep import inspect
-from data_prep.dropped import REASONS, read_dropped, write_dropped
+from data_prep.dropped import REASONS, ordered, read_dropped, write_dropped
 from data_prep.duplicates.near import WORK_FOLDER
 from data_prep.repack import repack
 from data_prep.store import TokenStore
@@ -48,7 +48,11 @@ def near(corpus, tokenizer_folder, tmp_path_factory):
 
 
 def test_a_build_leaves_out_what_repeats_and_says_so(near, tokenizer, capsys, monkeypatch):
-    store, dropped, manifest = TokenStore.open(near / "tokens"), read_dropped(near / "tokens"), read_manifest(near)
+    store, dropped, manifest = (
+        TokenStore.open(near / "tokens"),
+        ordered([*read_dropped(near / "tokens")]),
+        read_manifest(near),
+    )
     reasons = {}
     for doc, reason in zip(dropped.doc.tolist(), dropped.reason.tolist(), strict=True):
         reasons.setdefault(store.key(doc), set()).add(REASONS[reason])
@@ -80,14 +84,15 @@ def test_a_list_that_is_not_that_of_the_index_is_a_problem(near, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(near, data)
     assert not [words for _, words in problems(data) if words]
-    dropped = read_dropped(data / "tokens")
+    dropped = ordered([*read_dropped(data / "tokens")])
     cut, whole = np.flatnonzero(dropped.begin > 0)[0], np.flatnonzero(dropped.reason == 0)[0]
     for changed, words in (
         (dropped._replace(end=dropped.end - (np.arange(len(dropped.doc)) == cut)), "of which the index says"),
         (dropped.select(np.arange(len(dropped.doc)) != whole), "does not say why document"),
+        (dropped.select(dropped.doc != dropped.doc[cut]), "leaves out 0 tokens of document"),
         (dropped._replace(doc=dropped.doc + 1000), "names documents that are not there"),
     ):
-        write_dropped(data / "tokens", changed)
+        write_dropped(data / "tokens", [changed])
         assert [words in problem for _, problem in problems(data) if problem] == [True]
     (data / "tokens" / "dropped.arrow").write_bytes(b"")
     assert ["cannot be read" in problem for _, problem in problems(data) if problem] == [True]
