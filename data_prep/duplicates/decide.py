@@ -15,7 +15,7 @@ import numpy as np
 
 from console.progress import Progress
 from data_prep.duplicates.candidates import Items
-from data_prep.duplicates.ngrams import hashes, jaccard, likeness
+from data_prep.duplicates.ngrams import Grams, jaccard
 from data_prep.duplicates.sketch import SLOTS
 from data_prep.ledger import unit_path
 from data_prep.unit_file import UnitFile
@@ -35,10 +35,8 @@ class _Item(NamedTuple):
     doc: int
     begin: int
     end: int
-    ids: np.ndarray
     length: int
-    hashes: np.ndarray
-    """Of its n-grams, ascending, each once."""
+    grams: Grams
 
 
 class Deciding:
@@ -85,11 +83,9 @@ class Deciding:
                 gone[item], gone[other] = _contains(left_out, mine.doc), _contains(left_out, theirs.doc)
                 if gone[item] or gone[other]:
                     continue
-                if likeness(mine.hashes, theirs.hashes) < threshold:
-                    continue
-                if (value := jaccard(mine.ids, theirs.ids, self.ngram)) >= threshold:
+                if (value := jaccard(mine.grams, theirs.grams, threshold)) >= threshold:
                     gone[item] = True
-                    nbytes = int(self.sizes[mine.ids].sum())
+                    nbytes = int(self.sizes[mine.grams.ids].sum())
                     yield mine.doc, mine.begin, mine.end, theirs.doc, mine.length, nbytes, value
 
     def _promising(self, threshold: float, folder: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -110,9 +106,7 @@ class Deciding:
         row = item - int(self.items.starts[unit])
         doc, begin, end = (int(column[row]) for column in self._columns(unit))
         ids = self._opened(unit).tokens(doc)
-        mine = ids[begin:end]
-        grams = np.unique(hashes(mine, self.ngram))
-        return _Item(int(self.first_doc[unit]) + doc, begin, end, mine, len(ids), grams)
+        return _Item(int(self.first_doc[unit]) + doc, begin, end, len(ids), Grams(ids[begin:end], self.ngram))
 
 
 def _contains(ascending: np.ndarray, number: int) -> bool:

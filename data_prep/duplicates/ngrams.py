@@ -1,8 +1,9 @@
 """n-grams of tokens: a hash of each, and how much two texts share of theirs."""
 
-from functools import cache
+from functools import cache, cached_property
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 BLOCK = 1 << 18
 """n-grams hashed at a time: what they need stays in a core's cache."""
@@ -45,8 +46,10 @@ def hashes(ids: np.ndarray, n: int) -> np.ndarray:
     for first in range(0, count, BLOCK):
         last = min(first + BLOCK, count)
         terms = values[ids[first : last + n - 1]] * _powers(BASE)[: last - first + n - 1]
-        sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(terms, dtype=np.uint64)])
-        block = (sums[n:] - sums[:-n]) * _powers(BASE_INVERSE)[: last - first]
+        sums = np.zeros(len(terms) + 1, np.uint64)
+        np.cumsum(terms, out=sums[1:])
+        block = sums[n:] - sums[:-n]
+        block *= _powers(BASE_INVERSE)[: last - first]
         block ^= block >> np.uint64(32)
         block *= np.uint64(0xD6E8FEB86659FD93)
         block ^= block >> np.uint64(32)
@@ -54,43 +57,51 @@ def hashes(ids: np.ndarray, n: int) -> np.ndarray:
     return result
 
 
-def likeness(a: np.ndarray, b: np.ndarray) -> float:
-    """Jaccard similarity of two sets of hashes, each ascending without repetition: less than that of the n-grams at most
-    where two n-grams of one text share a hash."""
-    if min(len(a), len(b)) == 0:
-        return 0.0
-    both = np.concatenate([a, b])
-    both.sort()
-    shared = int(np.count_nonzero(both[1:] == both[:-1]))
-    return shared / (len(both) - shared)
+class Grams:
+    """The n-grams of one text."""
+
+    def __init__(self, ids: np.ndarray, n: int) -> None:
+        self.ids, self.n = ids, n
+        self._hashes = hashes(ids, n)
+        ordered = np.sort(self._hashes)
+        self.distinct = ordered[np.append(ordered[1:] != ordered[:-1], True)[: len(ordered)]]
+        """Their hashes, ascending, each once."""
+
+    @cached_property
+    def places(self) -> np.ndarray | None:
+        """Where one of each distinct hash begins, int64; None where different ones share a hash."""
+        order = np.argsort(self._hashes, kind="stable")
+        ordered = self._hashes[order]
+        again = np.append(False, ordered[1:] == ordered[:-1])
+        first = order[~again]
+        of_same = first[np.cumsum(~again)[again] - 1]
+        return first if _same(self, order[again], self, of_same) else None
 
 
-def jaccard(a: np.ndarray, b: np.ndarray, n: int) -> float:
-    """Share that the n-grams of both have among the distinct n-grams of either; exact, whatever hashes collide."""
-    if np.array_equal(a, b):
+def jaccard(a: Grams, b: Grams, least: float = 0.0) -> float:
+    """Share that the n-grams of both have among the distinct n-grams of either; exact, whatever hashes collide.
+
+    0 where the hashes alone share less than `least`: with collisions in one of the texts the n-grams could share more.
+    """
+    if np.array_equal(a.ids, b.ids):
         return 1.0
-    if min(len(a), len(b)) < n:
+    if min(len(a.distinct), len(b.distinct)) == 0:
         return 0.0
-    keys = np.concatenate([hashes(a, n), hashes(b, n)])
-    order = np.argsort(keys, kind="stable")
-    same = keys[order[1:]] == keys[order[:-1]]
-    view = np.lib.stride_tricks.sliding_window_view
-    grams = view(a, n), view(b, n)
-    if not _equal(grams, order[1:][same], order[:-1][same]):
-        return _jaccard_of_sets(*({row.tobytes() for row in side} for side in grams))
-    of_b = order >= len(grams[0])
-    union = 1 + np.count_nonzero(~same)
-    of_each = 1 + np.count_nonzero(~same | (of_b[1:] != of_b[:-1]))
-    return float(of_each - union) / union
+    place = np.searchsorted(b.distinct, a.distinct)
+    place[place == len(b.distinct)] = 0
+    hit = b.distinct[place] == a.distinct
+    shared = int(np.count_nonzero(hit))
+    share = shared / (len(a.distinct) + len(b.distinct) - shared)
+    if share < least:
+        return 0.0
+    if a.places is None or b.places is None or not _same(a, a.places[hit], b, b.places[place[hit]]):
+        return _jaccard_of_sets(*({row.tobytes() for row in sliding_window_view(each.ids, each.n)} for each in (a, b)))
+    return share
 
 
-def _equal(grams: tuple[np.ndarray, np.ndarray], left: np.ndarray, right: np.ndarray) -> bool:
-    """Are the n-grams of these places, counted through both texts, the same?"""
-
-    def column(places: np.ndarray, j: int) -> np.ndarray:
-        return np.concatenate([side[:, j] for side in grams])[places]
-
-    return all(np.array_equal(column(left, j), column(right, j)) for j in range(grams[0].shape[1]))
+def _same(a: Grams, places: np.ndarray, b: Grams, others: np.ndarray) -> bool:
+    """Are the n-grams that begin in these places the same?"""
+    return all(np.array_equal(a.ids[places + j], b.ids[others + j]) for j in range(a.n))
 
 
 def _jaccard_of_sets(a: set[bytes], b: set[bytes]) -> float:

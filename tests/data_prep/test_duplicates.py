@@ -80,13 +80,13 @@ def found(folder, units, workers: int = 1, ngram: int = 5, least: int = 50, **le
 def test_jaccard_is_that_of_the_sets_of_ngrams(a, b, n):
     if not np.array_equal(a, b):
         expected = exact(a, b, n) if grams(a, n) and grams(b, n) else 0
-        assert ngrams.jaccard(a, b, n) == expected
+        assert ngrams.jaccard(ngrams.Grams(a, n), ngrams.Grams(b, n)) == expected
 
 
 def test_colliding_hashes_make_nothing_similar(monkeypatch):
     a, b = np.arange(50, dtype=np.uint16), np.arange(30, 80, dtype=np.uint16)
     monkeypatch.setattr(ngrams, "hashes", lambda ids, n: np.zeros(len(ids) - n + 1, np.uint64))
-    assert ngrams.jaccard(a, b, 3) == exact(a, b, 3)
+    assert ngrams.jaccard(ngrams.Grams(a, 3), ngrams.Grams(b, 3)) == exact(a, b, 3)
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
