@@ -49,8 +49,8 @@ from storage.atomic import own_temporary, publish
 from storage.manifest import MANIFEST_FILE, Manifest, PackingPolicy, read_manifest
 
 
-def repack(data: Path, policy: PackingPolicy, output: Path) -> Manifest:
-    """Pack the token store of `data` into `output`; return the manifest."""
+def repack(data: Path, policy: PackingPolicy, output: Path, workers: int | None = None) -> Manifest:
+    """Pack the token store of `data` into `output`, by so many processes (None: the cores); return the manifest."""
     origin = read_manifest(data)
     if problem := tokenizer_problem(data, origin):
         raise ValueError(problem)
@@ -79,7 +79,7 @@ def repack(data: Path, policy: PackingPolicy, output: Path) -> Manifest:
             repacked_from=origin.fingerprint,
             dropped=_checked(store) if "dropped" in origin.statistics else None,
         )
-        return finish(plan, tokenizer, tokenizer_file, output, made, available_cores())
+        return finish(plan, tokenizer, tokenizer_file, output, made, workers or available_cores())
 
 
 def _plan_of(data: Path, policy: PackingPolicy) -> tuple[PackingPlan, str]:

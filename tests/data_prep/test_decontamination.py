@@ -83,7 +83,7 @@ def test_nothing_is_shared_afterwards(corpus, evaluation, tokenizer_folder, toke
     assert before.splits["validation"]["documents"].tokens == after.splits["validation"]["documents"].tokens
     assert 0.2 < after.splits["train"]["documents"].tokens / before.splits["train"]["documents"].tokens < 1
     assert not [words for _, words in problems(tmp_path / "after") if words]
-    repack(tmp_path / "after", read_manifest(tmp_path / "after").packing, tmp_path / "again")
+    repack(tmp_path / "after", read_manifest(tmp_path / "after").packing, tmp_path / "again", workers=1)
     assert contents(tmp_path / "again") == contents(tmp_path / "after")
 
 

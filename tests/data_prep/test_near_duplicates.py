@@ -141,7 +141,7 @@ def test_kills_and_repacking_do_not_show(corpus, near, tokenizer_folder, tmp_pat
         patch.setattr("data_prep.duplicates.near.Deciding", killed)  # what was decided stays
         build_here([corpus], tokenizer_folder, output, **how)
     assert contents(output) == contents(near)
-    repack(near, read_manifest(near).packing, tmp_path / "again")
+    repack(near, read_manifest(near).packing, tmp_path / "again", workers=1)
     assert contents(tmp_path / "again") == contents(near)
 
 

@@ -50,12 +50,12 @@ def test_packed_again_it_is_what_a_build_makes(tmp_path_factory, tokenizer_folde
     options = {"unit_bytes": units, "deduplicate": remove, "validation_fraction": 0.3}
     for name, policy in (("one", first), ("two", second)):
         build_here([path], tokenizer_folder, folder / name, **options, **policy.model_dump())
-    manifest = repack(folder / "one", second, folder / "again")
+    manifest = repack(folder / "one", second, folder / "again", workers=1)
     assert contents(folder / "again") == contents(folder / "two")
     assert manifest.fingerprint == read_manifest(folder / "two").fingerprint
     assert manifest.repacked_from == read_manifest(folder / "one").fingerprint
     assert [problem for _, problem in problems(folder / "again", full=True) if problem] == []
-    repack(folder / "again", first, folder / "back")
+    repack(folder / "again", first, folder / "back", workers=1)
     assert contents(folder / "back") == contents(folder / "one")
 
 
