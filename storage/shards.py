@@ -14,6 +14,7 @@ import hashlib
 import os
 import time
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -21,8 +22,8 @@ import numpy as np
 import pyarrow as pa
 
 from storage.atomic import publish
-from storage.manifest import Manifest, Shard, file_sha256, read_manifest
-from storage.mapped import MappedShard, map_stream
+from storage.manifest import Manifest, Shard, read_manifest
+from storage.mapped import MappedShard
 from storage.on_demand import on_demand
 from storage.pieces import PieceFile, Pieces
 from storage.rows import (
@@ -32,15 +33,11 @@ from storage.rows import (
     rows_per_batch,
     shard_schema,
 )
+from storage.shard_check import ALL, Share, manifest_schema, shard_identity, shard_problem
 
 SHARD_BYTES = 1 << 28
 
 Verify = Literal["none", "quick", "full"]
-
-
-def shard_identity(split: str, source: str, number: int) -> dict[str, str]:
-    """The metadata by which a shard knows its own place, so that exchanged files are noticed."""
-    return {"split": split, "source": source, "shard": str(number)}
 
 
 class ShardWriter:
@@ -256,18 +253,19 @@ class ShardedDataset:
         block, j = self.find(self.sources.index(source), row)
         return block.spans(j)
 
-    def verify(self, full: bool = False) -> Iterator[tuple[Shard, str | None]]:
+    def verify(self, full: bool = False, share: Share = ALL) -> Iterator[tuple[Shard, str | None]]:
         """Check every shard against the manifest; yield it with a sentence on what is wrong, or None."""
+        places = count()
         for source, shards in zip(self.sources, self._shards, strict=True):
             for number, shard in enumerate(shards):
-                path = self.directory / shard.file
+                path, mine = self.directory / shard.file, next(places) % share.of == share.number
                 if self._on_demand is not None:
                     if not full:  # compared with its hash when it comes
                         yield shard, None
                         continue
                     self._on_demand.use(shard.file, path.stat)
                 identity = shard_identity(self.split, source, number)
-                yield shard, _shard_problem(path, shard, self.manifest, identity, full)
+                yield shard, shard_problem(path, shard, self.manifest, identity, full, mine)
 
     def _map(self, source: int, shard: int) -> MappedShard:
         entry = self._shards[source][shard]
@@ -280,7 +278,7 @@ class ShardedDataset:
                 mapped = self._on_demand.use(entry.file, lambda: MappedShard(path, may_go=True))
         except (OSError, pa.ArrowException) as error:
             raise ValueError(f"{path} cannot be read ({error}): run `python -m data_prep.verify`") from None
-        if not mapped.schema.equals(_schema(self.manifest)) or mapped.rows != entry.rows:
+        if not mapped.schema.equals(manifest_schema(self.manifest)) or mapped.rows != entry.rows:
             raise ValueError(f"{path} does not hold the {entry.rows} rows of the manifest: restore it")
         self._mapped[source][shard] = mapped
         return mapped
@@ -293,11 +291,14 @@ class ShardedDataset:
             self._brought = size
 
 
-def open_split(directory: Path, split: str, verify: Verify = "quick", vocab_size: int | None = None) -> ShardedDataset:
+def open_split(
+    directory: Path, split: str, verify: Verify = "quick", vocab_size: int | None = None, share: Share = ALL
+) -> ShardedDataset:
     """Open a split of a prepared data set.
 
     verify: "quick" compares existence, size, place, schema and row counts of every shard with the manifest, "full" also
-    hashes them, "none" trusts them (another process has checked). `vocab_size` is the model's: ids must lie below it.
+    hashes them, "none" trusts them (another process has checked). Of shards outside of `share` it is existence and size alone.
+    `vocab_size` is the model's: ids must lie below it.
     """
     manifest = read_manifest(directory)
     if split not in manifest.splits:
@@ -307,37 +308,7 @@ def open_split(directory: Path, split: str, verify: Verify = "quick", vocab_size
     if vocab_size is not None and highest >= vocab_size:
         raise ValueError(f"{directory} holds token id {highest}, but the model's vocab_size is {vocab_size}")
     if verify != "none":
-        for _, problem in dataset.verify(full=verify == "full"):
+        for _, problem in dataset.verify(verify == "full", share):
             if problem:
                 raise ValueError(problem)
     return dataset
-
-
-def _schema(manifest: Manifest) -> pa.Schema:
-    return shard_schema(manifest.packing.row_tokens, manifest.dtype, target_spans=manifest.target_spans)
-
-
-def _shard_problem(path: Path, shard: Shard, manifest: Manifest, identity: dict[str, str], full: bool) -> str | None:
-    if not path.is_file():
-        return f"{path} is missing: restore it or build the data set again"
-    if difference := path.stat().st_size - shard.bytes:
-        return f"{path} is {abs(difference)} bytes {'longer' if difference > 0 else 'shorter'} than its manifest says"
-    try:
-        schema, batches = map_stream(path)
-    except (OSError, pa.ArrowException) as error:
-        return f"{path} is not a readable Arrow stream ({error})"
-    metadata = schema.metadata or {}
-    found = {key: metadata.get(key.encode(), b"?").decode(errors="replace") for key in identity}
-    if found != identity:
-        place = "shard {shard} of source {source} in split {split}"
-        return f"{path} holds {place.format_map(found)}, not {place.format_map(identity)}: files were exchanged"
-    if not schema.equals(_schema(manifest)):
-        return f"{path} has another schema than the manifest's {manifest.packing.row_tokens} x {manifest.dtype} a row"
-    rows = [batch.num_rows for batch in batches]
-    if sum(rows) != shard.rows:
-        return f"{path} holds {sum(rows)} rows, its manifest says {shard.rows}"
-    if set(rows[:-1]) - {rows_per_batch(manifest.packing.row_tokens, manifest.dtype)}:
-        return f"{path} has record batches of irregular length"
-    if full and file_sha256(path) != shard.sha256:
-        return f"{path} has changed: its sha256 is not the manifest's"
-    return None

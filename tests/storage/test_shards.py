@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.manifest import NOT_FINGERPRINTED, Manifest, fingerprint, read_manifest, save_manifest, token_dtype
+from storage.shard_check import Share
 from storage.shards import RowBlock, ShardWriter, open_split, rows_per_batch
 from tests.properties import examples
 from tests.training.corpus import build, document_tokens
@@ -169,6 +171,19 @@ def test_each_damage_has_its_own_sentence(data, damage, sentence):
     with pytest.raises(ValueError, match=sentence) as error:
         open_split(data, "train")
     assert "\n" not in str(error.value)
+    found = [sentence_of(data, Share(number, 2)) for number in range(2)]
+    inside = {cut_at_message_and_fill, overwrite_beginning}  # of the first shard, which the first looks into
+    assert found == [str(error.value), None if damage in inside else found[1]]
+    assert damage in inside or re.search(sentence if damage is not exchange else "exchanged", found[1])
+
+
+def sentence_of(data: Path, share: Share) -> str | None:
+    """By which one of several processes refuses."""
+    try:
+        open_split(data, "train", share=share)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def test_a_flipped_bit_is_found_by_full_verification(data):
