@@ -75,13 +75,13 @@ def open_data(folder: Path, tokens: int, ranks: int) -> dict[str, Any]:
 
 def look_at_shards(folder: Path, tokens: int, ranks: int) -> dict[str, Any]:
     """Every rank compares a share of the shards with the manifest at its start, of the others the size alone."""
-    from storage.shard_check import Share
+    from storage.shard_check import ShardShare
     from storage.shards import open_split
 
     (dataset, shards) = (open_split(folder / "one", "train", verify="none"), len(_all_shards(folder)))
     with Peak() as peak:
         seconds = []
-        for share in (Share(0, 1), Share(1, 2)):
+        for share in (ShardShare(0, 1), ShardShare(1, 2)):
             began = time.perf_counter()
             for _ in range(20):
                 assert [problem for _, problem in dataset.verify(share=share)] == [None]

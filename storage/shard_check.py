@@ -11,14 +11,14 @@ from storage.mapped import map_stream
 from storage.rows import rows_per_batch, shard_schema
 
 
-class Share(NamedTuple):
+class ShardShare(NamedTuple):
     """Every `of`th shard of a split, from this number on: what one of several processes looks into."""
 
     number: int
     of: int
 
 
-ALL = Share(0, 1)
+ALL = ShardShare(0, 1)
 
 
 def shard_identity(split: str, source: str, number: int) -> dict[str, str]:

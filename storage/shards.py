@@ -33,7 +33,7 @@ from storage.rows import (
     rows_per_batch,
     shard_schema,
 )
-from storage.shard_check import ALL, Share, manifest_schema, shard_identity, shard_problem
+from storage.shard_check import ALL, ShardShare, manifest_schema, shard_identity, shard_problem
 
 SHARD_BYTES = 1 << 28
 
@@ -253,7 +253,7 @@ class ShardedDataset:
         block, j = self.find(self.sources.index(source), row)
         return block.spans(j)
 
-    def verify(self, full: bool = False, share: Share = ALL) -> Iterator[tuple[Shard, str | None]]:
+    def verify(self, full: bool = False, share: ShardShare = ALL) -> Iterator[tuple[Shard, str | None]]:
         """Check every shard against the manifest; yield it with a sentence on what is wrong, or None."""
         places = count()
         for source, shards in zip(self.sources, self._shards, strict=True):
@@ -292,7 +292,7 @@ class ShardedDataset:
 
 
 def open_split(
-    directory: Path, split: str, verify: Verify = "quick", vocab_size: int | None = None, share: Share = ALL
+    directory: Path, split: str, verify: Verify = "quick", vocab_size: int | None = None, share: ShardShare = ALL
 ) -> ShardedDataset:
     """Open a split of a prepared data set.
 

@@ -17,7 +17,7 @@ from launch.hostfile import across_hosts
 from launch.topology import Topology
 from model.config import ModelConfig
 from storage.manifest import Manifest
-from storage.shard_check import Share
+from storage.shard_check import ShardShare
 from storage.shards import ShardedDataset, open_split
 from training.config import Recipe, config_json_notices, load_recipe
 from training.data import TrainingData
@@ -117,7 +117,7 @@ def make_plan(
 
     Not `fresh`: a run that has begun continues, without its `training.initial_weights`, which may be gone by now.
     """
-    problems, share = list[str](), Share(topology.local_rank % topology.local_size, topology.local_size)
+    problems, share = list[str](), ShardShare(topology.local_rank % topology.local_size, topology.local_size)
     recipe, ds_config, opened = _read(recipe_file, overrides, ds_config_file, data, share, problems)
     resolved, bounds = _lay_out(recipe, ds_config, ds_config_file, opened[0], topology, degrees, problems)
     stages, sets = _open_stages(recipe, recipe_file, opened, resolved, problems)
@@ -143,7 +143,7 @@ class OpenData(NamedTuple):
 
 
 def _read(
-    recipe_file: str, overrides: dict[str, str], ds_config_file: str, data: str, share: Share, problems: list[str]
+    recipe_file: str, overrides: dict[str, str], ds_config_file: str, data: str, share: ShardShare, problems: list[str]
 ) -> tuple[Recipe, dict[str, Any] | None, list[OpenData]]:
     """What the user named: recipe, JSON (None: it cannot be read) and the data of each stage, of which it looks into a `share`.
 

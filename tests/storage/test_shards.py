@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.manifest import NOT_FINGERPRINTED, Manifest, fingerprint, read_manifest, save_manifest, token_dtype
-from storage.shard_check import Share
+from storage.shard_check import ShardShare
 from storage.shards import RowBlock, ShardWriter, open_split, rows_per_batch
 from tests.properties import examples
 from tests.training.corpus import build, document_tokens
@@ -167,7 +167,7 @@ DAMAGE = {
 @pytest.mark.parametrize(("damage", "sentence"), DAMAGE.items(), ids=lambda value: getattr(value, "__name__", ""))
 def test_each_damage_has_its_own_sentence(data, damage, sentence):
     damage(data)
-    for share in (Share(0, 1), Share(0, 2), Share(1, 2)):
+    for share in (ShardShare(0, 1), ShardShare(0, 2), ShardShare(1, 2)):
         if share.number == 1 and damage in (cut_at_message_and_fill, overwrite_beginning):  # what the first looks into
             open_split(data, "train", share=share)
             continue
