@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from engine.run.plan import RunPlan
 from launch.topology import LAUNCHER_VARIABLES, shell_environment
 from model.documents import Documents
 from model.llama import Block, layer_plan
+from planner.engine_probe import EngineProbe
 from planner.parts import elements, part_of_model
 from planner.rates import Cost, Kind, MeasuredLinks, PartRates, Passes
 from training.data import TrainingData, make_batch, training_order
@@ -53,9 +54,12 @@ OWN = 4.0
 
 
 class Probes:
-    """Parts of a plan's step, to be timed in rounds. Collective over all ranks."""
+    """Parts of a plan's step, to be timed in rounds; DeepSpeed's own share for these `stages` of ZeRO.
 
-    def __init__(self, plan: RunPlan, device: torch.device) -> None:
+    Collective over all ranks. To be made before the engine of a run, whose groups DeepSpeed then remembers.
+    """
+
+    def __init__(self, plan: RunPlan, device: torch.device, stages: tuple[int, ...] = (0, 1, 2, 3)) -> None:
         self.plan, self.mesh, self.device = plan, plan.mesh, device
         self.model = part_of_model(plan.recipe.model, plan.mesh)
         self._found: dict[str, list[float]] = {}
@@ -70,6 +74,7 @@ class Probes:
         self._shapes = self._block_shapes()
         self._groups = {n: self._group(n) for n in range(2, self.mesh.world_size + 1) if self.mesh.world_size % n == 0}
         self._updated = self._optimizer()
+        self._engines = EngineProbe(plan, device, stages)
         self._copied = torch.zeros(2, COPIED_BYTES // 4, device=self.device)
         self._tensors = {size: torch.zeros(size // 4, device=self.device) for size in SIZES}
 
@@ -136,6 +141,12 @@ class Probes:
             yield from self._passes(
                 f"block {number}", partial(self._through_blocks, x, documents), x, len(self._blocks)
             )
+        x = torch.randn(rows, self._shapes[0].position_ids.shape[1], width, device=self.device, dtype=self._dtype)
+        if self.mesh.rank == 0:
+            yield from self._passes("alone", partial(self._through_blocks, x, self._shapes[0]), x, len(self._blocks))
+        else:
+            yield "alone forward", 0.0 * self._timed(lambda: None)
+            yield "alone backward", 0.0 * self._timed(lambda: None)
         for number in (0, HALF):
             documents = self._shapes[number]
             tokens = documents.position_ids.shape[1]
@@ -145,6 +156,8 @@ class Probes:
             yield from self._passes(f"head {number}", partial(self._loss, x, documents, targets), x)
             yield from self._passes(f"embedding {number}", partial(self._embedding, ids))
         yield "update", self._timed(self._updated[0].step) / self._updated[1]
+        for name, act in self._engines.probes():
+            yield name, self._timed(act)
         yield "copy", self._timed(lambda: self._copied[0].copy_(self._copied[1]))
         for ranks, group in self._groups.items():
             for size, tensor in self._tensors.items():
@@ -224,9 +237,13 @@ class Probes:
         slowest = passes.clone()
         dist.all_reduce(passes)
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+        share = min(1.0, len(os.sched_getaffinity(0)) / self.mesh.world_size) if self.device.type == "cpu" else 1.0
+        of_first = self.mesh.world_size * (found["alone forward"] + found["alone backward"])
+        alone = share * (found["block 0 forward"] + found["block 0 backward"]) / of_first
         points: dict[str, list[tuple[float, float]]] = {}
         for name in names:
-            if len(words := name.split()) == 3 and words[1].isdigit() and words[2].isdigit():
+            words = name.split()
+            if words[0] in get_args(Kind) and len(words) == 3:
                 points.setdefault(f"{words[0]} {words[1]}", []).append((float(words[2]), found[name]))
         return PartRates(
             tensor=self.mesh.tensor,
@@ -236,7 +253,9 @@ class Probes:
             update=found["update"],
             copy_byte=found["copy"] / COPIED_BYTES,
             links=MeasuredLinks(points={name: sorted(pairs) for name, pairs in points.items()}),
-            share=min(1.0, len(os.sched_getaffinity(0)) / self.mesh.world_size) if self.device.type == "cpu" else 1.0,
+            share=share,
+            alone=max(alone, 1.0),
+            engine=self._engines.costs(found),
             slowest=float((slowest * self.mesh.world_size / passes).median()),
             source=f"a calibration on {self.mesh.world_size} ranks of this machine",
         )

@@ -53,6 +53,15 @@ class Passes(NamedTuple):
     backward: Cost
 
 
+class EngineCost(NamedTuple):
+    """Seconds that DeepSpeed takes itself, for each tensor of parameters."""
+
+    micro: float = 0.0
+    """Of a micro-batch: hooks, and what a gather or a reduction takes however little it moves."""
+    step: float = 0.0
+    """Of a step, once."""
+
+
 class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True)
 
@@ -111,6 +120,10 @@ class PartRates(Frozen):
     links: MeasuredLinks | DerivedLinks
     share: float = 1.0
     """Of a core that a rank had while this was measured, where ranks are more than cores."""
+    alone: float = 1.0
+    """How many times as fast a rank computes while the others wait."""
+    engine: dict[int, EngineCost] = {}
+    """By stage of ZeRO, where it was measured."""
     slowest: float = 1.0
     """How much longer than on average the slowest of the ranks takes for a pass, which all wait for where they exchange in it."""
     overlap: bool = False

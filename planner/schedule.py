@@ -31,6 +31,7 @@ def play(
     work: Callable[[int, str, int], float],
     transfer: Callable[[str], float],
     processors: float | None = None,
+    alone: float = 1.0,
 ) -> Played:
     """Forward, backward and the exchanges between them of all stages.
 
@@ -39,6 +40,7 @@ def play(
         work: processor seconds of a stage, a pass (ForwardPass, BackwardPass) and a micro-batch.
         transfer: seconds that a send takes once both sides are there.
         processors: for all stages together, one a stage at most; None: one each.
+        alone: how many times as fast a stage computes while all others wait, whose caches and memory it then has.
     """
     stages = len(instructions)
     programs = [[name for name in of_stage if name not in END] for of_stage in instructions]
@@ -62,7 +64,9 @@ def play(
                 moving[stage, stage + SENDS[name]] = transfer(name)
         if not computing and not moving:
             break
-        speed = min(1.0, (processors or stages) / max(len(computing), 1))
+        there = processors or stages
+        idle = max(0.0, there - len(computing)) / max(there - 1, 1)
+        speed = min(1.0, there / max(len(computing), 1)) * (1 + (alone - 1) * min(idle, 1.0))
         step = min([left / speed for left in computing.values()] + [*moving.values()])
         now += step
         for stage in list(computing):

@@ -17,7 +17,7 @@ from engine.run.memory import has_half_weights
 from engine.run.plan import RunPlan
 from planner.lengths import StepRows, rows_of_steps
 from planner.parts import StageParts, stage_parts
-from planner.rates import PartRates, Passes
+from planner.rates import EngineCost, PartRates, Passes
 from planner.schedule import play
 
 AGREEMENTS = 8
@@ -43,7 +43,7 @@ class StepTime(NamedTuple):
     parts: dict[str, float]
     """Seconds of the rank that ends last, without what is hidden behind others: `blocks` (but for attention), `attention`,
     `recomputation`, `embedding`, `head`, `tensor`, `sequence`, `gradients`, `parameters`, `optimizer`, `pipeline` (sends),
-    `bubble` (waits for other stages), `agreement`."""
+    `bubble` (waits for other stages), `agreement`, `engine` (what DeepSpeed takes itself)."""
     tokens_per_second: float
     """Over all ranks."""
 
@@ -78,6 +78,7 @@ class _Step:
         self.tokens = copies * self.head_tokens
         in_step = self.mesh.tensor > 1 or self.mesh.sequence > 1 or self.zero_stage == 3
         self.lag = rates.slowest if in_step else 1.0
+        self.engine = rates.engine.get(self.zero_stage, EngineCost())
         self.half = has_half_weights(plan)
         self.width = 2 if plan.half_precision else 4
         """Bytes of an activation."""
@@ -108,6 +109,7 @@ class _Step:
         for micro in range(self.micro_batches):
             forward, backward = self.passes(stage, pairs[micro], documents[micro])
             each = self.gathered(stage) + self.reduced(stage, micro)
+            each["engine"] = stage.tensors * self.engine.micro
             if self.rates.overlap and self.zero.get("overlap_comm", self.zero_stage > 0):
                 each = _exposed(each, {"parameters": forward + backward, "gradients": backward})
             total += forward + backward + each
@@ -129,6 +131,7 @@ class _Step:
             work,
             self.sent,
             share * self.mesh.pipeline,
+            self.rates.alone,
         )
         busiest = int(np.argmax(result.computed))
         own = Seconds()
@@ -216,6 +219,8 @@ class _Step:
         stays = stage.elements <= min(self.zero.get(limit, 1e9) for limit in limits)
         size = stage.elements * self.weight / stage.tensors
         each = self.exchange("all_gather", self.replicas, self.mesh.tensor, size)
+        if self.engine.micro:  # which has what a gather takes however little it moves
+            each -= self.exchange("all_gather", self.replicas, self.mesh.tensor, 0.0)
         return Seconds(parameters=(1 if stays else 2) * stage.tensors * each)
 
     def reduced(self, stage: StageParts, micro: int) -> Seconds:
@@ -248,7 +253,8 @@ class _Step:
         if self.zero_stage in (1, 2):
             parameters = self.exchange("all_gather", self.replicas, self.mesh.tensor, stage.trained * self.weight)
         agreement = AGREEMENTS * self.exchange("all_reduce", self.mesh.world_size, 1, 64)
-        return Seconds(optimizer=own * update, parameters=parameters + moved, agreement=agreement)
+        engine = stage.tensors * self.engine.step
+        return Seconds(optimizer=own * update, parameters=parameters + moved, agreement=agreement, engine=engine)
 
 
 def _exposed(exchanges: Seconds, behind: dict[str, Seconds]) -> Seconds:

@@ -57,3 +57,13 @@ def test_two_stages_by_hand():
     assert result.end == pytest.approx(1 + 0.5 + 2 + 4 + 0.5 + 8)
     assert result.computed == pytest.approx([9, 6])
     assert result.exchanged == pytest.approx([1, 1])
+    twice = play(instructions(2, 1), lambda stage, name, micro: seconds[stage, name], lambda name: 0.5, alone=2.0)
+    assert twice.end == pytest.approx((1 + 2 + 4 + 8) / 2 + 1), "one waits whenever the other computes"
+
+
+@given(SIZES, st.floats(1, 3))
+def test_who_computes_alone_is_faster_and_nobody_else(sizes, alone):
+    of = [play(instructions(*sizes), lambda *key: 1.0, lambda name: 0.0, alone=speed) for speed in (1.0, alone)]
+    assert of[0].end / alone - 1e-6 <= of[1].end <= of[0].end + 1e-6
+    if sizes[0] == 1:
+        assert of[1].end == pytest.approx(of[0].end)

@@ -66,6 +66,9 @@ def test_the_bytes_that_are_counted_leave_the_busiest_rank(tmp_path):
 
     assert texts[0] == texts[1], "all ranks have the same rates"
     rates = PartRates.model_validate_json(texts[0])
+    assert set(rates.engine) == {0, 1, 2, 3}
+    assert rates.engine[3].micro > 2 * rates.engine[0].micro, "hooks around each module, and a gather"
+    assert rates.alone >= 1
     parts = step_time(plan_of(tmp_path, files, tensor, {}), rates).parts
     needed = ("blocks", "head", "embedding", "tensor", "optimizer", "agreement")
     assert {name for name, seconds in parts.items() if seconds > 0} >= set(needed)
