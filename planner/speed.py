@@ -172,6 +172,11 @@ class _Step:
     def exchange(self, kind: Any, ranks: int, stride: int, size: float) -> float:
         return self.rates.links.seconds(kind, ranks, stride, size) if ranks > 1 else 0.0
 
+    def between_replicas(self, kind: Any, size: float) -> float:
+        """Where DeepSpeed's own share was measured, that has what an exchange takes however little it moves."""
+        least = self.exchange(kind, self.replicas, self.mesh.tensor, 0.0) if self.rates.engine else 0.0
+        return self.exchange(kind, self.replicas, self.mesh.tensor, size) - least
+
     def tensor(self, way: str, recomputed: bool = False) -> float:
         """Exchanges of a tensor-parallel group for one block; one less where only its activations are made again."""
         n, size = self.mesh.tensor, self.tokens * self.model.hidden_size * self.width
@@ -218,9 +223,7 @@ class _Step:
         limits = ("stage3_max_live_parameters", "stage3_max_reuse_distance")
         stays = stage.elements <= min(self.zero.get(limit, 1e9) for limit in limits)
         size = stage.elements * self.weight / stage.tensors
-        each = self.exchange("all_gather", self.replicas, self.mesh.tensor, size)
-        if self.engine.micro:  # which has what a gather takes however little it moves
-            each -= self.exchange("all_gather", self.replicas, self.mesh.tensor, 0.0)
+        each = self.between_replicas("all_gather", size)
         return Seconds(parameters=(1 if stays else 2) * stage.tensors * each)
 
     def reduced(self, stage: StageParts, micro: int) -> Seconds:
@@ -233,7 +236,7 @@ class _Step:
         bucket = stage.trained if self.zero_stage == 0 else min(self.zero.get("reduce_bucket_size", 5e8), stage.trained)
         calls = math.ceil(stage.trained / bucket)
         kind = "reduce_scatter" if self.zero_stage == 3 else "all_reduce"
-        exchanged = calls * self.exchange(kind, self.replicas, self.mesh.tensor, stage.trained / calls * width)
+        exchanged = calls * self.between_replicas(kind, stage.trained / calls * width)
         copied = 2 * stage.trained * width * self.rates.copy_byte if self.zero_stage or self.replicas > 1 else 0.0
         moved = 0.0
         if self._offloads("offload_optimizer"):
@@ -251,7 +254,7 @@ class _Step:
             update, moved = rates.offloaded_update or update, own * self.weight * rates.offload_byte
         parameters = 0.0
         if self.zero_stage in (1, 2):
-            parameters = self.exchange("all_gather", self.replicas, self.mesh.tensor, stage.trained * self.weight)
+            parameters = self.between_replicas("all_gather", stage.trained * self.weight)
         agreement = AGREEMENTS * self.exchange("all_reduce", self.mesh.world_size, 1, 64)
         engine = stage.tensors * self.engine.step
         return Seconds(optimizer=own * update, parameters=parameters + moved, agreement=agreement, engine=engine)

@@ -196,9 +196,9 @@ def _table(fits: list[dict[str, Any]]) -> list[str]:
             _figure(each["step_seconds"], "{:,.3g} s"),
             _figure(each["tokens_per_second"], "{:,.0f}"),
             _figure(each["hours"], "{:,.1f} h"),
-            _figure(each["device_hours"], "{:,.0f}"),
-            _figure(each["kilowatt_hours"], "{:,.0f}"),
-            _figure(each["price"], "{:,.0f}"),
+            _figure(each["device_hours"], "{:,.0f}" if (each["device_hours"] or 0) >= 10 else "{:.2g}"),
+            _figure(each["kilowatt_hours"], "{:,.0f}" if (each["kilowatt_hours"] or 0) >= 10 else "{:.2g}"),
+            _figure(each["price"], "{:,.0f}" if (each["price"] or 0) >= 10 else "{:.2g}"),
         ]
         for number, each in enumerate(fits, start=1)
     ]
@@ -220,7 +220,9 @@ def _figure(value: float | None, form: str) -> str:
 
 def _bytes(size: float) -> str:
     return (
-        f"{size / 1e9:,.2f} GB"
+        f"{size / 1e6:,.3g} MB"
+        if size < 1e9
+        else f"{size / 1e9:,.2f} GB"
         if size < 10e9
         else f"{size / 1e9:,.0f} GB"
         if size < 10e12
