@@ -56,6 +56,8 @@ RECIPE = {
 AUTO = dict.fromkeys(
     ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto"
 )
+DEEP, FLAT = ({"model.num_hidden_layers": blocks} for blocks in ("4", "2"))
+"""Each rank of a pipeline holds some blocks; in the other layouts two show what every block is like."""
 BUCKET = 5000
 BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
 
@@ -65,6 +67,10 @@ def zero(stage: int, **more) -> dict:
     sizes = {"reduce_bucket_size": BUCKET} if stage else {}
     sizes |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": BUCKET} if stage == 3 else {}
     return AUTO | {"zero_optimization": {"stage": stage, **sizes, **more.pop("zero", {})}} | more
+
+
+def depth(config: dict) -> dict[str, str]:
+    return DEEP if "pipeline" in config else FLAT
 
 
 def shipped(bucket: int | str = BUCKET) -> dict[str, tuple[int, dict]]:
@@ -86,7 +92,7 @@ def shipped(bucket: int | str = BUCKET) -> dict[str, tuple[int, dict]]:
     return found
 
 
-def prepare(folder: Path) -> tuple[str, str]:
+def prepare(folder: Path, blocks: int = 4) -> tuple[str, str]:
     """A recipe file and a data set of documents shorter and longer than a row; returns their paths."""
     rng = np.random.default_rng(0)
     lengths = {"long": rng.integers(40, 300, 40).tolist(), "short": rng.integers(4, 60, 60).tolist()}
@@ -94,7 +100,8 @@ def prepare(folder: Path) -> tuple[str, str]:
     (folder / "data/tokenizer").mkdir()
     (folder / "data/tokenizer/tokenizer.model").write_bytes(b"stands for a tokenizer")
     validation = RECIPE["validation"] | {"sets": {"again": str(folder / "data")}}
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | {"validation": validation}))
+    model = RECIPE["model"] | {"num_hidden_layers": blocks}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | {"model": model, "validation": validation}))
     return str(folder / "recipe.yaml"), str(folder / "data")
 
 

@@ -7,12 +7,10 @@ from model.hf.weights import save_hf
 from model.llama import Llama
 from tests.engine.kept import kept
 from tests.engine.plain import plain_torch
-from tests.engine.programs import BF16, histories, prepare, shipped, stopped_once, zero
+from tests.engine.programs import BF16, DEEP, FLAT, depth, histories, prepare, shipped, stopped_once, zero
 from training.config import load_recipe
 
 STEPS = {"training.max_steps": "6"}
-DEEP, FLAT = ({"model.num_hidden_layers": blocks} for blocks in ("4", "2"))
-"""Each rank of a pipeline holds some blocks; in the other layouts two show what every block is like."""
 MORE = {"training.max_steps": "10"}
 OFFLOAD = {"device": "cpu"}
 SPLIT = {"training.micro_batch_samples": "2"}
@@ -313,7 +311,7 @@ def test_a_fresh_engine_continues_to_the_bit(setting, on_ranks, ranks, name):
     """After one step; `test_resume.py` asks it of a few layouts over more steps, with half precision too."""
     folder, *problem = setting
     config, overrides = ALL[ranks][name]
-    overrides = STEPS | (DEEP if is_deep(ranks, name) else FLAT) | overrides
+    overrides = STEPS | depth(config) | overrides
     arguments = str(folder / f"stopped{ranks}-{name}"), *problem, config, overrides
     for whole, stopped in on_ranks(ranks, stopped_once, *arguments):
         np.testing.assert_equal(stopped, whole)

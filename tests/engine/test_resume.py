@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.engine.kept import kept
-from tests.engine.programs import BF16, continued, interrupted, moved, prepare, zero
+from tests.engine.programs import BF16, DEEP, continued, interrupted, moved, prepare, zero
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 READ_AHEAD = {"data.num_workers": "2", "data.prefetch_batches": "8"}
@@ -36,9 +36,10 @@ TENSOR = {  # not on one rank
     "tensor2-zero3-normuon": (zero(3, tensor_parallel={"autotp_size": 2}), NORMUON),
 }
 KEYS = {"keys2": (zero(2, sequence_parallel_size=2, sequence_parallel_exchange="keys"), {})}
-ON_TWO = CONFIGS | TENSOR | KEYS
+DEEPER = {f"{name}-deep": ((CONFIGS | TENSOR)[name][0], DEEP) for name in ("zero3", "pipeline", "tensor2-zero2")}
+ON_TWO = CONFIGS | TENSOR | KEYS | DEEPER
 ON_FOUR = {
-    "pipeline4": (zero(1, pipeline={"stages": 4}), {}),
+    "pipeline4": (zero(1, pipeline={"stages": 4}), DEEP),
     "pipeline2-data2": (zero(1, pipeline={"stages": 2, "partition": "uniform"}), {}),
     "sequence2-data2": (zero(3, sequence_parallel_size=2), {}),
     "sequence4": (zero(0, sequence_parallel_size=4), {}),
@@ -70,17 +71,17 @@ TO_ONE += [("tensor2-zero3-normuon", "zero2-normuon")]
 TO_ONE += [("pipeline", "zero0"), ("pipeline", "zero3-offload"), ("pipeline-bf16", "zero2-bf16")]
 TO_ONE += [("tensor2-zero0", "zero3"), ("tensor2-zero2", "zero0"), ("tensor2-zero3", "zero1")]
 TO_ONE += [("tensor2-zero1-bf16", "zero2-bf16")]
-TO_FOUR = [("zero3", "pipeline4"), ("zero2-offload", "pipeline2-data2"), ("pipeline", "pipeline4")]
+TO_FOUR = [("zero3-deep", "pipeline4"), ("zero2-offload", "pipeline2-data2"), ("pipeline-deep", "pipeline4")]
 TO_FOUR += [("pipeline", "pipeline2-data2"), ("tensor2-zero3", "sequence4"), ("zero0", "sequence2-data2")]
 TO_FOUR += [
     ("zero0", "tensor2-data2-zero3"),
     ("pipeline", "tensor2-data2-zero2"),
     ("tensor2-zero2", "tensor2-data2-zero0"),
 ]
-FROM_FOUR = [("pipeline4", "zero3"), ("pipeline4", "pipeline"), ("pipeline2-data2", "zero0")]
+FROM_FOUR = [("pipeline4", "zero3-deep"), ("pipeline4", "pipeline-deep"), ("pipeline2-data2", "zero0")]
 FROM_FOUR += [("pipeline2-data2", "pipeline"), ("sequence2-data2", "pipeline"), ("sequence2-data2", "zero1")]
 FROM_FOUR += [("tensor2-data2-zero3", "tensor2-zero0"), ("tensor2-data2-zero2", "tensor2-zero3")]
-FROM_FOUR += [("tensor2-data2-zero2", "pipeline"), ("pipeline4", "tensor2-zero2")]
+FROM_FOUR += [("tensor2-data2-zero2", "pipeline"), ("pipeline4", "tensor2-zero2-deep")]
 FROM_FOUR += [("sequence2-data2", "tensor2-zero3")]
 # every two of pipeline, tensor, sequence and data, from and to
 TO_FOUR += [
@@ -116,7 +117,7 @@ def tolerance(*names: str) -> float:
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
     folder = tmp_path_factory.mktemp("resume")
-    return str(folder), *prepare(folder)
+    return str(folder), *prepare(folder, blocks=2)
 
 
 @pytest.fixture(scope="module")
