@@ -25,7 +25,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 CODE = (
     *("console", "data_prep", "ds_configs", "engine", "launch", "model"),
-    *("recipes", "storage", "tools", "train.py", "training"),
+    *("planner", "recipes", "storage", "tools", "train.py", "training"),
 )
 """What a folder must hold for the commands to run in it."""
 KEPT_VARIABLES = ("HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR", "TORCH_EXTENSIONS_DIR", "USER")
