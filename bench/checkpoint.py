@@ -8,8 +8,8 @@ write, memory beyond what it held before, and the seconds of the slowest rank. T
 for the recipe on machines of 512 ranks, without any of them.
 
 First comes how long training stands still for a save: one that waits, one in the background, and a bare copy of as many
-bytes from memory to memory that has been used before; a larger model (about 2 GB of weights and moments), saved several times,
-in each ZeRO stage.
+bytes from memory to memory that has been used before, by the clock and in CPU time of the first rank; a larger model (about
+2 GB of weights and moments), saved several times, in each ZeRO stage.
 """
 
 import argparse
@@ -154,12 +154,14 @@ def stall(folder: Path) -> None:
     saves = Saves(folder / "behind", facts, background=True)
     source, target = (torch.ones(rank_need(plan, rank).snapshot, dtype=torch.uint8) for rank in [topology.rank] * 2)
 
-    def seconds(work: Callable[[], object]) -> float:
+    def seconds(work: Callable[[], object]) -> tuple[float, float]:
+        """By the clock until all ranks have done it, and of the processor for this one."""
         dist.barrier()
-        began = time.perf_counter()
+        began, used = time.perf_counter(), time.thread_time()
         work()
+        used = time.thread_time() - used
         dist.barrier()
-        return time.perf_counter() - began
+        return time.perf_counter() - began, used
 
     rows = []
     for _ in range(SAVES):
@@ -170,7 +172,7 @@ def stall(folder: Path) -> None:
         waited = seconds(lambda: save(loop.engine, folder / "waiting", loop.state, facts))
         stalled = seconds(lambda: saves.begin(loop.engine, loop.state))
         saves.wait(loop.engine)
-        rows.append((waited, stalled, seconds(lambda: target.copy_(source))))
+        rows.append((*waited, *stalled, *seconds(lambda: target.copy_(source))))
     if topology.is_first:
         (folder / "results.json").write_text(json.dumps({"rows": rows, "bytes": source.numel()}))
     leave(0)
@@ -180,7 +182,7 @@ def measure_stall(folder: Path) -> None:
     print(
         f"{'seconds, medians after the first':34s}{'a rank copies':>14s}{'save':>8s}{'stall':>8s}{'copy':>8s}", end=""
     )
-    print(f"{'stall/save':>12s}{'stall/copy':>12s}{'first stall':>13s}")
+    print(f"{'stall/save':>12s}{'stall/copy':>12s}{'in CPU time':>13s}{'first stall':>13s}")
     for name in ("waiting", "behind"):
         (folder / name).mkdir()
     for text in STALLED:
@@ -191,9 +193,11 @@ def measure_stall(folder: Path) -> None:
             [*launcher, "-m", "bench.checkpoint", "--stall-of", folder], check=True, stdout=subprocess.DEVNULL
         )
         found = json.loads((folder / "results.json").read_text())
-        save, stalled, copy = map(statistics.median, zip(*found["rows"][1:], strict=True))
+        save, _, stalled, used, copy, least = map(statistics.median, zip(*found["rows"][1:], strict=True))
         print(f"{layout.name:34s}{found['bytes'] / 1e6:11.0f} MB{save:8.3f}{stalled:8.3f}{copy:8.3f}", end="")
-        print(f"{stalled / save:12.3f}{stalled / copy:12.2f}{found['rows'][0][1]:13.3f}", flush=True)
+        print(
+            f"{stalled / save:12.3f}{stalled / copy:12.2f}{used / least:13.2f}{found['rows'][0][2]:13.3f}", flush=True
+        )
 
 
 def measure(folder: Path) -> None:
