@@ -67,7 +67,9 @@ class Remote:
             self.files.invalidate_cache()
             try:
                 facts = self.files.info(self.path)
-            except FileNotFoundError:
+            except FileNotFoundError as error:
+                if (reason := _reason(error)) is not error:
+                    raise reason from None
                 return None
             return None if facts["type"] == "directory" else _info(facts)
 
@@ -120,7 +122,10 @@ class Remote:
         wait = FIRST_WAIT_SECONDS
         for attempt in range(ATTEMPTS):
             try:
-                return action()
+                try:
+                    return action()
+                except FileNotFoundError as error:
+                    raise _reason(error) from None
             except FileNotFoundError as error:
                 raise RemoteError(f"{self.url} does not exist ({_words(error)})") from None
             except RemoteError:
@@ -139,6 +144,20 @@ class Remote:
             time.sleep(wait)
             wait *= 2
         raise AssertionError("not reached")
+
+
+def _reason(error: FileNotFoundError) -> BaseException:
+    """What it is about where a web server could not be asked or refused: fsspec says of any fault that there is no file."""
+    cause = error.__cause__
+    asked = isinstance(cause, OSError) or type(cause).__module__.startswith("aiohttp")
+    if (
+        cause is None
+        or not asked
+        or isinstance(cause, FileNotFoundError)
+        or getattr(cause, "status", None) in (404, 410)
+    ):
+        return error
+    return cause
 
 
 NO_KEYS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "ParamValidationError")

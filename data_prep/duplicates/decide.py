@@ -5,6 +5,7 @@ chain of likenesses leads to a document that has no like among those that stay. 
 and the settings alone.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
@@ -20,7 +21,7 @@ from data_prep.duplicates.sketch import SLOTS
 from data_prep.ledger import unit_path
 from data_prep.unit_file import UnitFile
 
-OPEN_UNITS, READ_ITEMS, PAIRS_AT_ONCE, FOUND_AT_ONCE = 64, 128, 1 << 18, 1 << 16
+OPEN_UNITS, HELD_TOKENS, PAIRS_AT_ONCE, FOUND_AT_ONCE = 64, 1 << 22, 1 << 18, 1 << 16
 DEVIATIONS = 4
 """A pair as similar as the threshold is lost, once in 30,000 times, where its sketches differ by more standard deviations."""
 
@@ -55,7 +56,7 @@ class Deciding:
     ) -> None:
         self.items, self.ngram, self.sizes, self.progress, self.item_bytes = items, ngram, sizes, progress, item_bytes
         self.first_doc = np.cumsum([0, *documents], dtype=np.int64)
-        self._item = lru_cache(READ_ITEMS)(self._read)
+        self._held, self._held_tokens = OrderedDict[int, _Item](), 0
         self._opened = lru_cache(OPEN_UNITS)(lambda unit: UnitFile(unit_path(tokens, unit)))
         self._columns = lru_cache(OPEN_UNITS)(
             lambda unit: tuple(items.column(name, unit) for name in ("doc", "begin", "end"))
@@ -100,6 +101,17 @@ class Deciding:
                 deviation = np.sqrt(threshold * (1 - threshold) / independent)
                 likely = np.mean(slots[0] == slots[1], axis=1) >= threshold - DEVIATIONS * deviation
                 yield sides[0][likely], sides[1][likely]
+
+    def _item(self, number: int) -> _Item:
+        """An item; those that were asked for last are held, 2 at least and about HELD_TOKENS together."""
+        if found := self._held.get(number):
+            self._held.move_to_end(number)
+            return found
+        found = self._held[number] = self._read(number)
+        self._held_tokens += len(found.grams.ids)
+        while self._held_tokens > HELD_TOKENS and len(self._held) > 2:
+            self._held_tokens -= len(self._held.popitem(last=False)[1].grams.ids)
+        return found
 
     def _read(self, item: int) -> _Item:
         unit = int(np.searchsorted(self.items.starts, item, side="right")) - 1

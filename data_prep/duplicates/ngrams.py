@@ -8,6 +8,8 @@ from numpy.lib.stride_tricks import sliding_window_view
 BLOCK = 1 << 18
 """n-grams hashed at a time: what they need stays in a core's cache."""
 BASE, BASE_INVERSE = 0x9E3779B97F4A7C15, pow(0x9E3779B97F4A7C15, -1, 1 << 64)
+COMPARED = 1 << 16
+"""n-grams of two texts compared at a time, token by token."""
 EMPTY = np.uint64(0xFFFFFFFFFFFFFFFF)
 """No n-gram's hash."""
 
@@ -64,13 +66,17 @@ class Grams:
         self.ids, self.n = ids, n
         self._hashes = hashes(ids, n)
         ordered = np.sort(self._hashes)
-        self.distinct = ordered[np.append(ordered[1:] != ordered[:-1], True)[: len(ordered)]]
+        new = np.ones(len(ordered), bool)
+        np.not_equal(ordered[1:], ordered[:-1], out=new[1:])
+        self.distinct = ordered if new.all() else ordered[new]
         """Their hashes, ascending, each once."""
 
     @cached_property
     def places(self) -> np.ndarray | None:
         """Where one of each distinct hash begins, int64; None where different ones share a hash."""
         order = np.argsort(self._hashes, kind="stable")
+        if len(self.distinct) == len(order):
+            return order
         ordered = self._hashes[order]
         again = np.append(False, ordered[1:] == ordered[:-1])
         first = order[~again]
@@ -101,7 +107,11 @@ def jaccard(a: Grams, b: Grams, least: float = 0.0) -> float:
 
 def _same(a: Grams, places: np.ndarray, b: Grams, others: np.ndarray) -> bool:
     """Are the n-grams that begin in these places the same?"""
-    return all(np.array_equal(a.ids[places + j], b.ids[others + j]) for j in range(a.n))
+    within = np.arange(a.n)
+    return all(
+        np.array_equal(a.ids[places[part, None] + within], b.ids[others[part, None] + within])
+        for part in (slice(first, first + COMPARED) for first in range(0, len(places), COMPARED))
+    )
 
 
 def _jaccard_of_sets(a: set[bytes], b: set[bytes]) -> float:

@@ -18,6 +18,7 @@ from storage.manifest import read_manifest
 from storage.remote import Remote
 from tests.data_prep.builds import build_here, contents, read
 from tests.data_prep.texts import PROSE, write_lines
+from tests.processes import free_port
 from tests.s3 import CuttingProxy, environment, require_rights, s3  # noqa: F401 (a fixture)
 
 UNIT = 40_000
@@ -145,6 +146,12 @@ def test_what_is_not_there_or_not_ours_is_one_sentence(place, s3, monkeypatch): 
         f"{place}/notes.pdf": "cannot be read as documents: none of the known suffixes",
     }.items():
         with pytest.raises(ValueError, match=words):
+            read(wrong)
+    monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0)
+    with pytest.raises(ValueError, match="there is no file or folder http://"):
+        read(f"{s3}/ours/nothing.jsonl")
+    for wrong in (f"http://127.0.0.1:{free_port()}/a.jsonl", f"https{s3.removeprefix('http')}/ours/a.jsonl"):
+        with pytest.raises(ValueError, match=r"/a.jsonl cannot be reached \(.*127.0.0.1"):
             read(wrong)
     require_rights(s3, 0)
     try:
