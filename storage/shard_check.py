@@ -2,23 +2,12 @@
 
 from pathlib import Path
 from stat import S_ISREG
-from typing import NamedTuple
 
 import pyarrow as pa
 
 from storage.manifest import Manifest, Shard, file_sha256
 from storage.mapped import map_stream
 from storage.rows import rows_per_batch, shard_schema
-
-
-class ShardShare(NamedTuple):
-    """Every `of`th shard of a split, from this number on: what one of several processes looks into."""
-
-    number: int
-    of: int
-
-
-ALL = ShardShare(0, 1)
 
 
 def shard_identity(split: str, source: str, number: int) -> dict[str, str]:
@@ -31,12 +20,8 @@ def manifest_schema(manifest: Manifest) -> pa.Schema:
     return shard_schema(manifest.packing.row_tokens, manifest.dtype, target_spans=manifest.target_spans)
 
 
-def shard_problem(
-    path: Path, shard: Shard, manifest: Manifest, identity: dict[str, str], full: bool, inside: bool
-) -> str | None:
-    """How a shard differs from what its manifest says, in a sentence, or None; not `inside`: by existence and size alone, which
-    costs no opening of the file.
-    """
+def shard_problem(path: Path, shard: Shard, manifest: Manifest, identity: dict[str, str], full: bool) -> str | None:
+    """How a shard differs from what its manifest says, in a sentence, or None."""
     try:
         status = path.stat()
     except OSError:
@@ -45,8 +30,6 @@ def shard_problem(
         return f"{path} is missing: restore it or build the data set again"
     if difference := status.st_size - shard.bytes:
         return f"{path} is {abs(difference)} bytes {'longer' if difference > 0 else 'shorter'} than its manifest says"
-    if not inside:
-        return None
     try:
         schema, batches = map_stream(path)
     except (OSError, pa.ArrowException) as error:

@@ -14,7 +14,6 @@ import hashlib
 import os
 import time
 from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -33,7 +32,7 @@ from storage.rows import (
     rows_per_batch,
     shard_schema,
 )
-from storage.shard_check import ALL, ShardShare, manifest_schema, shard_identity, shard_problem
+from storage.shard_check import manifest_schema, shard_identity, shard_problem
 
 SHARD_BYTES = 1 << 28
 
@@ -253,19 +252,18 @@ class ShardedDataset:
         block, j = self.find(self.sources.index(source), row)
         return block.spans(j)
 
-    def verify(self, full: bool = False, share: ShardShare = ALL) -> Iterator[tuple[Shard, str | None]]:
+    def verify(self, full: bool = False) -> Iterator[tuple[Shard, str | None]]:
         """Check every shard against the manifest; yield it with a sentence on what is wrong, or None."""
-        places = count()
         for source, shards in zip(self.sources, self._shards, strict=True):
             for number, shard in enumerate(shards):
-                path, mine = self.directory / shard.file, next(places) % share.of == share.number
+                path = self.directory / shard.file
                 if self._on_demand is not None:
                     if not full:  # compared with its hash when it comes
                         yield shard, None
                         continue
                     self._on_demand.use(shard.file, path.stat)
                 identity = shard_identity(self.split, source, number)
-                yield shard, shard_problem(path, shard, self.manifest, identity, full, mine)
+                yield shard, shard_problem(path, shard, self.manifest, identity, full)
 
     def _map(self, source: int, shard: int) -> MappedShard:
         entry = self._shards[source][shard]
@@ -291,14 +289,11 @@ class ShardedDataset:
             self._brought = size
 
 
-def open_split(
-    directory: Path, split: str, verify: Verify = "quick", vocab_size: int | None = None, share: ShardShare = ALL
-) -> ShardedDataset:
+def open_split(directory: Path, split: str, verify: Verify = "quick", vocab_size: int | None = None) -> ShardedDataset:
     """Open a split of a prepared data set.
 
     verify: "quick" compares existence, size, place, schema and row counts of every shard with the manifest, "full" also
-    hashes them, "none" trusts them (another process has checked). Of shards outside of `share` it is existence and size alone.
-    `vocab_size` is the model's: ids must lie below it.
+    hashes them, "none" trusts them (another process has checked). `vocab_size` is the model's: ids must lie below it.
     """
     manifest = read_manifest(directory)
     if split not in manifest.splits:
@@ -308,7 +303,7 @@ def open_split(
     if vocab_size is not None and highest >= vocab_size:
         raise ValueError(f"{directory} holds token id {highest}, but the model's vocab_size is {vocab_size}")
     if verify != "none":
-        for _, problem in dataset.verify(verify == "full", share):
+        for _, problem in dataset.verify(full=verify == "full"):
             if problem:
                 raise ValueError(problem)
     return dataset

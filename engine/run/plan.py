@@ -17,7 +17,6 @@ from launch.hostfile import across_hosts
 from launch.topology import Topology
 from model.config import ModelConfig
 from storage.manifest import Manifest
-from storage.shard_check import ShardShare
 from storage.shards import ShardedDataset, open_split
 from training.config import Recipe, config_json_notices, load_recipe
 from training.data import TrainingData
@@ -117,8 +116,8 @@ def make_plan(
 
     Not `fresh`: a run that has begun continues, without its `training.initial_weights`, which may be gone by now.
     """
-    problems, share = list[str](), ShardShare(topology.local_rank % topology.local_size, topology.local_size)
-    recipe, ds_config, opened = _read(recipe_file, overrides, ds_config_file, data, share, problems)
+    problems: list[str] = []
+    recipe, ds_config, opened = _read(recipe_file, overrides, ds_config_file, data, problems)
     resolved, bounds = _lay_out(recipe, ds_config, ds_config_file, opened[0], topology, degrees, problems)
     stages, sets = _open_stages(recipe, recipe_file, opened, resolved, problems)
     _cross_check(recipe, ds_config_file, resolved, stages, sets, topology, fresh, problems)
@@ -143,18 +142,16 @@ class OpenData(NamedTuple):
 
 
 def _read(
-    recipe_file: str, overrides: dict[str, str], ds_config_file: str, data: str, share: ShardShare, problems: list[str]
+    recipe_file: str, overrides: dict[str, str], ds_config_file: str, data: str, problems: list[str]
 ) -> tuple[Recipe, dict[str, Any] | None, list[OpenData]]:
-    """What the user named: recipe, JSON (None: it cannot be read) and the data of each stage, of which it looks into a `share`.
+    """What the user named: recipe, JSON (None: it cannot be read) and the data of each stage.
 
     Raises ValueError, with all that is wrong so far, where recipe or data cannot be read.
     """
     recipe = _collect(problems, load_recipe, recipe_file, overrides)
     ds_config = _collect(problems, read_ds_config, ds_config_file)
     folders = [stage.data or data for stage in recipe.all_stages] if recipe else [data]
-    found = {
-        folder: _collect(problems, open_split, Path(folder), "train", share=share) for folder in dict.fromkeys(folders)
-    }
+    found = {folder: _collect(problems, open_split, Path(folder), "train") for folder in dict.fromkeys(folders)}
     opened = {folder: OpenData(folder, dataset) for folder, dataset in found.items() if dataset is not None}
     if recipe is None or len(opened) < len(found):
         problems += [f"{ds_config_file}: {problem}" for problem in key_problems(ds_config or {})]
