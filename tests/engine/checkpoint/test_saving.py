@@ -102,7 +102,8 @@ def failing(folder: str, recipe: str, data: str) -> list:
         with pytest.MonkeyPatch.context() as patch:
             if rank == 1:
 
-                def refuse(*_, error=error):
+                def refuse(files, error=error):
+                    files.paths[0].parent.mkdir(parents=True, exist_ok=True)  # as a write does before it can fail
                     raise error
 
                 patch.setattr(SavedFiles, "write", refuse)
