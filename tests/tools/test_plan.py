@@ -1,6 +1,7 @@
 """`tools.plan` answers for every recipe, and what it writes is a run that compares itself with the plan."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,13 @@ def test_every_recipe_has_an_answer(name, capsys, monkeypatch):
     assert first["device_hours"] == pytest.approx(first["step_seconds"] * facts["steps"] / 3600 * devices)
     assert first["price"] == pytest.approx(2 * first["device_hours"])
     assert 0 <= first["activation_checkpointing"] <= recipe.model.num_hidden_layers
+
+
+def test_the_readme_shows_what_is_printed(capsys, monkeypatch):
+    readme = (ROOT / "README.md").read_text()
+    command, shown = re.search(r"```\n\$ python -m tools\.plan (.*?)\n(.*?)```", readme, re.DOTALL).groups()
+    monkeypatch.chdir(ROOT)
+    assert call(main, capsys, monkeypatch, *command.split()).out.split() == shown.split()
 
 
 def test_the_best_of_all_is_written_as_a_run_takes_it(tmp_path, capsys, monkeypatch):
