@@ -22,11 +22,11 @@ from training.config import Recipe
 
 BLOCKS, TOKENS, WIDTH, VOCABULARY = 2, 16, 16, 64
 SIZES = (
-    ("reduce_bucket_size", 2, 1.0),
-    ("stage3_prefetch_bucket_size", 2, 0.9),
-    ("stage3_param_persistence_threshold", 1, 10),
+    (1, "reduce_bucket_size", 2, 1.0),
+    (3, "stage3_prefetch_bucket_size", 2, 0.9),
+    (3, "stage3_param_persistence_threshold", 1, 10),
 )
-"""Elements: with which power of the width they grow, and what `auto` makes of it."""
+"""Elements: from which stage on they count, with which power of the width they grow, and what `auto` makes of it."""
 Probe = tuple[str, Callable[[], Any]]
 
 
@@ -83,8 +83,7 @@ def _narrow(recipe: Recipe) -> Recipe:
         "head_dim": WIDTH // 2,
         "max_position_embeddings": TOKENS,
     }
-    plain = {"adapters": type(model.adapters)(), "rope_scaling": None}
-    narrow = model.model_copy(update=sizes | plain)
+    narrow = model.model_copy(update=sizes | {"adapters": type(model.adapters)(), "rope_scaling": None})
     training = recipe.training.model_copy(update={"activation_checkpointing": False, "compile": False})
     parts = {"objective": type(recipe.objective)(), "adapters": type(recipe.adapters)()}
     return recipe.model_copy(update={"model": narrow, "training": training, **parts})
@@ -95,7 +94,8 @@ def _config(plan: RunPlan, stage: int) -> dict[str, Any]:
     kept = {key: plan.ds_config[key] for key in ("bf16", "data_types", "gradient_clipping") if key in plan.ds_config}
     zero: dict[str, Any] = {"stage": stage}
     width, given = plan.recipe.model.hidden_size, plan.ds_config.get("zero_optimization", {})
-    for key, power, usual in SIZES[: {0: 0, 3: 3}.get(stage, 1)]:
-        zero[key] = max(1, int(given.get(key, usual * width**power) * (WIDTH / width) ** power))
+    for first, key, power, usual in SIZES:
+        if stage >= first:
+            zero[key] = max(1, int(given.get(key, usual * width**power) * (WIDTH / width) ** power))
     sizes = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
     return kept | sizes | {"train_batch_size": plan.mesh.world_size, "zero_optimization": zero}
