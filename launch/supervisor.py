@@ -191,8 +191,12 @@ class Supervisor:
                 rank.send_signal(number)
         patterns = [r"train[.]py --local_rank=", r"deepspeed[.]launcher[.]launch .*train[.]py "]
         rest = rf".*--output[ =]{re.escape(self._output)}( |$)"
-        wanted = [shlex.quote(begin + rest) for begin in patterns[: 2 if number == signal.SIGKILL else 1]]
-        command = "; ".join(f"pkill -{int(number)} -f {pattern}" for pattern in wanted)
+        wanted = patterns[: 2 if number == signal.SIGKILL else 1]
+        look = "; ".join(f"pgrep -f {shlex.quote(begin + rest)}" for begin in wanted)
+        is_ours = 'test "$(readlink /proc/$pid/cwd)" = "$(pwd -P)"'  # not of a run with the same name elsewhere
+        command = (
+            f"cd {shlex.quote(str(Path.cwd()))} && for pid in $({look}); do {is_ours} && kill -{int(number)} $pid; done"
+        )
         reached = where_it_works(hosts, f"{command}; true", PROBE_SECONDS)
         return [host for host in hosts if host in reached]
 
@@ -201,14 +205,17 @@ class Supervisor:
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 is_alive = process.status() != psutil.STATUS_ZOMBIE
-                if is_alive and self._is_rank(process.cmdline()) and is_on_this_host(process.pid):
+                if is_alive and self._is_rank(process) and is_on_this_host(process.pid):
                     found.append(process)
         return found
 
-    def _is_rank(self, words: list[str]) -> bool:
+    def _is_rank(self, process: psutil.Process) -> bool:
+        words = process.cmdline()
         is_launcher = any(Path(word).name in LAUNCHERS or word in LAUNCHER_MODULES for word in words[:4])
-        is_ours = "train.py" in [Path(word).name for word in words[1:4]] and flag_of(words, "--output") == self._output
-        return is_ours and not is_launcher
+        is_rank = "train.py" in [Path(word).name for word in words[1:4]] and not is_launcher
+        if not is_rank or flag_of(words, "--output") != self._output:
+            return False
+        return Path(process.cwd(), self._output).resolve() == self._run.resolve()
 
 
 def is_on_this_host(pid: int) -> bool:

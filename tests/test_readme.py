@@ -157,6 +157,7 @@ def test_slurm_script_trains_and_queues_again(tmp_path):
     done = run_cli(["bash", "-c", script], cwd=tmp_path, env={"PATH": path} | variables, timeout=200)
     assert done.returncode == 75, done.stdout + done.stderr
     assert (tmp_path / "requeued").read_text() == f"requeue {port - 20_000}\n"
+    assert steps(tmp_path / "run"), done.stdout + done.stderr
     assert read_manifest(steps(tmp_path / "run")[0]).layout.world_size == 2
 
 

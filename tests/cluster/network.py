@@ -36,7 +36,7 @@ def missing_device() -> str | None:
     """What this machine lacks to hold the hosts, in words."""
     if os.geteuid() != 0:
         return "network namespaces need root"
-    programs = ("ip", "tc", "unshare", "hostname", "sshd", "ssh", "ssh-keygen", "pdsh", "pkill")
+    programs = ("ip", "tc", "unshare", "hostname", "sshd", "ssh", "ssh-keygen", "pdsh", "pkill", "pgrep")
     if missing := [name for name in programs if not _program(name)]:
         return f"not installed: {', '.join(missing)}"
     name = f"longform-{os.getpid()}-node0"
@@ -237,7 +237,8 @@ def _make_keys(folder: Path) -> None:
     (folder / "bin").mkdir()
     _wrap(folder / "bin" / "ssh", f"-F {folder}/ssh_config")
     (folder / "host_bin").mkdir()
-    _wrap(folder / "host_bin" / "pkill", "--ns $$ --nslist net")  # by which `deepspeed` ends what runs on a host
+    for program in ("pkill", "pgrep"):  # by which `deepspeed` and the supervisor find what runs on a host
+        _wrap(folder / "host_bin" / program, "--ns $$ --nslist net")
 
 
 def _wrap(wrapper: Path, options: str) -> None:

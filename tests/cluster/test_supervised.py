@@ -22,7 +22,11 @@ def test_a_host_is_lost_and_comes_back(undivided, cluster, shared):  # noqa: F81
     command = [sys.executable, "-m", "tools.supervise", "--hostfile", "three_hosts", "--", "train.py", "--recipe"]
     command += ["recipe.yaml", "--deepspeed_config", "ds_configs/zero3_fp32.json", "--data", "data"]
     command += ["--output", output.name, "--checkpoint.every_steps", "5", "--training.micro_batch_samples", "1"]
-    with cluster.start(command, cwd=shared) as running:
+    (shared / "elsewhere").mkdir()
+    (shared / "elsewhere/train.py").write_text("import time\ntime.sleep(1000)\n")
+    of_same_name = [sys.executable, "train.py", "--local_rank=0", "--output", output.name]
+    start = cluster.start
+    with start(of_same_name, cwd=shared / "elsewhere", host="node2") as other, start(command, cwd=shared) as running:
         running.wait_for(lambda: len(named(output, "checkpoint")) >= 1, 200)
         cluster.kill("node3")
         running.wait_for(lambda: named(output, "restart") and "loss" in last(output), 200)
@@ -34,7 +38,8 @@ def test_a_host_is_lost_and_comes_back(undivided, cluster, shared):  # noqa: F81
         assert named(output, "restart")[1]["reason"] == "node3 is back"
         running.send_signal(signal.SIGTERM)
         done = running.finish(100)
-        assert not any(cluster.processes(host, "train.py") for host in HOSTS)
+        (left,) = [process for host in HOSTS for process in cluster.processes(host, "train.py")]
+        assert left.pid == other.process.pid, "a run of the same name in another folder is left alone"
     assert done.returncode == 75, done.stderr
     assert "written_by=ZeRO-3 on 4 ranks" in done.stdout
     assert "written_by=ZeRO-3 on 2 ranks" in done.stdout  # three would not divide the batch of eight rows

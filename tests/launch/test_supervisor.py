@@ -115,23 +115,19 @@ def test_without_torch_and_with_any_launcher(scenario, code, launches, last, tmp
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGUSR1, 75), (signal.SIGHUP, 75)]
 )
-def test_who_is_asked_to_stop_asks_the_ranks(number, code, tmp_path):
-    (tmp_path / "train.py").write_text(STAND_IN)
-    command = [
-        sys.executable,
-        "-m",
-        "tools.supervise",
-        "--",
-        sys.executable,
-        "train.py",
-        '[[3, "wait", ""]]',
-        "--output",
-        "run",
-    ]
-    with start_cli(command, cwd=tmp_path) as running:
-        running.wait_for((tmp_path / "run/waits").exists)
+def test_who_is_asked_to_stop_asks_the_ranks_of_this_run(number, code, tmp_path):
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    for folder in (here, elsewhere):
+        folder.mkdir()
+        (folder / "train.py").write_text(STAND_IN)
+    command = [sys.executable, "train.py", '[[3, "wait", ""]]', "--output", "run"]
+    supervised = [sys.executable, "-m", "tools.supervise", "--", *command]
+    with start_cli(command, cwd=elsewhere) as other, start_cli(supervised, cwd=here) as running:
+        other.wait_for((elsewhere / "run/waits").exists)
+        running.wait_for((here / "run/waits").exists)
         running.send_signal(number)
         assert running.finish(30).returncode == code, running.stderr
+        assert other.process.poll() is None, "a run of the same name in another folder is told"
 
 
 @pytest.mark.parametrize(
