@@ -34,8 +34,8 @@ def new_parser(every_flag: bool) -> argparse.ArgumentParser:
     parser = CommandParser(description=paragraphs[0], epilog=paragraphs[2], hints=hints_for_flags() | FLAGS_OF_OTHERS)
     parser.add_argument("--recipe", required=True, help="YAML file: model, optimizer, schedule, limits, seed")
     parser.add_argument("--deepspeed_config", required=True, help="DeepSpeed JSON: ZeRO stage, precision, offload")
-    parser.add_argument("--data", required=True, help="folder made by data_prep.build")
-    parser.add_argument("--output", required=True, help="folder of the run: checkpoints, metrics.jsonl, run.json")
+    parser.add_argument("--data", type=Path, required=True, help="folder made by data_prep.build")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the run: checkpoints, metrics, run.json")
     add_mesh_flags(parser)
     parser.add_argument("--allow_data_change", action="store_true", help="continue a run on another data set")
     parser.add_argument("--resume_step", type=int, help="go back to this step; later checkpoints move to RUN/set_aside")
@@ -71,7 +71,7 @@ def main(arguments: argparse.Namespace, stop: StopSignal) -> int:
     overrides = {name: value for name, value in vars(arguments).items() if "." in name or name == "stages"}
 
     # Whatever can be wrong is found here, before any process group exists.
-    run = Path(arguments.output)
+    run = arguments.output
     plan = make_plan(
         arguments.recipe,
         overrides,

@@ -74,6 +74,21 @@ def test_a_flag_that_is_not_known_has_the_nearest_name():
     assert done.stdout.splitlines() == ["2 False"]
 
 
+def test_a_url_is_not_taken_for_a_path():
+    """The folder `s3:` is not what anybody means; where files elsewhere can be had is said in place of it."""
+    for command, *flags in [
+        ("train.py", "--recipe", "r", "--deepspeed_config", "d", "--data", "s3://bucket/data", "--output", "run"),
+        ("train.py", "--recipe", "r", "--deepspeed_config", "d", "--data", "d", "--output=gs://bucket/data"),
+        ("tools.export", "hf://bucket/data", "--output", "hf"),
+        ("data_prep.verify", "file:///data"),
+    ]:
+        done = ask(command, *flags)
+        assert " is a URL, where a path on this machine is needed: `python -m tools.pull " in done.stderr
+        assert done.stderr.startswith("error: argument ")
+        assert done.stdout.splitlines() == ["2 False"]
+    assert not any((ROOT / f"{protocol}:").exists() for protocol in ("s3", "gs", "hf", "file"))
+
+
 def test_train_finds_its_modules_with_safe_path():
     command = [sys.executable, str(ROOT / "train.py"), "--help"]
     env = clean_environment({"PYTHONSAFEPATH": "1", "PYTHONPATH": None})

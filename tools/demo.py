@@ -25,10 +25,10 @@ RECIPE_STEPS, STEP_ROWS = 60, 8  # of recipes/tiny.yaml on rows of 512 tokens
 
 def main() -> None:
     parser = CommandParser(prog="python -m tools.demo", description=__doc__)
-    parser.add_argument("--output", default="demo", help="folder to fill, emptied first (default: demo)")
+    parser.add_argument("--output", type=Path, default="demo", help="folder to fill, emptied first (default: demo)")
     parser.add_argument("--steps", type=int, default=RECIPE_STEPS, help="optimizer steps (default: %(default)s)")
     arguments = parser.parse_args()
-    output, began = Path(arguments.output), time.monotonic()
+    output, began = arguments.output, time.monotonic()
     if output.exists() and any(output.iterdir()) and not (output / "tokenizer").is_dir():
         raise ValueError(f"--output {output} holds something else than a demo: give another folder")
     shutil.rmtree(output, ignore_errors=True)

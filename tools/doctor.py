@@ -34,8 +34,10 @@ def main() -> None:
     parser.add_argument("--hostfile", type=Path, help="check a launch on these hosts (default: describe this machine)")
     parser.add_argument("--recipe", help="the run's: say what memory and disk it needs")
     parser.add_argument("--deepspeed_config", help="the run's; needs --recipe and --data")
-    parser.add_argument("--data", help="the run's: check that all hosts have the same")
-    parser.add_argument("--output", help="the run's: check that all hosts share it, and that checkpoints will fit")
+    parser.add_argument("--data", type=Path, help="the run's: check that all hosts have the same")
+    parser.add_argument(
+        "--output", type=Path, help="the run's: check that all hosts share it, and that checkpoints will fit"
+    )
     for axis in ("pipeline", "tensor", "sequence"):
         flag = "--pipeline_stages" if axis == "pipeline" else f"--{axis}"
         parser.add_argument(flag, dest=axis, type=int, metavar="N", help=f"ranks of a {axis} group")

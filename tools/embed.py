@@ -44,7 +44,7 @@ def main() -> None:
     embed = embedder(arguments, arguments.adapter)
     with Progress("embedding", size) as progress:
         vectors = embed(texts.documents(), progress)
-    output = Path(arguments.output)
+    output = arguments.output
     write(vectors, about(arguments, embed), output)
     chunks, width = vectors.vectors.shape
     print(f"{len(vectors.starts):,} documents, {chunks:,} vectors of {width:,} numbers in {output}")
@@ -65,7 +65,7 @@ def parsed() -> argparse.Namespace:
     documents.add_argument(
         "--id-field", help="field or column that names a document; its place in the input by default"
     )
-    documents.add_argument("--output", help="new folder")
+    documents.add_argument("--output", type=Path, help="new folder")
     pairs = parser.add_argument_group("search of documents that belong to queries")
     pairs.add_argument("--evaluate", nargs="+", metavar="PAIRS", help="files with pairs of a query and its document")
     pairs.add_argument("--query-field", default="query", help="field or column that holds the query")
@@ -74,7 +74,7 @@ def parsed() -> argparse.Namespace:
     arguments = parser.parse_args()
     if bool(arguments.input) == bool(arguments.evaluate) or bool(arguments.input) != bool(arguments.output):
         raise ValueError("give --input and --output for vectors of documents, or --evaluate for a measurement")
-    if arguments.output and Path(arguments.output).exists():
+    if arguments.output and arguments.output.exists():
         raise ValueError(f"--output {arguments.output} exists already: give a folder that is new")
     if arguments.json and (arguments.input or not Path(arguments.json).absolute().parent.is_dir()):
         raise ValueError(f"--json {arguments.json}: it is for --evaluate, and its folder must be there")

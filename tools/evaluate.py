@@ -33,8 +33,8 @@ def main() -> None:
 
     how = arguments.device, arguments.dtype, arguments.adapter
     trained = open_trained(arguments.source, arguments.step, *how)
-    dataset = open_split(Path(arguments.data), arguments.split)
-    theirs = open_tokenizer(Path(arguments.data) / dataset.manifest.tokenizer.file)
+    dataset = open_split(arguments.data, arguments.split)
+    theirs = open_tokenizer(arguments.data / dataset.manifest.tokenizer.file)
     if trained.tokenizer.identity != theirs.identity:
         raise ValueError(
             f"{arguments.data} was built with another tokenizer than {arguments.source}: build it with that one"
@@ -45,7 +45,7 @@ def main() -> None:
     about = {
         "model": trained.name,
         "checkpoint": trained.checkpoint,
-        "data": str(Path(arguments.data).resolve()),
+        "data": str(arguments.data.resolve()),
         "fingerprint": dataset.manifest.fingerprint,
         "split": arguments.split,
         "max_samples": arguments.max_samples,
@@ -62,7 +62,9 @@ def main() -> None:
 def parsed() -> argparse.Namespace:
     parser = CommandParser(prog="python -m tools.evaluate", description=__doc__, formatter_class=DefaultsInHelp)
     add_model_flags(parser)
-    parser.add_argument("--data", required=True, help="folder made by data_prep.build with the model's tokenizer")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder made by data_prep.build with the model's tokenizer"
+    )
     parser.add_argument("--split", default="validation", help="which split of it")
     parser.add_argument("--max-samples", type=int, help="rows read of each source; all by default")
     parser.add_argument("--batch-samples", type=int, default=4, help="rows in one forward pass")

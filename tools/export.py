@@ -38,8 +38,8 @@ SAMPLE_ROWS = 8
 
 def main() -> None:
     parser = CommandParser(prog="python -m tools.export", description=__doc__)
-    parser.add_argument("run", help="folder of a run (train.py's --output)")
-    parser.add_argument("--output", required=True, help="folder to create")
+    parser.add_argument("run", type=Path, help="folder of a run (train.py's --output)")
+    parser.add_argument("--output", type=Path, required=True, help="folder to create")
     parser.add_argument("--step", type=int, help="checkpoint to take (default: the newest good one)")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="bfloat16", help="precision of the weights (default: bfloat16)"
@@ -51,7 +51,7 @@ def main() -> None:
     )
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="size of a weights file at most (default: 5.0)")
     arguments = parser.parse_args()
-    run, output = Path(arguments.run), Path(arguments.output)
+    run, output = arguments.run, arguments.output
     if not 0 < arguments.max_shard_gb < float("inf"):
         raise ValueError(f"--max-shard-gb {arguments.max_shard_gb:g}: more than 0")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):

@@ -39,7 +39,7 @@ def main() -> None:
     from tools.evaluation.domains import open_adapted
     from tools.trained import usable
 
-    run = Path(arguments.run)
+    run = arguments.run
     checkpoint, manifest = find(run, arguments.step)
     dataset = open_data(arguments, run, manifest)
     adapted = open_adapted(checkpoint, manifest, torch.float32, usable(arguments.device))
@@ -58,8 +58,10 @@ def main() -> None:
 
 def parsed() -> argparse.Namespace:
     parser = CommandParser(prog="python -m tools.merge", description=__doc__, formatter_class=DefaultsInHelp)
-    parser.add_argument("run", help="folder of a run with adapters")
-    parser.add_argument("--data", required=True, help="folder made by data_prep.build with the run's tokenizer")
+    parser.add_argument("run", type=Path, help="folder of a run with adapters")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder made by data_prep.build with the run's tokenizer"
+    )
     parser.add_argument("--split", default="validation", help="which split of it")
     parser.add_argument("--max-samples", type=int, help="rows read of each source; all by default")
     parser.add_argument("--batch-samples", type=int, default=4, help="rows in one forward pass")
@@ -73,12 +75,12 @@ def parsed() -> argparse.Namespace:
     how.add_argument("--majority-sign", choices=("total", "frequency"), default="total", help="what ties counts")
     how.add_argument("--seed", type=int, default=0, help="of the elements that dare drops")
     written = parser.add_argument_group("what is written")
-    written.add_argument("--output", help="folder to create")
+    written.add_argument("--output", type=Path, help="folder to create")
     written.add_argument("--method", choices=WAYS, help="the way of the model that is written")
     written.add_argument("--peft", action="store_true", help="write a folder of PEFT's for the merged adapter instead")
     written.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="precision of the weights")
     arguments = parser.parse_args()
-    output = Path(arguments.output) if arguments.output else None
+    output = arguments.output
     if output and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"--output {output} exists already: give a folder that is new or empty")
     if bool(arguments.method) != bool(arguments.output):
@@ -97,8 +99,8 @@ def parsed() -> argparse.Namespace:
 
 def open_data(arguments: argparse.Namespace, run: Path, manifest: "CheckpointManifest") -> ShardedDataset:
     """Raises ValueError where it has another tokenizer than the run."""
-    dataset = open_split(Path(arguments.data), arguments.split)
-    theirs = open_tokenizer(Path(arguments.data) / dataset.manifest.tokenizer.file)
+    dataset = open_split(arguments.data, arguments.split)
+    theirs = open_tokenizer(arguments.data / dataset.manifest.tokenizer.file)
     if theirs.identity != open_tokenizer(run / manifest.data["tokenizer"]["file"]).identity:
         raise ValueError(f"{arguments.data} was built with another tokenizer than {run}: build it with that one")
     return dataset
@@ -174,9 +176,9 @@ def write(
     from tools.export import ModelForm, export, export_adapters
 
     adapters, state = combined(adapted.adapters, adapted.state, arguments.method, shares, choice_of(arguments))
-    output, dtype = Path(arguments.output), getattr(torch, arguments.dtype)
+    output, dtype = arguments.output, getattr(torch, arguments.dtype)
     said = model_card.merged_by(arguments.method, in_words(shares), choice_of(arguments), costs)
-    where = Path(arguments.run), checkpoint, manifest, output, dtype, 5 * 10**9
+    where = arguments.run, checkpoint, manifest, output, dtype, 5 * 10**9
     if arguments.peft:
         export_adapters(*where, adapters, state, said)
     else:

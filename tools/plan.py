@@ -31,7 +31,7 @@ OVERHEAD = 1.5
 def main() -> None:
     parser = CommandParser(prog="python -m tools.plan", description=__doc__)
     parser.add_argument("--recipe", required=True, help="what is trained")
-    parser.add_argument("--data", help="folder made by data_prep.build")
+    parser.add_argument("--data", type=Path, help="folder made by data_prep.build")
     parser.add_argument(
         "--seq_length",
         type=int,
