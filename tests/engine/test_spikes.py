@@ -5,7 +5,7 @@ import csv
 import functools
 import io
 import json
-import sys
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from engine.checkpoint.manifest import read_manifest
+from engine.checkpoint.manifest import folder_name, read_manifest
 from engine.run.rewind import recall_decisions, settle
 from engine.run.validation import validate
 from launch.endings import documents_of_step
@@ -22,7 +22,7 @@ from storage.manifest import token_dtype
 from storage.shards import open_split
 from tests.engine.programs import BF16, DEEP, FLAT, RECIPE, Run, depth, shipped, zero
 from tests.engine.test_nonfinite import MISSING_DEVICE, held
-from tests.processes import ROOT, run_cli
+from tests.forks import run_python
 from tests.training.corpus import build
 from training.data import training_order
 from training.decisions import DECISIONS_FILE
@@ -138,7 +138,7 @@ def told_rows(run: Run) -> list[set[bytes]]:
 
 
 def spiked(folder: Path, recipe: str, data: str, config: dict, overrides: dict, policy: str) -> dict:
-    """A run that meets the document, and a second with its decisions."""
+    """A run that meets the document, and a second that is given its decisions and the checkpoint before it."""
     config = compressing(config)
     overrides = overrides | {"training.spikes": json.dumps(SPIKES | {"policy": policy})}
     try:
@@ -156,9 +156,12 @@ def spiked(folder: Path, recipe: str, data: str, config: dict, overrides: dict, 
 
     text = (folder / "first" / DECISIONS_FILE).read_bytes()
     given = folder / "second"
-    given.mkdir(exist_ok=True)
-    (given / DECISIONS_FILE).write_bytes(text)
+    before = folder_name((decisions[0]["step"] - 1) // SAVED_EVERY * SAVED_EVERY)
+    if run.topology.rank == 0:
+        shutil.copytree(folder / "first/checkpoints" / before, given / "checkpoints" / before)
+        (given / DECISIONS_FILE).write_bytes(text)
     second = Run(recipe, data, config, given, overrides)
+    second.restore()
     result |= {"second": train_through(second, COMPARED), "same": held(second) == middle}
     result["same_decisions"] = (given / DECISIONS_FILE).read_bytes() == text
     second.close()
@@ -239,7 +242,8 @@ def check(ranks: list[dict], action: str, corrupt: int, clean_loss: Callable[[],
         assert decision["checkpoint"] == (
             None if action == "skip" else (decision["step"] - 1) // SAVED_EVERY * SAVED_EVERY
         )
-        assert result["first"] == result["second"]
+        assert result["first"][-len(result["second"]) :] == result["second"]
+        assert len(result["second"]) == SAVED_EVERY
         assert result["same"]
         assert result["same_decisions"]
         # where the document is not left out, one update of 40 is missing, or was made with the document after all
@@ -260,7 +264,7 @@ def test_train_py_rewinds_and_says_so(setting, tmp_path):
         }
         flags = [word for key, value in options.items() for word in (f"--{key}", value)]
         config = ["--deepspeed_config", "ds_configs/zero0_fp32.json", "--data", data, "--output", str(output)]
-        done = run_cli([sys.executable, "train.py", "--recipe", recipe, *config, *flags], cwd=ROOT, timeout=240)
+        done = run_python(["train.py", "--recipe", recipe, *config, *flags], timeout=240)
         assert done.returncode == 0, done.stdout + done.stderr
     records = [read_records(tmp_path / name / "metrics.jsonl") for name in ("first", "second")]
     figures = [[(r["step"], r["loss"], r["grad_norm"]) for r in of_run if "loss" in r] for of_run in records]
@@ -277,30 +281,20 @@ def test_train_py_rewinds_and_says_so(setting, tmp_path):
     assert weights[0].keys() == weights[1].keys()
     ends = [read_manifest(folder).state.model_dump(exclude={"wandb_id"}) for folder in newest]
     assert ends[0] == ends[1]
-    told = run_cli([sys.executable, "-m", "tools.ledger", str(tmp_path / "first"), "--step", "26", "--csv"], cwd=ROOT)
+    told = run_python(["-m", "tools.ledger", str(tmp_path / "first"), "--step", "26", "--csv"])
     lines = list(csv.DictReader(told.stdout.splitlines()))
     assert [line["step"] for line in lines] == ["26"] * SAMPLES
     assert {line["state"] for line in lines} == {"done"}
     assert str(corrupt) not in " ".join(line["documents"] for line in lines).split()
     named = documents_of_step(tmp_path / "first", 26)
     assert named.startswith(f"step 26 has the documents {lines[0]['documents'].split()[0]} of {lines[0]['source']}, ")
-    back = run_cli(
-        [
-            sys.executable,
-            "-m",
-            "tools.ledger",
-            str(tmp_path / "first"),
-            "--document",
-            lines[0]["documents"].split()[0],
-            "--csv",
-        ],
-        cwd=ROOT,
-    )
+    of_document = ["--document", lines[0]["documents"].split()[0], "--csv"]
+    back = run_python(["-m", "tools.ledger", str(tmp_path / "first"), *of_document])
     assert {"26"} <= {line["step"] for line in csv.DictReader(back.stdout.splitlines())}
     for words, sentence in (
         (["--step", "99"], "the run has the steps 1 to 40, not 99"),
         (["--document", "nobody"], "no row of the run's training data holds a document 'nobody'"),
     ):
-        refused = run_cli([sys.executable, "-m", "tools.ledger", str(tmp_path / "first"), *words], cwd=ROOT)
+        refused = run_python(["-m", "tools.ledger", str(tmp_path / "first"), *words])
         assert refused.returncode == 2
         assert sentence in refused.stderr
