@@ -91,6 +91,7 @@ INTERNALS = [
         ("overflow", ENGINE, "engine/optimizer.py", "whether the step was skipped", NONFINITE),
         ("averaged_gradients", STAGES_1_AND_2, "engine/optimizer.py", "sums of a skipped step", NONFINITE),
         ("_dynamo", "torch", "model/loss.py", "one compilation for all numbers of rows", "tests/model/test_loss.py"),
+        ("_disable_dynamo", "torch", "model/compiled.py", "not compiled", "tests/engine/test_compile.py"),
         ("_foreach_mul_", "torch", "engine/optimizer.py", "clipping", LAYOUTS),
         ("_foreach_mul_", "torch", "training/separate_adamw.py", "clipping", ADAPTERS),
         ("ds_id", "deepspeed.runtime.zero.partition_parameters", "engine/layout/tensor.py", "is partitioned", LAYOUTS),

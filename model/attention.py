@@ -24,13 +24,6 @@ from .compiled import compiled
 from .documents import Documents
 from .visibility import Tokens, Visibility
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-
-    VARLEN_OPTIONS = inspect.signature(varlen_attn).parameters.keys()
-except ImportError:
-    VARLEN_OPTIONS = {}.keys()
-
 CAUSAL = Visibility()
 
 
@@ -60,7 +53,17 @@ def varlen_takes(q: Tensor, documents: Documents, visibility: Visibility) -> boo
     """Whether the kernel has these masks, on this device and for heads of this kind."""
     masks = (visibility.span == 1 or visibility.span is None) and documents.copies == 1
     heads = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0
-    return "window_size" in VARLEN_OPTIONS and masks and heads  # not in the first releases that have it
+    return masks and heads and "window_size" in _varlen()[1]  # not in the first releases that have it
+
+
+@cache
+def _varlen() -> tuple[Any, frozenset[str]]:
+    """torch's kernel, which loads its compiler, and the names of what it takes; none where torch has no such kernel."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None, frozenset()
+    return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
 
 
 @cache
@@ -86,7 +89,8 @@ def run_varlen(
     right = 0 if visibility.span == 1 else -1
     (cu_q, longest_q), (cu_k, longest_k) = of_queries, of_keys
     options: dict[str, Any] = {"window_size": (left, right)}
-    if "enable_gqa" in VARLEN_OPTIONS:  # torch 2.11 takes grouped heads without being told
+    varlen_attn, taken = _varlen()
+    if "enable_gqa" in taken:  # torch 2.11 takes grouped heads without being told
         options["enable_gqa"] = q.shape[1] != k.shape[1]
     out = varlen_attn(q, k, v, cu_q, cu_k, longest_q, longest_k, **options)
     assert isinstance(out, Tensor), "only asked for more it gives a tuple"

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from .adapter_config import AdaptersConfig
 from .adapters import adapted
 from .attention import KeyValueCache, attend, attend_cached
+from .compiled import uncompiled
 from .config import ModelConfig
 from .documents import Documents
 from .head_loss import HeadLoss
@@ -81,7 +82,7 @@ class Attention(nn.Module):
             q, k = rotate(q, *tables), rotate(k, *tables)
         return self.o_proj(self._mix(q, k, v, documents, cache).flatten(2), documents)
 
-    @torch.compiler.disable  # the number of documents and their lengths change with every batch
+    @uncompiled  # the number of documents and their lengths change with every batch
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, cache: KeyValueCache | None) -> Tensor:
         if cache is not None:
             k, v = cache.append(k, v)

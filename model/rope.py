@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .compiled import uncompiled
 from .config import ModelConfig
 from .documents import Documents
 
@@ -23,7 +24,7 @@ def rope_depends_on_length(config: ModelConfig) -> bool:
     return config.rope_scaling is not None and config.rope_scaling["rope_type"] in ("dynamic", "longrope")
 
 
-@torch.compiler.disable  # made once a forward, by whichever layer comes first
+@uncompiled  # made once a forward, by whichever layer comes first
 def rotary_tables(config: ModelConfig, documents: Documents) -> tuple[Tensor, Tensor]:
     """cos [B, T, 1, d] and sin [B, T, 1, d / 2] of every token's angles, float32, times the scaling's attention factor.
 

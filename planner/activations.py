@@ -18,8 +18,6 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed._tools import fake_collectives  # noqa: F401  # collectives on fake tensors
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.checkpoint import checkpoint
 
@@ -31,6 +29,7 @@ from model.llama import Attention, Block, Layer, layer_plan
 from model.loss import CHUNK_TOKENS, CHUNK_TOKENS_CUDA, VocabularyPart, linear_cross_entropy
 from planner.exchanges import AllKeys, HeadsForTokens, flash
 from planner.live_bytes import LiveBytes
+from planner.shapes import fake_tensors, meta_tensors
 from training.config import Recipe
 
 Kernel = Callable[..., Tensor]
@@ -67,7 +66,13 @@ class Numbers(NamedTuple):
     weights: torch.dtype
     autocast: torch.dtype | None
     device: str
-    """`cpu` or `cuda`: which kernels there are; the tensors themselves are fake ones of a CPU."""
+    """`cpu` or `cuda`: which kernels there are."""
+
+    @property
+    def tensors(self) -> contextlib.AbstractContextManager[Any]:
+        """What has shapes and no values: where a GPU computes in one dtype tensors of no device, which are several times as
+        fast and hold the same; fake ones where autocast or which attention a CPU chooses depend on the device."""
+        return meta_tensors() if self.device == "cuda" and self.autocast is None else fake_tensors()
 
 
 class Kind(NamedTuple):
@@ -117,14 +122,16 @@ class Trials:
         key = recipe.model, recipe.objective, parts, here._replace(rows=0), numbers
         place = repr(key)
         if place not in self._known:
-            with fake_ranks(parts) as group, FakeTensorMode():
+            with fake_ranks(parts) as group, numbers.tensors:
                 one, two = (_Trial(recipe, parts, here._replace(rows=n), numbers, group).run() for n in (1, 2))
             self._known[place] = one, two
         one, two = self._known[place]
-        kinds = [
-            Kind(*(_extended(a, b, here.rows) for a, b in zip(*pair, strict=True)))
-            for pair in zip(one.kinds[:-1], two.kinds[:-1], strict=True)
-        ]
+        pairs = [*zip(one.kinds[:-1], two.kinds[:-1], strict=True)]
+        of_rows = {
+            pair: Kind(*(_extended(a, b, here.rows) for a, b in zip(*pair, strict=True)))
+            for pair in dict.fromkeys(pairs)
+        }
+        kinds = [of_rows[pair] for pair in pairs]
         members = max(1, recipe.adapters.members)
         tokens = members * here.rows * here.length // mesh.sequence
         chunk = CHUNK_TOKENS_CUDA if numbers.device == "cuda" and mesh.tensor == 1 else CHUNK_TOKENS * mesh.tensor
@@ -132,7 +139,7 @@ class Trials:
         alone = parts._replace(world_size=mesh.tensor, sequence=1, exchange="heads")
 
         def find() -> tuple[int, list[LayerBytes]]:
-            with fake_ranks(alone) as group, FakeTensorMode():
+            with fake_ranks(alone) as group, numbers.tensors:
                 return _Trial(recipe, alone, here, numbers, group).heads(chunks)
 
         few, heads = self.remembered((recipe.model, recipe.objective, alone, numbers, chunks), find)

@@ -13,6 +13,8 @@ from torch import Tensor
 def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention over all keys, `q` [B, t, H, d], `k` and `v` [B, T, K, d]: a kernel that keeps its output and a number a head."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if q.is_meta:  # for which torch would choose the formula
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0].transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
 
 

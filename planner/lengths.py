@@ -45,12 +45,13 @@ def rows_of_steps(plan: RunPlan, stage: Stage) -> StepRows:
         places = np.arange(batch.samples).reshape(batch.accumulation, ranks, -1)[:, :looked_at]
         numbers = step * batch.samples + places
         sources, rows = data.places(numbers.flatten())
-        lengths = [lengths_of_row(stage.dataset, *place) for place in zip(sources.tolist(), rows.tolist(), strict=True)]
-        cost = np.array([visibility.pairs(each).sum() for each in lengths])
+        distinct, which = np.unique(np.stack([sources, rows]), axis=1, return_inverse=True)
+        lengths = [lengths_of_row(stage.dataset, *place) for place in distinct.T.tolist()]
+        cost = np.array([visibility.pairs(each).sum() for each in lengths])[which.ravel()]
         order = np.arange(len(cost)).reshape(places.shape)
         if data.visibility is not None and ranks > 1:
             order = deal(cost, batch.micro_batch_samples, looked_at)
-        counts = np.array([len(each) for each in lengths])
+        counts = np.array([len(each) for each in lengths])[which.ravel()]
         pairs.append(copies * cost[order].sum(-1).T)
         documents.append(copies * counts[order].sum(-1).T)
     return StepRows(np.array(pairs, float), np.array(documents, float))

@@ -22,7 +22,10 @@ class LiveBytes(TorchDispatchMode):
             self._known.add(tensor.untyped_storage())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return tree_map_only(Tensor, self._count, func(*args, **(kwargs or {})))
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, Tensor):
+            return self._count(found)
+        return tree_map_only(Tensor, self._count, found) if isinstance(found, tuple | list) else found
 
     def _count(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

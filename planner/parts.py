@@ -33,8 +33,9 @@ def stage_parts(plan: RunPlan) -> list[StageParts]:
     """By rank of the pipeline."""
     model, chosen = part_of_model(plan.recipe.model, plan.mesh), recomputed_blocks(plan.recipe)
     layers = layer_plan(model)
+    first_of_kind = {(layer.cls, layer.adapters is None): layer for layer in reversed(layers)}
     with torch.device("meta"):
-        kinds = {(layer.cls, layer.adapters is None): layer.build(0) for layer in layers}
+        kinds = {kind: layer.build(0) for kind, layer in first_of_kind.items()}
     counts = {kind: (elements(made), elements(made, True), len([*made.parameters()])) for kind, made in kinds.items()}
     bounds, found = plan.pipeline_bounds or [0, len(layers)], []
     for first, last in pairwise(bounds):

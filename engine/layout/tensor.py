@@ -24,6 +24,7 @@ from engine.layout.mesh import Mesh
 from engine.layout.slices import cuts_of, first_of_slice, slice_of
 from model.adapter_config import FACTORS
 from model.adapters import AdaptedLinear
+from model.compiled import uncompiled
 from model.config import ModelConfig
 from model.documents import Documents
 from model.head_loss import HeadLoss
@@ -40,17 +41,17 @@ class Parts:
     def __init__(self, group: dist.ProcessGroup, mesh: Mesh) -> None:
         self.group, self.rank, self.ranks, self.split_rows = group, mesh.tensor_rank, mesh.tensor, mesh.split_rows
 
-    @torch.compiler.disable  # collectives stand between the compiled stretches
+    @uncompiled  # collectives stand between the compiled stretches
     def enter(self, x: Tensor) -> Tensor:
         """[B, T, D], of which with `split_rows` [B, T / n, D] is here -> [B, T, D]."""
         return (Gather if self.split_rows else SumGradient).apply(x, self.group)
 
-    @torch.compiler.disable
+    @uncompiled
     def leave(self, x: Tensor) -> Tensor:
         """One addend [B, T, D] on each rank -> the sum [B, T, D], with `split_rows` the part [B, T / n, D] of it."""
         return (Scatter if self.split_rows else Sum).apply(x, self.group)
 
-    @torch.compiler.disable
+    @uncompiled
     def shared(self, parameter: Tensor) -> Tensor:
         """A whole parameter, of which each rank finds a part of the gradient."""
         return SumGradient.apply(parameter, self.group)
@@ -115,13 +116,13 @@ class ColumnMaps:
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
 
-    @torch.compiler.disable
+    @uncompiled
     def __call__(self, x: Tensor, documents: Documents | None, *maps: nn.Linear) -> tuple[Tensor, ...]:
         adapted = any(isinstance(each, AdaptedLinear) or not each.weight.requires_grad for each in maps)
         if adapted or any(hasattr(each.weight, "ds_id") for each in maps):
             return multiply(self.parts.enter(x), documents, *maps)
         tensors = [x, *(each.weight for each in maps), *(each.bias for each in maps)]
-        if torch.is_autocast_enabled(x.device.type):
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
         return _Columns.apply(self.parts, *tensors)

@@ -9,12 +9,14 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from engine.layout.mesh import Mesh
 from model.documents import Documents
 from model.llama import Llama
+from planner import activations
 from planner.activations import Numbers, RowsHere, Trials
 from planner.hardware import find_hardware
 from planner.live_bytes import LiveBytes
 from planner.memory import largest, rank_memory, states_of
 from planner.prepare import plan_without_data
 from planner.search import room_of, search
+from planner.shapes import fake_tensors
 from tests.processes import ROOT
 from training.config import Recipe
 
@@ -74,6 +76,39 @@ def test_what_layers_hold_grows_with_the_rows(mesh):
     assert block_of_three.plain.kept == pytest.approx(3 * block_of_one.plain.kept, rel=0.01)
     assert block_of_one.again.kept * 4 < block_of_one.plain.kept
     assert len(one.kinds) == recipe.model.num_hidden_layers + 2
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        Mesh(0, 1),
+        Mesh(0, 2, tensor=2, split_rows=True),
+        Mesh(0, 4, sequence=4),
+        Mesh(0, 2, sequence=2, exchange="keys"),
+    ],
+    ids=str,
+)
+def test_tensors_of_no_device_hold_what_fake_ones_do(mesh, monkeypatch):
+    recipe = Recipe.model_validate(RECIPE | {"model": RECIPE["model"] | {"num_key_value_heads": 2, "qk_norm": True}})
+
+    def found():
+        numbers, trials = Numbers(torch.bfloat16, None, "cuda"), Trials()
+        return [trials.layers(recipe, mesh, RowsHere(rows, 2048, 1), numbers) for rows in (1, 3)]
+
+    of_no_device = found()
+    monkeypatch.setattr(activations, "meta_tensors", fake_tensors)
+    assert found() == of_no_device
+
+
+def test_layers_are_run_once_for_all_jsons_that_hold_them_alike(recipe_file, tmp_path, monkeypatch):
+    runs = []
+    usual = activations._Trial.run
+    monkeypatch.setattr(activations._Trial, "run", lambda trial: runs.append(trial.mesh) or usual(trial))
+    plan, hardware = plan_of(recipe_file, tmp_path, "zero1"), find_hardware("h100x8")
+    files = [ROOT / f"ds_configs/{name}.json" for name in ("zero1", "zero2", "zero3", "pipeline")]
+    found = search(plan, files, hardware, {}, lambda plan: None)
+    assert {each.file for each in found.prospects} == {*files}
+    assert len(runs) == 2  # with one row and with two
 
 
 def test_more_ranks_and_more_recomputation_need_less(recipe_file, tmp_path):
