@@ -122,7 +122,7 @@ def setting(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def begun(setting, on_ranks):
-    """By ranks and name: 8 steps at once, and 4 + 4 with a checkpoint between; what each rank reports."""
+    """By ranks and name: 8 steps of one engine, and of two with a checkpoint between; what each rank reports."""
     folder, *problem = setting
 
     @kept
