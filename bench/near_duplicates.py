@@ -1,4 +1,4 @@
-"""Near-duplicates and filters beside datatrove, on the same text, in one run of about five minutes.
+"""Near-duplicates beside datatrove, on the same text, in one run of about three minutes.
 
     python -m bench.near_duplicates [--megabytes 48]
 

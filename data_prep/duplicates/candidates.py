@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from data_prep.duplicates.ngrams import distinct
 from data_prep.duplicates.sketch import SLOTS
 from storage.atomic import publish
 
@@ -81,7 +82,7 @@ def _open(path: Path) -> pa.Table:
 
 
 def _paired(hashes: np.ndarray, items: np.ndarray) -> Iterator[np.ndarray]:
-    order = np.argsort(hashes, kind="stable")
+    order = np.argsort(hashes)
     ordered = hashes[order]
     same = np.append(ordered[1:] == ordered[:-1], False)
     grouped = same.copy()
@@ -89,6 +90,8 @@ def _paired(hashes: np.ndarray, items: np.ndarray) -> Iterator[np.ndarray]:
     items, same = items[order[grouped]], same[grouped]
     if not len(items):
         return
+    group = np.cumsum(np.append(True, ~same[:-1])).astype(np.uint64)
+    items = np.sort(group << np.uint64(32) | items) & np.uint64(0xFFFFFFFF)
     begins = np.flatnonzero(np.append(True, ~same[:-1]))
     place = np.arange(len(items))
     begin = np.repeat(begins, np.diff(np.append(begins, len(items))))
@@ -108,7 +111,7 @@ class SortedRuns:
     def add(self, numbers: np.ndarray) -> None:
         self.held.append(numbers)
         if sum(map(len, self.held)) >= PAIRS_AT_ONCE:
-            self.held = [np.unique(np.concatenate(self.held))]
+            self.held = [distinct(np.concatenate(self.held))]
             if len(self.held[0]) >= PAIRS_AT_ONCE // 2:
                 self._spill(self.held.pop())
 
@@ -122,7 +125,7 @@ class SortedRuns:
 
     def merged(self) -> Iterator[np.ndarray]:
         """All numbers, ascending, each once."""
-        runs = [*self.files, np.unique(np.concatenate([np.zeros(0, np.uint64), *self.held]))]
+        runs = [*self.files, distinct(np.concatenate([np.zeros(0, np.uint64), *self.held]))]
         at = [0] * len(runs)
         step = max(1, PAIRS_AT_ONCE // len(runs))
         while any(place < len(run) for place, run in zip(at, runs, strict=True)):
@@ -130,5 +133,5 @@ class SortedRuns:
                 run[min(place + step, len(run)) - 1] for place, run in zip(at, runs, strict=True) if place < len(run)
             )
             ends = [int(np.searchsorted(run, limit, side="right")) for run in runs]
-            yield np.unique(np.concatenate([run[place:end] for place, end, run in zip(at, ends, runs, strict=True)]))
+            yield distinct(np.concatenate([run[place:end] for place, end, run in zip(at, ends, runs, strict=True)]))
             at = ends

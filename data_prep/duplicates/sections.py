@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data_prep.duplicates.ngrams import distinct
+
 LINES_AFTER = 4
 FOLLOWED_BACK = 3
 """Tokens of white space alone that are looked through for the line end before."""
@@ -47,14 +49,14 @@ class Paragraphs:
 def sections(content: Texts, paragraphs: Paragraphs, least: int) -> Texts:
     """All documents cut into sections, in order; what is left at a document's end belongs to its last section."""
     ends, lines = paragraphs.ends(content.ids)
-    ends = np.unique(np.concatenate([ends, content.end]))
+    ends = distinct(np.concatenate([ends, content.end]))
     place = np.searchsorted(ends, lines)
     lines, place = lines[place < len(ends)], place[place < len(ends)]
     starts = np.concatenate([[0], ends[:-1]])
     starts[np.searchsorted(ends, content.begin, side="right")[: len(content.begin)].clip(max=len(ends) - 1)] = (
         content.begin
     )
-    ends = np.union1d(ends, lines[(ends - starts)[place] > LINES_AFTER * least])
+    ends = distinct(np.concatenate([ends, lines[(ends - starts)[place] > LINES_AFTER * least]]))
     following = np.searchsorted(ends, ends + least).tolist()
     first = np.searchsorted(ends, content.begin + least).tolist()
     last = np.searchsorted(ends, content.end).tolist()

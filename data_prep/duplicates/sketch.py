@@ -10,14 +10,15 @@ and Motwani 1998, in the form of Broder et al.).
     doc int64 (in its unit), begin int64, end int64 (tokens), slots binary(SLOTS): a byte of each, band00, band01, ... uint64
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from data_prep.duplicates.ngrams import BASE, BLOCK, EMPTY, hashes, mixed
+from data_prep.duplicates.ngrams import BASE, BLOCK, EMPTY, distinct, hashes, mixed
 from data_prep.duplicates.sections import Paragraphs, Texts, sections
 from data_prep.ledger import unit_path
 from storage.atomic import new_stream
@@ -53,27 +54,32 @@ class Sketcher:
 
     def run(self, unit: int) -> int:
         """Write the sketches of a unit that are not there yet; return its number."""
-        for level, threshold in self.settings.levels.items():
-            path = sketch_path(self.work, unit, level)
-            if not path.exists():
-                rows = rows_of_band(threshold)
-                parts = [_columns(*part, rows, self.settings.ngram) for part in self._items(unit, level)]
-                with new_stream(path, _schema(SLOTS // rows)) as stream:
-                    if parts:
-                        stream.write_batch(_record_batch(parts, SLOTS // rows))
+        paths = {level: sketch_path(self.work, unit, level) for level in self.settings.levels}
+        missing = [level for level, path in paths.items() if not path.exists()]
+        parts: list[list[list[np.ndarray]]] = [[] for _ in missing]
+        before = 0
+        for ids, offsets in read_batches(unit_path(self.tokens, unit)) if missing else ():
+            items = [self._items(ids, offsets, level) for level in missing]
+            found = signatures(hashes(ids, self.settings.ngram), [(begin, last) for begin, _, last in items])
+            for level, part, (begin, end, _), signature in zip(missing, parts, items, found, strict=True):
+                doc = np.searchsorted(offsets, begin, side="right") - 1
+                places = before + doc, begin - offsets[doc], end - offsets[doc]
+                slots = np.ascontiguousarray(signature.astype(np.uint8).T)  # the lowest byte of each
+                part.append([*places, slots, *bands(signature, rows_of_band(self.settings.levels[level]))])
+            before += len(offsets) - 1
+        for level, part in zip(missing, parts, strict=True):
+            count = SLOTS // rows_of_band(self.settings.levels[level])
+            with new_stream(paths[level], _schema(count)) as stream:
+                if part:
+                    stream.write_batch(_record_batch(part, count))
         return unit
 
-    def _items(self, unit: int, level: str) -> Iterator[tuple[Texts, np.ndarray]]:
-        """Of each batch of the unit what has n-grams, and which document it belongs to (an int64 in the unit)."""
-        before = 0
-        for ids, offsets in read_batches(unit_path(self.tokens, unit)):
-            content = Texts(ids, offsets[:-1] + self.settings.begins, offsets[1:] - 1)
-            items = sections(content, self.paragraphs, self.settings.section_tokens) if level == "sections" else content
-            doc = np.searchsorted(offsets, items.begin, side="right") - 1
-            kept = items.end - items.begin >= self.settings.ngram
-            items = Texts(ids, items.begin[kept], items.end[kept])
-            yield items, np.stack([before + doc[kept], *(edge - offsets[doc[kept]] for edge in items[1:])])
-            before += len(offsets) - 1
+    def _items(self, ids: np.ndarray, offsets: np.ndarray, level: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of a batch, where what has n-grams begins and ends, and where the n-grams in it end to begin."""
+        content = Texts(ids, offsets[:-1] + self.settings.begins, offsets[1:] - 1)
+        items = sections(content, self.paragraphs, self.settings.section_tokens) if level == "sections" else content
+        kept = items.end - items.begin >= self.settings.ngram
+        return items.begin[kept], items.end[kept], items.end[kept] - self.settings.ngram + 1
 
 
 def read_batches(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -94,12 +100,6 @@ def _schema(bands: int) -> pa.Schema:
     return pa.schema(columns | {f"band{band:02d}": pa.uint64() for band in range(bands)})
 
 
-def _columns(items: Texts, places: np.ndarray, rows: int, ngram: int) -> list[np.ndarray]:
-    signature = signatures(items, ngram)
-    slots = (signature.T & np.uint64(0xFF)).astype(np.uint8)
-    return [*places, slots, *bands(signature, rows)]
-
-
 def _record_batch(parts: list[list[np.ndarray]], bands_: int) -> pa.RecordBatch:
     schema, columns = _schema(bands_), [np.concatenate(column) for column in zip(*parts, strict=True)]
     arrays = [
@@ -109,24 +109,46 @@ def _record_batch(parts: list[list[np.ndarray]], bands_: int) -> pa.RecordBatch:
     return pa.record_batch(arrays, schema=schema)
 
 
-def signatures(items: Texts, ngram: int) -> np.ndarray:
-    """uint64 [SLOTS, items]; every item has at least one n-gram."""
-    count = len(items.begin)
-    found = np.full((SLOTS, count), EMPTY)
-    if count:
-        grams = hashes(items.ids, ngram)
-        sizes = items.end - items.begin - ngram + 1
-        ends = np.cumsum(sizes)
-        shift = items.begin - (ends - sizes)  # from a place among the items' n-grams to one in `grams`
-        for first in range(0, int(ends[-1]), BLOCK):
-            place = np.arange(first, min(first + BLOCK, int(ends[-1])))
-            item = np.searchsorted(ends, place, side="right")
-            mine = grams[place + shift[item]]
-            slot = ((mine >> np.uint64(32)) * np.uint64(SLOTS)) >> np.uint64(32)
-            np.minimum.at(found.reshape(-1), slot.astype(np.int64) * count + item, mine)
-    for slot in (*range(SLOTS - 2, -1, -1), SLOTS - 1, *range(SLOTS - 2, -1, -1)):
-        empty = found[slot] == EMPTY
-        found[slot, empty] = found[(slot + 1) % SLOTS, empty]
+def signatures(grams: np.ndarray, levels: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:
+    """uint64 [SLOTS, items] of each level: stretches begin:end of these hashes, in order, none of them empty.
+
+    All edges of all levels cut the hashes into intervals, whose minima are taken once; an item's are those of its intervals.
+    """
+    cuts = distinct(np.concatenate([[0, len(grams)], *chain(*levels)]))
+    minima = _minima(grams, cuts)
+    return [_filled(_of_intervals(minima, *(np.searchsorted(cuts, edge) for edge in level))) for level in levels]
+
+
+def _minima(grams: np.ndarray, cuts: np.ndarray) -> np.ndarray:
+    """uint64 [intervals + 1, SLOTS]: the smallest hash of each slot, EMPTY where there is none and in the last row."""
+    minima = np.full((len(cuts), SLOTS), EMPTY)
+    places = np.repeat(np.arange(0, SLOTS * (len(cuts) - 1), SLOTS), np.diff(cuts))
+    for first in range(0, len(grams), BLOCK):
+        part = grams[first : first + BLOCK]
+        slots = part >> np.uint64(32)
+        slots *= np.uint64(SLOTS)
+        slots >>= np.uint64(32)
+        np.minimum.at(minima.reshape(-1), places[first : first + BLOCK] + slots.view(np.int64), part)
+    return minima
+
+
+def _of_intervals(minima: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """uint64 [SLOTS, items]: minima over the rows first:last of each item."""
+    if not len(first):
+        return np.zeros((SLOTS, 0), np.uint64)
+    return np.ascontiguousarray(np.minimum.reduceat(minima, np.stack([first, last], axis=1).reshape(-1))[::2].T)
+
+
+def _filled(found: np.ndarray) -> np.ndarray:
+    """The same array, each empty slot with what is in the next one that is not, around the circle."""
+    for slot in range(SLOTS - 2, -1, -1):
+        np.copyto(found[slot], found[slot + 1], where=found[slot] == EMPTY)
+    around = np.flatnonzero(found[-1] == EMPTY)
+    last = SLOTS - 1
+    while len(around):
+        found[last, around] = found[0, around]
+        last -= 1
+        around = around[found[last, around] == EMPTY]
     return found
 
 

@@ -1,15 +1,19 @@
 """The parts of the search for near-duplicates, as properties, and planted ones in a token store."""
 
 from collections import Counter
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from console.progress import Progress
 from data_prep.dropped import REASONS, dropped_of, ordered
 from data_prep.duplicates import candidates, ngrams
 from data_prep.duplicates.candidates import Items
+from data_prep.duplicates.decide import Deciding
 from data_prep.duplicates.near import find_near_duplicates
 from data_prep.duplicates.sections import Paragraphs, Texts, sections
 from data_prep.duplicates.sketch import SLOTS, NearSettings, rows_of_band, signatures
@@ -89,6 +93,48 @@ def test_colliding_hashes_make_nothing_similar(monkeypatch):
     assert ngrams.jaccard(ngrams.Grams(a, 3), ngrams.Grams(b, 3)) == exact(a, b, 3)
 
 
+@given(st.lists(tokens, min_size=2, max_size=8), st.integers(1, 6), st.booleans())
+def test_many_pairs_at_once_are_as_similar_as_each_alone(texts, n, collide):
+    """Also where n-grams share the part of a hash that is looked at first, or all of it."""
+    texts = [text for text in texts if len(text) >= n]
+    pairs = np.array([(a, b) for a in range(len(texts)) for b in range(a + 1)], np.int64).reshape(-1, 2)
+    each = [ngrams.jaccard(ngrams.Grams(texts[a], n), ngrams.Grams(texts[b], n)) for a, b in pairs.tolist()]
+    hashed = ngrams.hashes
+    with pytest.MonkeyPatch.context() as patch:
+        if collide:
+            patch.setattr(ngrams, "hashes", lambda ids, n: hashed(ids, n) % np.uint64(3))
+        assert not len(pairs) or ngrams.jaccards(texts, pairs, n).tolist() == each
+
+
+def plainly_sketched(ids: np.ndarray, n: int) -> list[int]:
+    """Slot by slot, by the definition."""
+    slots: dict[int, int] = {}
+    for each in ngrams.hashes(ids, n).tolist():
+        slot = (each >> 32) * SLOTS >> 32
+        slots[slot] = min(each, slots.get(slot, each))
+    return [
+        slots[next(place % SLOTS for place in range(slot, 2 * SLOTS) if place % SLOTS in slots)]
+        for slot in range(SLOTS)
+    ]
+
+
+@given(st.lists(st.tuples(st.integers(1, 200), st.booleans()), min_size=1, max_size=6), st.integers(1, 8), st.randoms())
+def test_sketches_of_a_batch_are_those_of_each_item_alone(pieces, n, random):
+    """Documents with what begins and ends them between, and stretches of them that are items of another level."""
+    ids = np.array([random.randrange(99) for _ in range(sum(size for size, _ in pieces) + 2 * len(pieces))], np.uint16)
+    ends = np.cumsum([size + 2 for size, _ in pieces])
+    documents = [(end - size - 1, end - 1) for end, (size, _) in zip(ends.tolist(), pieces, strict=True)]
+    middles = [(b + e) // 2 if cut else e for (b, e), (_, cut) in zip(documents, pieces, strict=True)]
+    stretches = [part for (b, e), m in zip(documents, middles, strict=True) for part in ((b, m), (m, e))]
+    levels = [
+        np.array([pair for pair in level if pair[1] - pair[0] >= n], np.int64).reshape(-1, 2)
+        for level in (documents, stretches)
+    ]
+    found = signatures(ngrams.hashes(ids, n), [(level[:, 0], level[:, 1] - n + 1) for level in levels])
+    for level, sketch in zip(levels, found, strict=True):
+        assert sketch.T.tolist() == [plainly_sketched(ids[begin:end], n) for begin, end in level.tolist()]
+
+
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
 def test_a_hash_depends_on_its_ngram_alone(dtype):
     text = np.random.default_rng(0).integers(0, 9, 40).astype(dtype)
@@ -127,7 +173,7 @@ def test_slots_are_equal_with_the_probability_of_the_similarity(size):
     a = [generator.integers(0, 1 << 16, size).astype(np.uint16) for _ in range(60)]
     b = [np.append(ids[: size * 3 // 4], generator.integers(0, 1 << 16, size // 4)).astype(np.uint16) for ids in a]
     ids, ends = np.concatenate([*a, *b]), np.cumsum([len(each) for each in [*a, *b]])
-    sketch = signatures(Texts(ids, np.concatenate([[0], ends[:-1]]), ends), 5)
+    [sketch] = signatures(ngrams.hashes(ids, 5), [(np.concatenate([[0], ends[:-1]]), ends - 4)])
     share = np.mean(sketch[:, :60] == sketch[:, 60:])
     assert abs(share - np.mean([exact(*pair) for pair in zip(a, b, strict=True)])) < 0.03
 
@@ -195,6 +241,78 @@ def test_a_document_of_repeated_sections_alone_is_left_out(tmp_path):
     dropped = found(tmp_path, [[book], [excerpt, prose(generator, 300)]], sections=0.9)
     assert [REASONS[reason] for reason in dropped.reason] == ["repeated sections"]
     assert (dropped.doc[0], dropped.of[0], dropped.end[0]) == (1, 0, len(excerpt) + 1)
+
+
+def test_what_is_compared_together_are_the_decisions_one_by_one(tmp_path, monkeypatch):
+    """Chains, so that what an item is like is itself left out, and copies; against the definition, pair after pair."""
+    generator = np.random.default_rng(8)
+    texts = [prose(generator, size) for size in (90, 300, 1000)]
+    for _ in range(60):
+        base = texts[generator.integers(len(texts))]
+        texts.append(edited(base, generator.choice([0.75, 0.82, 1]), generator))
+    stored = {"units": [texts[:20], texts[20:45], texts[45:]], "documents": 0.8}
+    dropped = found(tmp_path / "a", **stored)
+    pairs = np.concatenate(list(Items(sorted((tmp_path / "a" / "work").glob("*.documents.arrow"))).pairs(tmp_path)))
+    expected: dict[int, tuple[int, float]] = {}
+    for later, earlier in zip((pairs >> np.uint64(32)).tolist(), (pairs & np.uint64(0xFFFFFFFF)).tolist(), strict=True):
+        if later not in expected and earlier not in expected:
+            value = exact(texts[later], texts[earlier])
+            if value >= 0.8:
+                expected[later] = earlier, value
+    assert len(expected) > 20
+    assert dropped.doc.tolist() == list(expected)
+    assert list(zip(dropped.of.tolist(), dropped.value.tolist(), strict=True)) == list(expected.values())
+    for limit, few in ("BLOCK", 700), ("PAIRS_AHEAD", 3):
+        monkeypatch.setattr(f"data_prep.duplicates.decide.{limit}", few)
+        again = found(tmp_path / limit, **stored)
+        assert all(np.array_equal(*columns) for columns in zip(dropped, again, strict=True))
+
+
+class Numbers:
+    """Items that are their numbers, each a document."""
+
+    def __init__(self, count: int) -> None:
+        self.starts = np.array([0, count])
+
+    def __len__(self) -> int:
+        return int(self.starts[1])
+
+    def column(self, name: str, unit: int) -> np.ndarray:
+        return np.arange(len(self))
+
+
+def check_decisions(value: dict[tuple[int, int], float], tokens: list[int], together: int) -> None:
+    """Of pairs (later, earlier) so similar and so long, compared so many tokens together; document 1 is left out before."""
+
+    def alike(texts, places, n):
+        return np.array([value[texts[a], texts[b]] for a, b in places])
+
+    count = max(map(max, value), default=0) + 1
+    deciding = Deciding(Path(), [count], Numbers(count), 5, np.zeros(0), Progress("", 0), 0)
+    with pytest.MonkeyPatch.context() as patch, TemporaryDirectory() as folder:
+        for name, replaced in ("BLOCK", together), ("jaccards", alike):
+            patch.setattr(f"data_prep.duplicates.decide.{name}", replaced)
+        patch.setattr(deciding, "_texts", list)
+        pairs = *np.array(list(value), np.int64).reshape(-1, 2).T, np.array(tokens, np.int64)
+        patch.setattr(deciding, "_promising", lambda *_: [pairs])
+        decided = list(deciding._repetitions(0.8, Path(folder), np.array([1])))
+    gone, expected = {1}, []
+    for (later, earlier), similar in value.items():
+        if not {later, earlier} & gone and similar >= 0.8:
+            gone.add(later)
+            expected.append((later, earlier, similar))
+    assert decided == expected
+
+
+@given(st.integers(3, 12), st.sampled_from([0.2, 0.5, 0.8]), st.integers(1, 30), st.randoms())
+def test_whatever_is_compared_ahead_each_pair_decides_in_its_turn(count, share, together, random):
+    pairs = [(later, earlier) for later in range(count) for earlier in range(later) if random.random() < 0.7]
+    value = {pair: 0.9 if random.random() < share else 0.1 for pair in pairs}
+    check_decisions(value, [random.randint(1, together) for _ in pairs], together)
+
+
+def test_a_pair_is_compared_when_what_would_have_spared_it_is_left_out():
+    check_decisions({(3, 0): 0.1, (3, 2): 0.9, (4, 3): 0.9, (6, 4): 0.9, (6, 5): 0.9}, [5] * 5, 10)
 
 
 def test_pairs_do_not_depend_on_what_fits_into_memory(tmp_path, monkeypatch):
