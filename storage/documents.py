@@ -80,12 +80,14 @@ def index_problems(dataset: ShardedDataset, source: str, full: bool) -> Iterator
 
 
 def _agrees(index: Lookup, pairs: Iterator[Pairs]) -> bool:
-    expected = list(sorted_runs(pairs))
-    return len(expected) == len(index.runs) and all(
-        np.array_equal(ours, theirs)
-        for run, found in zip(expected, index.runs, strict=True)
-        for ours, theirs in zip(run, found, strict=True)
-    )
+    """Is the index of these pairs? One run of them is held at a time."""
+    checked = 0
+    for run in sorted_runs(pairs):
+        if checked == len(index.runs) or not all(map(np.array_equal, run, index.runs[checked])):
+            return False
+        checked += 1
+        del run  # before the next is made
+    return checked == len(index.runs)
 
 
 def _index(dataset: ShardedDataset, source: str) -> Lookup | None:

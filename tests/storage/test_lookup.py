@@ -1,6 +1,7 @@
 """Values are found by their keys as if all pairs were read, and rows by their documents."""
 
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -100,3 +101,20 @@ def test_an_index_of_other_shards_is_none_and_a_wrong_one_is_noticed(dataset):
     assert problems("web", full=True)[0].startswith(f"{web} does not say which rows hold which documents")
     books.write_bytes(whole)
     assert problems("books", full=True) == []
+
+
+def test_an_index_of_many_runs_is_compared_run_by_run(dataset, monkeypatch):
+    """One run too many, too few, or another: noticed; and what is held does not grow with the runs."""
+    monkeypatch.setattr(lookup, "RUN", 1 << 14)
+    generator = np.random.default_rng(0)
+    pieces = [(generator.integers(0, 1 << 40, 5000).astype(np.uint64), np.arange(5000)) for _ in range(128)]
+    file = dataset.directory / "train/documents-books.arrow"
+    write_lookup(file, dataset.manifest.splits["train"]["books"].shards_hash, pieces)
+    other = [*pieces[:-1], (pieces[-1][0], pieces[-1][1] + 1)]
+    for rows, problems in ((pieces, 0), (pieces[:-10], 1), (pieces + pieces[:10], 1), (other, 1)):
+        monkeypatch.setattr("storage.documents._pairs", lambda *_, rows=rows: iter(rows))
+        tracemalloc.start()
+        assert len(list(index_problems(dataset, "books", full=True))) == problems
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 5 * 16 * lookup.RUN  # a run and its sorting; there are 40
