@@ -43,6 +43,7 @@ bench: .venv/installed
 	$(BIN)/python -m bench.scale
 	$(BIN)/python -m bench.cluster
 	$(BIN)/python -m bench.near_duplicates
+	$(BIN)/python -m bench.filters
 	$(BIN)/python -m bench.loader
 	$(BIN)/python -m bench.model
 	$(BIN)/python -m bench.kernels

@@ -72,7 +72,10 @@ def _of_datatrove(spec: str) -> Filter:
     try:
         from datatrove.data import Document as TheirDocument
 
-        theirs: Any = getattr(importlib.import_module(f"datatrove.pipeline.filters.{module}"), name)()
+        from data_prep.words import english_words
+
+        kind: Any = getattr(importlib.import_module(f"datatrove.pipeline.filters.{module}"), name)
+        theirs = kind(language=english_words())
     except ImportError as error:
         raise ValueError(
             f"--filter {spec} needs a package ({error}): install it by `pip install -r requirements-filters.txt`"

@@ -7,6 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from data_prep import inspect
 from data_prep.filters import Filters, filter_hashes, open_filter
@@ -16,6 +18,7 @@ from data_prep.store import TokenStore
 from storage.manifest import read_manifest
 from tests.data_prep.builds import arguments, build_here, contents, failure, run
 from tests.data_prep.texts import PROSE, write_lines
+from tests.properties import examples
 
 LISTS = "\n".join(f"- item {i}" for i in range(200))
 REPEATED = "Buy it now and here, it is the best of all that you have seen. " * 300
@@ -49,6 +52,44 @@ def test_datatroves_filters_are_its_own(name):
         assert ours(Document("", text)) == (None if keep else words)
         refused += not keep
     assert refused
+
+
+@examples(40)
+@given(
+    st.lists(
+        st.one_of(
+            st.text(max_size=20),
+            st.sampled_from([*PROSE[0].split()[:99], "LIKE_URL", "ORTH", "can't. Don't!", "\n", "e.g.", "a" * 300]),
+        ),
+        max_size=20,
+    ).map(" ".join)
+)
+def test_words_and_sentences_are_those_of_datatrove(text):
+    pytest.importorskip("datatrove", reason="requirements-filters.txt is not installed")
+    pytest.importorskip("spacy", reason="requirements-filters.txt is not installed")
+    from datatrove.utils.text import split_into_sentences, split_into_words
+
+    from data_prep.words import english_words
+
+    assume("IS_ALPHA" not in text)
+    for _ in range(2):
+        assert split_into_words(text, english_words()) == split_into_words(text)
+    assert split_into_sentences(text, english_words()) == split_into_sentences(text)
+
+
+def test_words_that_were_seen_are_forgotten_in_time_and_do_not_show(monkeypatch):
+    pytest.importorskip("datatrove", reason="requirements-filters.txt is not installed")
+    pytest.importorskip("spacy", reason="requirements-filters.txt is not installed")
+    from data_prep import words
+
+    ours = words.EnglishWords()
+    before = [(ours.word_tokenize(text), ours.sent_tokenize(text)) for text in PROSE[:2]]
+    first = ours._rules
+    monkeypatch.setattr(words, "WORDS_HELD", 0)
+    assert [(ours.word_tokenize(text), ours.sent_tokenize(text)) for text in PROSE[:2]] == before
+    assert ours._rules is not first
+    monkeypatch.undo()
+    assert ours.word_tokenize("An IS_ALPHA here.") == ["An", "here", "."]
 
 
 @pytest.mark.parametrize(
