@@ -26,7 +26,7 @@ FLAGS_OF_OTHERS = {
 
 def new_parser(every_flag: bool) -> argparse.ArgumentParser:
     """`every_flag`: whether the help explains each recipe key, or the sections in a line each."""
-    from console.command import CommandParser
+    from console.command import CommandParser, no_url
     from engine.layout.mesh import add_mesh_flags
     from training.config import add_recipe_flags, hints_for_flags
 
@@ -34,7 +34,7 @@ def new_parser(every_flag: bool) -> argparse.ArgumentParser:
     parser = CommandParser(description=paragraphs[0], epilog=paragraphs[2], hints=hints_for_flags() | FLAGS_OF_OTHERS)
     parser.add_argument("--recipe", required=True, help="YAML file: model, optimizer, schedule, limits, seed")
     parser.add_argument("--deepspeed_config", required=True, help="DeepSpeed JSON: ZeRO stage, precision, offload")
-    parser.add_argument("--data", type=Path, required=True, help="folder made by data_prep.build")
+    parser.add_argument("--data", type=no_url, required=True, help="folder made by data_prep.build")
     parser.add_argument("--output", type=Path, required=True, help="folder of the run: checkpoints, metrics, run.json")
     add_mesh_flags(parser)
     parser.add_argument("--allow_data_change", action="store_true", help="continue a run on another data set")

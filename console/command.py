@@ -82,14 +82,14 @@ class DefaultsInHelp(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
         return super()._get_help_string(action) if action.default not in (None, False) else action.help
 
 
-def local_path(text: str) -> Path:
-    """A path on a file system here, not the folder `s3:` that a URL would name."""
+def no_url(text: str) -> str:
+    """Of a path on this machine; not the folder `s3:` that a URL would name."""
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text):
         raise argparse.ArgumentTypeError(
             f"{text} is a URL, where a path on this machine is needed: `python -m tools.pull {text} FOLDER` fetches a data set "
             "or a checkpoint (--on-demand: shards as they are read), `python -m tools.push` sends one"
         )
-    return Path(text)
+    return text
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -102,7 +102,7 @@ class CommandParser(argparse.ArgumentParser):
     def __init__(self, *, hints: dict[str, str] | None = None, **settings: Any) -> None:
         settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(allow_abbrev=False, **settings)
-        self.register("type", Path, local_path)
+        self.register("type", Path, lambda text: Path(no_url(text)))
         self.hints = hints or {}
 
     def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from console.command import CommandParser, run_command
+from console.command import CommandParser, no_url, run_command
 from launch.remote import MOST_HOSTS_AT_ONCE, run_on
 from tools import host_facts
 from tools.ask_hosts import MASTER_PORT, ROOT, clock_difference, facts_of_hosts, keeps_alive
@@ -34,9 +34,9 @@ def main() -> None:
     parser.add_argument("--hostfile", type=Path, help="check a launch on these hosts (default: describe this machine)")
     parser.add_argument("--recipe", help="the run's: say what memory and disk it needs")
     parser.add_argument("--deepspeed_config", help="the run's; needs --recipe and --data")
-    parser.add_argument("--data", type=Path, help="the run's: check that all hosts have the same")
+    parser.add_argument("--data", type=no_url, help="the run's: check that all hosts have the same")
     parser.add_argument(
-        "--output", type=Path, help="the run's: check that all hosts share it, and that checkpoints will fit"
+        "--output", type=no_url, help="the run's: check that all hosts share it, and that checkpoints will fit"
     )
     for axis in ("pipeline", "tensor", "sequence"):
         flag = "--pipeline_stages" if axis == "pipeline" else f"--{axis}"

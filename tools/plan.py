@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from console.command import CommandParser, run_command
+from console.command import CommandParser, no_url, run_command
 
 if TYPE_CHECKING:
     from engine.run.plan import RunPlan
@@ -31,7 +31,7 @@ OVERHEAD = 1.5
 def main() -> None:
     parser = CommandParser(prog="python -m tools.plan", description=__doc__)
     parser.add_argument("--recipe", required=True, help="what is trained")
-    parser.add_argument("--data", type=Path, help="folder made by data_prep.build")
+    parser.add_argument("--data", type=no_url, help="folder made by data_prep.build")
     parser.add_argument(
         "--seq_length",
         type=int,

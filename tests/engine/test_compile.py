@@ -37,7 +37,7 @@ def test_compiled_blocks_compute_the_same(tmp_path, on_ranks):
     runs = {name: (config, {}) for name, config in LAYOUTS.items()}
     runs |= {f"{name} compiled": (config, COMPILED) for name, config in LAYOUTS.items()}
     runs["zero2 recomputed"] = LAYOUTS["zero2"], RECOMPUTED
-    for results, graphs in on_ranks(2, compiled_histories, str(tmp_path), *prepare(tmp_path), runs, 3):
+    for results, graphs in on_ranks(2, compiled_histories, str(tmp_path), *prepare(tmp_path, blocks=2), runs, 3):
         compiled = sum("training.compile" in overrides for _, overrides in runs.values())
         assert 0 < graphs < 10 * compiled  # captured, and not again for every new set of documents
         for name in runs:

@@ -95,7 +95,7 @@ def quietly(*arguments) -> dict:
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
     folder = tmp_path_factory.mktemp("nonfinite")
-    return folder, *prepare(folder)
+    return folder, *prepare(folder, blocks=2)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -46,7 +46,7 @@ MOVES_TO_ONE = [("zero3", "zero0"), ("pipeline", "zero2"), ("zero1-offload", "ze
 def setting(tmp_path_factory):
     """Rows of 64, then of 128 tokens, then the latter in another mixture."""
     folder = tmp_path_factory.mktemp("stages")
-    recipe, data = prepare(folder)
+    recipe, data = prepare(folder, blocks=2)
     rng = np.random.default_rng(1)
     lengths = {"long": rng.integers(40, 300, 40).tolist(), "short": rng.integers(4, 60, 60).tolist()}
     build(folder / "long", lengths, 128, vocab_size=256, splits=("train", "validation"))

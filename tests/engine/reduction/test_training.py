@@ -43,7 +43,7 @@ def alone(folder: str, recipe: str, data: str) -> dict:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, on_ranks):
     folder = tmp_path_factory.mktemp("compressed")
-    arguments = str(folder), *prepare(folder)
+    arguments = str(folder), *prepare(folder, blocks=2)
     two = on_ranks(2, on_two_ranks, *arguments)
     one = on_ranks(1, alone, *arguments)
     back = on_ranks(2, continued, *arguments, INTERRUPTED, 2)

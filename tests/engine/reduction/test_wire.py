@@ -94,7 +94,7 @@ def test_every_method_that_moves_data_is_known():
 @pytest.fixture(scope="module")
 def by_stage(tmp_path_factory, on_ranks):
     folder = tmp_path_factory.mktemp("wire")
-    return on_ranks(2, stages, str(folder), *prepare(folder))
+    return on_ranks(2, stages, str(folder), *prepare(folder, blocks=2))
 
 
 def test_stage_0_hands_in_each_gradient_once(by_stage):
