@@ -134,10 +134,19 @@ def test_one_step_can_be_read_in_one_sitting():
 
 
 SRUN = """#!/bin/bash
-# Two tasks on this machine, with the variables that srun sets and its exit code: the largest of the tasks.
+# Two tasks on this machine, the second in a folder of its own if there is one, with the variables that srun sets and its
+# exit code: the largest of the tasks. Some time after one has ended (--wait) the other is ended.
 while [[ $1 == --* ]]; do shift; done
-for task in 0 1; do SLURM_PROCID=$task SLURM_LOCALID=$task "$@" & tasks+=($!); done
-for task in "${tasks[@]}"; do wait "$task"; code=$?; ((code > most)) && most=$code; done
+for task in 0 1; do
+    ([ $task = 1 ] && [ -d node2 ] && cd node2; SLURM_PROCID=$task SLURM_LOCALID=$task exec "$@") & tasks+=($!)
+done
+wait -n -p first; most=$?
+for task in "${tasks[@]}"; do
+    [ $task = $first ] && continue
+    (sleep 10; kill $task) & timer=$!
+    wait $task; code=$?; ((code > most)) && most=$code
+    kill $timer
+done
 exit "$most"
 """
 SCONTROL = """#!/bin/bash
@@ -168,6 +177,16 @@ def test_slurm_script_trains_and_queues_again(tmp_path):
     assert (tmp_path / "requeued").read_text() == f"requeue {port - 20_000}\n"
     assert steps(tmp_path / "run"), done.stdout + done.stderr
     assert read_manifest(steps(tmp_path / "run")[0]).layout.world_size == 2
+
+    (tmp_path / "requeued").unlink()
+    (tmp_path / "node2").mkdir()  # has the code, but not the data
+    for name in ("ds_configs", "train.py"):
+        (tmp_path / "node2" / name).symlink_to(ROOT / name)
+    done = run_cli(["bash", "-c", script], cwd=tmp_path, env={"PATH": path} | variables, timeout=200)
+    assert "data is not a prepared data set" in done.stderr
+    assert "stopped (SIGTERM) before the first step" in done.stderr
+    assert done.returncode == 75, "of the rank that Slurm has to end"
+    assert not (tmp_path / "requeued").exists(), "it would be queued again for ever"
 
 
 def printed_texts() -> list[str]:
