@@ -7,7 +7,7 @@
     FILE.py:FUNCTION              FUNCTION(document), which has `text` and `key`: whether to keep it, or False and a reason
 
 MIN or MAX may be left out. A document passes the filters in the order in which they are given; the first that refuses it is
-its reason.
+its reason. Texts stay as they are: `c4` decides about a document, the lines that it would drop are kept.
 """
 
 import hashlib
