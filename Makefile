@@ -51,6 +51,7 @@ bench: .venv/installed
 	$(BIN)/python -m bench.attention
 	$(BIN)/python -m bench.balance
 	$(BIN)/python -m bench.layers
+	$(BIN)/python -m bench.engine
 	$(BIN)/python -m bench.checkpoint
 	$(BIN)/python -m bench.equivalence
 	$(BIN)/python -m bench.compression
