@@ -92,6 +92,13 @@ INTERNALS = [
         ("averaged_gradients", STAGES_1_AND_2, "engine/optimizer.py", "sums of a skipped step", NONFINITE),
         ("_dynamo", "torch", "model/loss.py", "one compilation for all numbers of rows", "tests/model/test_loss.py"),
         ("_disable_dynamo", "torch", "model/compiled.py", "not compiled", "tests/engine/test_compile.py"),
+        (
+            "__dynamo_disable",
+            "torch._compile",
+            "planner/shapes.py",
+            "forgotten after a trial",
+            "tests/tools/test_plan.py",
+        ),
         ("_foreach_mul_", "torch", "engine/optimizer.py", "clipping", LAYOUTS),
         ("_foreach_mul_", "torch", "training/separate_adamw.py", "clipping", ADAPTERS),
         ("ds_id", "deepspeed.runtime.zero.partition_parameters", "engine/layout/tensor.py", "is partitioned", LAYOUTS),
@@ -135,6 +142,7 @@ INTERNALS = [
         ("_reduce_scatter_base", "older torch", WIRE, "counted", REDUCTION),
         # Kernels
         ("_scaled_dot_product_flash_attention_for_cpu", "torch", FLASH, "attention in blocks", "tests/model"),
+        ("_scaled_dot_product_flash_attention_for_cpu", "torch", "planner/exchanges.py", "its memory", "tests/planner"),
         ("_scaled_dot_product_flash_attention_for_cpu_backward", "torch", FLASH, "its gradient", "tests/model"),
         (
             "_attn_implementation",
