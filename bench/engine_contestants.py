@@ -137,9 +137,8 @@ class Rows(torch.utils.data.Dataset):
 def trainer(plan: RunPlan, ds_config: Path) -> Step:
     """Its first step is done when this returns."""
     recipe, turns = plan.recipe, Turns()
-    PartialState(
-        cpu=True
-    ).distributed_type = DistributedType.DEEPSPEED  # accelerate 1.15 finds DeepSpeed beside GPUs only
+    process = PartialState(cpu=True)
+    process.distributed_type = DistributedType.DEEPSPEED  # accelerate 1.15 finds DeepSpeed beside GPUs only
     AcceleratorState._shared_state = {}  # each Trainer has its own, where a process usually has one
     batches = StepSamples(plan).after(new_state(plan))
     arguments = TrainingArguments(
