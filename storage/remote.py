@@ -133,7 +133,7 @@ class Remote:
             except PermissionError as error:
                 raise RemoteError(f"{self.url}: no right to do this ({_words(error)}): check keys and policy") from None
             except Exception as error:  # each protocol has errors of its own
-                if getattr(error, "status", None) in (401, 403):  # of a web server
+                if _status(error) in (401, 403):
                     raise RemoteError(f"{self.url}: no right to do this ({_words(error)})") from None
                 if type(error).__name__ in NO_KEYS:
                     raise RemoteError(f"{self.url}: {_words(error)}") from None
@@ -150,14 +150,14 @@ def _reason(error: FileNotFoundError) -> BaseException:
     """What it is about where a web server could not be asked or refused: fsspec says of any fault that there is no file."""
     cause = error.__cause__
     asked = isinstance(cause, OSError) or type(cause).__module__.startswith("aiohttp")
-    if (
-        cause is None
-        or not asked
-        or isinstance(cause, FileNotFoundError)
-        or getattr(cause, "status", None) in (404, 410)
-    ):
+    if cause is None or not asked or isinstance(cause, FileNotFoundError) or _status(cause) in (404, 410):
         return error
     return cause
+
+
+def _status(error: BaseException) -> int | None:
+    """What a web server, or the Hub, has answered; None of anything else."""
+    return getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
 
 
 NO_KEYS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "ParamValidationError")

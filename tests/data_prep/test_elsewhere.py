@@ -2,7 +2,9 @@
 
 import bz2
 import gzip
+import re
 import shutil
+import sys
 
 import datasets
 import pyarrow as pa
@@ -18,7 +20,8 @@ from storage.manifest import read_manifest
 from storage.remote import Remote
 from tests.data_prep.builds import build_here, contents, read
 from tests.data_prep.texts import PROSE, write_lines
-from tests.processes import free_port
+from tests.hub import hub
+from tests.processes import free_port, run_cli
 from tests.s3 import CuttingProxy, environment, require_rights, s3  # noqa: F401 (a fixture)
 
 UNIT = 40_000
@@ -90,6 +93,23 @@ def test_a_file_of_a_web_server(corpus, place, s3):  # noqa: F811
         assert found == read(corpus / name)[0]
     with pytest.raises(ValueError, match="nothing"):
         read(f"{s3}/ours/corpus/nothing.jsonl")
+
+
+def test_a_data_set_of_the_hub(corpus, tokenizer_folder, tmp_path):
+    """By the command, since `huggingface_hub` reads the environment when it is imported."""
+    with hub("me/texts", corpus.parent) as address:
+        env = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+        flags = ["--tokenizer", tokenizer_folder, "--seq-length", "64", "--workers", "1"]
+        for name, place in {"here": corpus, "there": "hf://datasets/me/texts/corpus"}.items():
+            command = [sys.executable, "-m", "data_prep.build", "--input", place, *flags, "--output", tmp_path / name]
+            done = run_cli(command, env=env)
+            assert done.returncode == 0, done.stderr
+        command[command.index(place)] = "hf://datasets/you/texts"
+        refused = run_cli([*command[:-1], tmp_path / "refused"], env=env)
+    assert refused.returncode == 2
+    assert re.fullmatch(r"error: hf://datasets/you/texts: no right to do this \(.*\)[^\n]*\n", refused.stderr)
+    here, there = (read_manifest(tmp_path / name) for name in ("here", "there"))
+    assert here.fingerprint == there.fingerprint
 
 
 def test_cut_connections_change_nothing(corpus, place, s3, monkeypatch):  # noqa: F811
