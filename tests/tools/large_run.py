@@ -83,6 +83,7 @@ def with_all_imports() -> int:
     script = (
         "from engine.safe_load import allow_deepspeed_classes; allow_deepspeed_classes(); "
         "import engine.run.whole_weights, model.hf.weights, tools.export, tools.hf_tokenizer, tools.trained; "
+        "import transformers.generation.continuous_batching; "
         "print(open('/proc/self/status').read().split('RssAnon:')[1].split()[0])"
     )
     done = run_cli([sys.executable, "-c", script], env={"MALLOC_MMAP_THRESHOLD_": "1000000"})
