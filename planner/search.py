@@ -69,7 +69,7 @@ def search(
         raw = read_ds_config(file)
         for chosen in open_degrees(raw, plan, hardware, degrees):
             fitting, reason = _fitting(plan, file, raw, chosen, hardware, trials)
-            timed = [one._replace(step_seconds=step_seconds(one.plan)) for one in _worth_timing(fitting)]
+            timed = [one._replace(step_seconds=step_seconds(one.plan)) for one in fitting]
             if timed:
                 found.prospects.append(max(timed, key=_worth))
             else:
@@ -92,15 +92,6 @@ def _fitting(
     except ValueError as error:
         return found, _first_sentence(error, file)
     return found, "no micro-batch divides the step" if not found else ""
-
-
-def _worth_timing(fitting: list[Prospect]) -> list[Prospect]:
-    """The most rows of those that recompute least, and the most of all: what lies between is between them."""
-    if not fitting:
-        return []
-    least = min(one.recomputed for one in fitting)
-    picked = [max((one for one in fitting if one.recomputed == least), key=lambda one: one.rows), fitting[-1]]
-    return picked[: 1 + (picked[0] is not picked[1])]
 
 
 def _worth(one: Prospect) -> tuple[float, ...]:

@@ -43,6 +43,19 @@ def test_every_recipe_has_an_answer(name, capsys, monkeypatch):
     assert 0 <= first["activation_checkpointing"] <= recipe.model.num_hidden_layers
 
 
+def test_no_other_number_of_rows_is_faster_than_the_answer(tmp_path, capsys, monkeypatch):
+    """Neither the fewest recomputed blocks nor the most rows need be: each more means fewer of the other."""
+    config = json.loads((ROOT / "ds_configs/zero3.json").read_text())
+    seconds = {}
+    for rows in ("auto", 1, 2, 4, 8):
+        (tmp_path / "ds.json").write_text(json.dumps(config | {"train_micro_batch_size_per_gpu": rows}))
+        words = ["--recipe", ROOT / "recipes/llama-8b.yaml", "--seq_length", 8192, "--hardware", "h100x64", "--json"]
+        answer = call(main, capsys, monkeypatch, *words, "--deepspeed_config", tmp_path / "ds.json")
+        (first,) = json.loads(answer.out)["fits"]
+        seconds[rows] = first["step_seconds"]
+    assert seconds.pop("auto") == pytest.approx(min(seconds.values()))
+
+
 def test_the_readme_shows_what_is_printed(capsys, monkeypatch):
     readme = (ROOT / "README.md").read_text()
     command, shown = re.search(r"```\n\$ python -m tools\.plan (.*?)\n(.*?)```", readme, re.DOTALL).groups()
