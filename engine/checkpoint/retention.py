@@ -30,8 +30,8 @@ class Retention:
         """
         policy, self._proven[written] = self._policy, _identity(written)
         seen = steps(self._run)
-        notices = self._missing(seen)
-        self._there = {written, *seen}
+        notices = self._missing({written, *self._there} - set(seen))
+        self._there = set(seen)
         skipping = {}  # newest first: whether it was saved while steps were skipped
         for folder in seen:
             with contextlib.suppress(ValueError):  # damaged or not what its name says: left for its owner to look at
@@ -49,8 +49,8 @@ class Retention:
                 self._there.discard(folder)
         return notices
 
-    def _missing(self, seen: list[Path]) -> list[str]:
-        gone = sorted(folder.name for folder in self._there.difference(seen))
+    def _missing(self, folders: set[Path]) -> list[str]:
+        gone = sorted(folder.name for folder in folders)
         place = self._run / "checkpoints"
         return [f"{place}: {', '.join(gone)} was removed while training ran, by something else"] if gone else []
 
@@ -66,8 +66,12 @@ class Retention:
 
 
 def _identity(folder: Path) -> tuple:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return tuple((path, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for path in files for s in [path.stat()])
+    files = []
+    with contextlib.suppress(FileNotFoundError):  # taken away meanwhile
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            s = path.stat()
+            files.append((path, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns))
+    return tuple(files)
 
 
 def delete_folder(folder: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""Which folder counts as a checkpoint, which one is taken, and which ones are kept."""
+"""Which folder counts as a checkpoint, and which one is taken."""
 
 import contextlib
 import errno
@@ -25,7 +25,7 @@ from engine.checkpoint.manifest import (
     steps,
     unseal,
 )
-from engine.checkpoint.retention import Retention, delete_folder, set_aside
+from engine.checkpoint.retention import Retention, set_aside
 from engine.safe_load import load_file
 from tests.properties import examples
 from training.config import CheckpointConfig
@@ -125,23 +125,6 @@ def test_a_step_can_be_chosen(tmp_path):
         find(tmp_path, 7)
 
 
-@pytest.mark.parametrize(
-    ("policy", "kept"),
-    [
-        ({"keep_last": 2}, [60, 50]),
-        ({"keep_last": 3, "keep_every_steps": 20}, [60, 50, 40, 20]),
-        ({"keep_last": 2, "keep_every_steps": 30}, [60, 50, 30]),
-        ({"keep_last": 100}, [60, 50, 40, 30, 20, 10]),
-    ],
-)
-def test_retention(tmp_path, policy, kept):
-    for step in range(10, 70, 10):
-        write(tmp_path, step)
-    assert Retention(tmp_path, CheckpointConfig(**policy)).retire(steps(tmp_path)[0]) == []
-    assert [int(path.name.removeprefix("step-")) for path in steps(tmp_path)] == kept
-    assert not list((tmp_path / "checkpoints").glob(".*"))
-
-
 def test_an_interrupted_save_or_deletion_is_no_checkpoint(tmp_path):
     good = write(tmp_path, 5)
     (tmp_path / "checkpoints/.step-00000010.partial").mkdir()
@@ -200,57 +183,6 @@ def test_the_newest_good_state_is_always_there(tmp_path_factory, events, keep_la
             good.pop(number, None)
         if good:
             assert newest_good(run)[1].state.step == max(good)
-
-
-def test_checkpoints_of_skipped_steps_take_no_healthy_one_s_place(tmp_path):
-    for step in (1, 2):
-        write(tmp_path, step)
-    retention = Retention(tmp_path, CheckpointConfig(keep_last=2))
-    for step in (3, 4, 5):
-        retention.retire(write(tmp_path, step, skips=step - 2))
-    assert [step_of(folder) for folder in steps(tmp_path)] == [5, 2, 1]
-    retention.retire(write(tmp_path, 6))
-    assert [step_of(folder) for folder in steps(tmp_path)] == [6, 2]
-
-
-def test_what_cannot_be_deleted_or_was_taken_away_is_said(tmp_path):
-    for step in (1, 2, 3):
-        write(tmp_path, step)
-    first, second, third = reversed(steps(tmp_path))
-    retention = Retention(tmp_path, CheckpointConfig(keep_last=2))
-    first.with_name(f".{first.name}.partial").touch()  # in the way of the deletion
-    (sentence,) = retention.retire(third)
-    assert sentence.startswith(f"{first} is no longer needed but cannot be deleted (")
-    assert steps(tmp_path) == [third, second, first]
-    assert delete_folder(first.with_name(f".{first.name}.partial")) != []
-    shutil.rmtree(tmp_path / "checkpoints")  # also the one that the user was told to delete
-    (sentence,) = retention.retire(write(tmp_path, 4))
-    assert f": {second.name}, {third.name} was removed while training ran" in sentence
-    assert retention.retire(write(tmp_path, 5)) == []
-
-
-@pytest.mark.parametrize("moment", range(6))
-def test_what_was_taken_away_while_older_ones_are_deleted_is_said_once(tmp_path, monkeypatch, moment):
-    for step in (1, 2, 3, 4):
-        write(tmp_path, step)
-    retention, folders = Retention(tmp_path, CheckpointConfig(keep_last=2)), steps(tmp_path)
-    calls = []
-
-    def disturbed(work):
-        def call(*args, **options):
-            calls.append(work)
-            if len(calls) == moment + 1:
-                shutil.rmtree(tmp_path / "checkpoints")
-            return work(*args, **options)
-
-        return call
-
-    for work in (read_manifest, delete_folder):
-        monkeypatch.setattr(f"engine.checkpoint.retention.{work.__name__}", disturbed(work))
-    assert retention.retire(folders[0]) == []
-    assert len(calls) > moment
-    (sentence,) = retention.retire(write(tmp_path, 5))
-    assert f"{folders[0].name} was removed while training ran, by something else" in sentence
 
 
 def test_a_name_that_is_not_the_state_s_is_never_the_newest(tmp_path):
@@ -340,11 +272,3 @@ def test_a_file_that_cannot_be_read_is_damage(tmp_path, monkeypatch):
     folder, _, words = newest_good(tmp_path)
     assert folder.name == "step-00000005"
     assert "Input/output error" in words[0]
-
-
-def test_nothing_is_read_again_while_nothing_goes(tmp_path, monkeypatch):
-    for step in (1, 2):
-        write(tmp_path, step)
-    monkeypatch.setattr("engine.checkpoint.manifest.digest_of_file", lambda path: pytest.fail(f"{path} was read"))
-    Retention(tmp_path, CheckpointConfig(keep_last=3)).retire(write(tmp_path, 3))
-    assert [step_of(folder) for folder in steps(tmp_path)] == [3, 2, 1]
