@@ -85,6 +85,7 @@ def serve(folder: Path, rank: int, pipe: int) -> int:
             os.environ |= variables
             os.chdir(place)
             gc.collect()  # the process groups of the last call, and their threads
+            gc.freeze()  # what has not gone, as engines of ZeRO-3, never will
     distributed = sys.modules.get("torch.distributed")
     if distributed and distributed.is_available() and distributed.is_initialized():
         distributed.barrier()  # gloo aborts when one rank tears down while another still talks to it
