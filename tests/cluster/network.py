@@ -37,20 +37,20 @@ def missing_device() -> str | None:
     if os.geteuid() != 0:
         return "network namespaces need root"
     programs = ("ip", "tc", "unshare", "hostname", "sshd", "ssh", "ssh-keygen", "pdsh", "pkill", "pgrep")
-    if missing := [name for name in programs if not _program(name)]:
+    if missing := [name for name in programs if not installed(name)]:
         return f"not installed: {', '.join(missing)}"
     name = f"longform-{os.getpid()}-node0"
     needed = [["netns", "add", name], ["-n", name, "link", "add", BRIDGE, "type", "bridge"]]
     try:
         for words in needed:
-            made = subprocess.run([_program("ip"), *words], capture_output=True, text=True)
+            made = subprocess.run([installed("ip"), *words], capture_output=True, text=True)
             if made.returncode:
                 return f"`ip {' '.join(words)}` fails: {made.stderr.strip()}"
         slowed = ["-n", name, "qdisc", "add", "dev", "lo", "root", *_rate(1)]
-        made = subprocess.run([_program("tc"), *slowed], capture_output=True, text=True)
+        made = subprocess.run([installed("tc"), *slowed], capture_output=True, text=True)
         return f"`tc qdisc add ... tbf` fails: {made.stderr.strip()}" if made.returncode else None
     finally:
-        subprocess.run([_program("ip"), "netns", "delete", name], capture_output=True)
+        subprocess.run([installed("ip"), "netns", "delete", name], capture_output=True)
 
 
 class Cluster:
@@ -66,14 +66,14 @@ class Cluster:
             raise RuntimeError(f"the hosts could not be made (exit code {self._keeper.wait()}), see stderr")
         self.folder = Path(answer)
         self._disturbed: set[str] = set()
-        self._booted: list[subprocess.Popen] = []
+        self._served: list[subprocess.Popen] = []
         return self
 
     def __exit__(self, *_) -> None:
         self._keeper.stdin.close()
         self._keeper.wait(30)
-        for sshd in self._booted:
-            sshd.wait(30)
+        for service in self._served:
+            service.wait(30)
 
     def namespace(self, host: str) -> str:
         return f"longform-{self._keeper.pid}-{host}"
@@ -106,7 +106,7 @@ class Cluster:
     def restore(self, host: str) -> None:
         """The host is there again at full speed with its sshd, whatever was done to it; a killed one as after booting."""
         if not any(_listens(process) for process in _processes_in(self.namespace(host))):
-            self._booted.append(_start_sshd(self._keeper.pid, self.folder, host))
+            self._served.append(_start_sshd(self._keeper.pid, self.folder, host))
         for namespace, device in ((host, INTERFACE), (SWITCH, host)):
             if "tbf" in _tc("-n", self.namespace(namespace), "qdisc", "show", "dev", device):
                 _tc("-n", self.namespace(namespace), "qdisc", "delete", "dev", device, "root")
@@ -119,6 +119,33 @@ class Cluster:
                 self.restore(host)
             _wait_until_reachable(self._keeper.pid, self.folder)
 
+    def serve(self, command: Sequence[str], env: Mapping[str, str], host: str, log: Path) -> None:
+        """Starts a service on a host: it is there until the host is killed, or a command ends that `start` began."""
+        words, environment = [*_on(self.namespace(host), host), *command], clean_environment(self._variables | env)
+        with log.open("ab") as output:
+            options = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
+            self._served.append(subprocess.Popen(words, env=environment, **options))
+
+    def ask(self, command: Sequence[str], env: Mapping[str, str], cwd: Path | None = None) -> str:
+        """What a short command on the first host says; services go on."""
+        words, environment = (
+            [*_on(self.namespace("node1"), "node1"), *command],
+            clean_environment(self._variables | env),
+        )
+        done = subprocess.run(words, env=environment, cwd=cwd, capture_output=True, text=True, timeout=60)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}: {done.stderr}")
+        return done.stdout
+
+    @property
+    def _variables(self) -> dict[str, str | None]:
+        return {
+            "PATH": os.pathsep.join([str(self.folder / "bin"), str(Path(sys.executable).parent), SYSTEM_PATH]),
+            "HOME": str(self.folder / "home"),
+            "GLOO_SOCKET_IFNAME": None,
+            "DS_ACCELERATOR": None,
+        }
+
     @contextlib.contextmanager
     def start(
         self,
@@ -128,16 +155,9 @@ class Cluster:
         host: str = "node1",
     ) -> Iterator[RunningCommand]:
         """Starts a command; when the block ends, nothing that it started runs on any host."""
-        variables = {
-            "PATH": os.pathsep.join([str(self.folder / "bin"), str(Path(sys.executable).parent), SYSTEM_PATH]),
-            "HOME": str(self.folder / "home"),
-            "GLOO_SOCKET_IFNAME": None,
-            "DS_ACCELERATOR": None,
-        }
+        words = [*_on(self.namespace(host), host), *command]
         try:
-            with start_cli(
-                [*_on(self.namespace(host), host), *command], env=variables | (env or {}), cwd=cwd
-            ) as running:
+            with start_cli(words, env=self._variables | (env or {}), cwd=cwd) as running:
                 yield running
         finally:
             for each in HOSTS:
@@ -149,16 +169,16 @@ class Cluster:
             return running.finish(timeout)
 
 
-def _program(name: str) -> str | None:
+def installed(name: str) -> str | None:
     return shutil.which(name, path=SYSTEM_PATH)
 
 
 def _ip(*words: str) -> str:
-    return subprocess.run([_program("ip"), *words], check=True, capture_output=True, text=True).stdout
+    return subprocess.run([installed("ip"), *words], check=True, capture_output=True, text=True).stdout
 
 
 def _tc(*words: str) -> str:
-    return subprocess.run([_program("tc"), *words], check=True, capture_output=True, text=True).stdout
+    return subprocess.run([installed("tc"), *words], check=True, capture_output=True, text=True).stdout
 
 
 def _rate(mbit: float) -> list[str]:
@@ -168,12 +188,12 @@ def _rate(mbit: float) -> list[str]:
 def _on(namespace: str, host: str) -> list[str]:
     """What turns a command into one of this host; its mounts and its hostname are its own, and its children's."""
     name = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', host]
-    return [_program("ip"), "netns", "exec", namespace, *name]
+    return [installed("ip"), "netns", "exec", namespace, *name]
 
 
 def _processes_in(namespace: str) -> list[psutil.Process]:
     found = []
-    command = [_program("ip"), "netns", "pids", namespace]
+    command = [installed("ip"), "netns", "pids", namespace]
     for pid in subprocess.run(command, capture_output=True, text=True).stdout.split():
         with contextlib.suppress(psutil.NoSuchProcess):
             found.append(psutil.Process(int(pid)))
@@ -207,7 +227,7 @@ def _sweep(pid: int) -> None:
     for owner, host in NAMESPACE.findall(_ip("netns", "list")):
         if int(owner) == pid:
             _kill_all_in(f"longform-{pid}-{host}")
-            subprocess.run([_program("ip"), "netns", "delete", f"longform-{pid}-{host}"], capture_output=True)
+            subprocess.run([installed("ip"), "netns", "delete", f"longform-{pid}-{host}"], capture_output=True)
     for folder in [*HOSTS_FILES.glob(f"longform-{pid}-*"), _folder(pid)]:
         shutil.rmtree(folder, ignore_errors=True)
     with contextlib.suppress(OSError):
@@ -222,7 +242,7 @@ def _make_keys(folder: Path) -> None:
     """One key for the hosts, one for the user, an ssh that knows both, earlier on PATH than the real one."""
     for name in ("host", "user"):
         key = ["-q", "-t", "ed25519", "-N", "", "-C", name, "-f", str(folder / name)]
-        subprocess.run([_program("ssh-keygen"), *key], check=True)
+        subprocess.run([installed("ssh-keygen"), *key], check=True)
     host_key = (folder / "host.pub").read_text()
     (folder / "known_hosts").write_text("".join(f"{name},{address} {host_key}" for name, address in HOSTS.items()))
     (folder / "ssh_config").write_text(
@@ -242,7 +262,7 @@ def _make_keys(folder: Path) -> None:
 
 
 def _wrap(wrapper: Path, options: str) -> None:
-    wrapper.write_text(f'#!/bin/sh\nexec {_program(wrapper.name)} {options} "$@"\n')
+    wrapper.write_text(f'#!/bin/sh\nexec {installed(wrapper.name)} {options} "$@"\n')
     wrapper.chmod(0o755)
 
 
@@ -275,7 +295,7 @@ def _start_sshd(pid: int, folder: Path, host: str) -> subprocess.Popen:
         script += [f"mount -t tmpfs tmpfs {folder}/only_node1"]
     if host == "node2":
         script += [f"mount --bind {folder}/differs_node2 {folder}/differs"]
-    script += [f"exec {_program('sshd')} -D -e -f {folder}/sshd_config"]
+    script += [f"exec {installed('sshd')} -D -e -f {folder}/sshd_config"]
     command = [*_on(f"longform-{pid}-{host}", host), "sh", "-ec", "; ".join(script)]
     with (folder / f"sshd-{host}.log").open("ab") as log:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
@@ -284,7 +304,7 @@ def _start_sshd(pid: int, folder: Path, host: str) -> subprocess.Popen:
 def _wait_until_reachable(pid: int, folder: Path) -> None:
     deadline = time.monotonic() + 20
     for host in HOSTS:
-        ssh = [_program("ip"), "netns", "exec", f"longform-{pid}-node1", str(folder / "bin/ssh"), host, "true"]
+        ssh = [installed("ip"), "netns", "exec", f"longform-{pid}-node1", str(folder / "bin/ssh"), host, "true"]
         while (done := subprocess.run(ssh, capture_output=True, text=True)).returncode:
             if time.monotonic() > deadline:
                 log = (folder / f"sshd-{host}.log").read_text()
