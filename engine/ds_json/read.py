@@ -21,6 +21,8 @@ from training.config import Recipe, did_you_mean
 OPTIMIZER_KEYS = {"type", "params", "legacy_fusion"}
 OPTIMIZER_PARAMS = {"lr", "betas", "eps", "weight_decay", "torch_adam", "adam_w_mode"}
 NOT_FOR_DEEPSPEED = {"train_batch_size", "tensor_parallel", "planned"}
+LEAST_BUCKET = 5_000_000
+"""Elements that "auto" sums at a time; in narrow models the square of the width is a matrix or less."""
 NEVER_AUTO = "; DeepSpeed would read the word itself: write a value or leave the key out"
 
 
@@ -244,10 +246,11 @@ def _fill_batch(
 
 
 def _fill_zero(config: dict[str, Any], recipe: Recipe, device: torch.device) -> None:
-    """The values that `transformers` users leave "auto", by its formulas, and the offloaded optimizer's kind."""
+    """The values that `transformers` users leave "auto", by its formulas but for a least bucket, and the offloaded
+    optimizer's kind."""
     zero, hidden = config.get("zero_optimization", {}), recipe.model.hidden_size
     formulas = {
-        "reduce_bucket_size": hidden * hidden,
+        "reduce_bucket_size": max(hidden * hidden, LEAST_BUCKET),
         "stage3_prefetch_bucket_size": int(0.9 * hidden * hidden),
         "stage3_param_persistence_threshold": 10 * hidden,
     }

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from engine.ds_json.keys import REFUSED, SECTIONS, TopLevel, _model_of
 from engine.ds_json.read import read_ds_config
-from tests.engine.ds_json.test_read import GPU, problems, resolve
+from tests.engine.ds_json.test_read import GPU, RECIPE, problems, resolve
 from tests.properties import examples
 
 
@@ -58,6 +58,15 @@ def test_numbers_that_nothing_holds_are_refused(tmp_path, text):
 def test_a_byte_order_mark_is_no_part_of_a_json(tmp_path):
     (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 1}}', encoding="utf-8-sig")
     assert read_ds_config(tmp_path / "ds.json") == {"zero_optimization": {"stage": 1}}
+
+
+def test_auto_buckets_are_those_of_transformers_or_larger():
+    zero = {"stage": 3} | dict.fromkeys(("reduce_bucket_size", "stage3_prefetch_bucket_size"), "auto")
+    for hidden, bucket in ((64, 5_000_000), (4096, 4096 * 4096)):
+        recipe = RECIPE.model_copy(update={"model": RECIPE.model.model_copy(update={"hidden_size": hidden})})
+        found = resolve({"zero_optimization": zero}, recipe=recipe).config
+        assert found["zero_optimization"]["reduce_bucket_size"] == bucket
+        assert found["zero_optimization"]["stage3_prefetch_bucket_size"] == int(0.9 * hidden * hidden)
 
 
 def test_strings_are_judged_as_what_they_say():
