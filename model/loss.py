@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +15,8 @@ IGNORED = -100
 """Target of a token that does not count."""
 CHUNK_TOKENS, CHUNK_TOKENS_CUDA = 1024, 4096
 """Rows of logits that exist at a time. Each chunk adds to a [V, D] gradient, so far fewer would cost bandwidth."""
-SOFTMAX_TOKENS = 64
-"""Rows of which the softmax is made at a time on CPUs, so that its wide temporaries stay in the cache."""
+SLAB_ELEMENTS = 1 << 19
+"""Of logits whose softmax is made on CPUs, or of a matrix that is converted, at a time: wide temporaries stay in the cache."""
 
 
 class VocabularyPart(NamedTuple):
@@ -99,7 +99,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + chunk_tokens)
             logits = x[rows] @ weight.T
             scale = None if target_weights is None else target_weights[rows].to(wide)
-            for piece in _softmax_pieces(len(logits), x.is_cuda or part is not None):
+            for piece in _softmax_pieces(logits, x.is_cuda or part is not None):
                 problem = logits[piece], targets[rows][piece], None if scale is None else scale[piece]
                 softmax = _compiled_softmax if x.is_cuda and part is None else _softmax
                 nll, z = softmax(*problem, wide, z_loss_weight, part, make_gradients)
@@ -110,7 +110,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_x[rows] = logits @ weight
             if want_weight:
                 of_chunk = logits.T @ x[rows]
-                grad_weight = of_chunk.to(wide) if grad_weight is None else grad_weight.add_(of_chunk)
+                grad_weight = of_chunk.to(wide) if grad_weight is None else _add(grad_weight, of_chunk)
         ctx.weight_dtype = weight.dtype
         ctx.save_for_backward(grad_x, grad_weight)
         ctx.mark_non_differentiable(losses)
@@ -128,12 +128,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """The product in the wide dtype of `factor`: 1 / targets rounded to bfloat16 would put a bias on every gradient."""
-    return torch.mul(grad.to(factor.dtype), factor, out=torch.empty_like(grad, dtype=dtype))
+    product = torch.empty_like(grad, dtype=dtype)
+    for rows, into in _slabs(grad, product):
+        torch.mul(rows.to(factor.dtype), factor, out=into)
+    return product
 
 
-def _softmax_pieces(rows: int, at_once: bool) -> list[slice]:
-    step = rows if at_once else SOFTMAX_TOKENS
-    return [slice(first, first + step) for first in range(0, rows, max(step, 1))]
+def _add(total: Tensor, more: Tensor) -> Tensor:
+    for rows, added in _slabs(total, more):
+        rows.add_(added)
+    return total
+
+
+def _slabs(*matrices: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """The same rows of all, so few that their conversion from one dtype to another stays in a CPU's cache."""
+    rows, width = matrices[0].shape
+    step = max(1, SLAB_ELEMENTS // width) if matrices[0].device.type == "cpu" else max(1, rows)
+    return zip(*(matrix.split(step) for matrix in matrices), strict=True)
+
+
+def _softmax_pieces(logits: Tensor, at_once: bool) -> list[slice]:
+    rows, vocabulary = logits.shape
+    step = rows if at_once else SLAB_ELEMENTS // vocabulary
+    return [slice(first, first + max(step, 1)) for first in range(0, rows, max(step, 1))]
 
 
 def _compiled_softmax(*problem: Any) -> tuple[Tensor, Tensor]:
@@ -203,5 +220,6 @@ def _softmax(
     grad = torch.mul(log_p.exp_(), row_scale, out=logits)
     if part is not None:
         grad_at_target = grad_at_target.where(here.unsqueeze(1), grad.gather(1, index))
-    grad.scatter_(1, index, grad_at_target.to(grad.dtype))
+    rows = torch.arange(len(grad), device=grad.device)
+    grad.index_put_((rows, index.squeeze(1)), grad_at_target.squeeze(1).to(grad.dtype))  # scatter_ copies it all, twice
     return nll, z

@@ -276,9 +276,9 @@ class _Trial:
             like = torch.empty(shape, dtype=self.numbers.weights, requires_grad=trained)
             return self._measure(run, nn.ModuleList([norm, head]), like)[0]
 
-        few, rows = CHUNK_TOKENS // 2, loss.SOFTMAX_TOKENS if chunks == 1 else CHUNK_TOKENS // 4
+        few, slab = CHUNK_TOKENS // 2, loss.SLAB_ELEMENTS if chunks == 1 else CHUNK_TOKENS // 4 * len(head.weight)
         scaled = _scaled_on_cpu if self.numbers.device == "cpu" else loss._scaled
-        with mock.patch.object(loss, "SOFTMAX_TOKENS", rows), mock.patch.object(loss, "_scaled", scaled):
+        with mock.patch.object(loss, "SLAB_ELEMENTS", slab), mock.patch.object(loss, "_scaled", scaled):
             numbers = (1,) if chunks == 1 else (2, 3)
             return few, [of(each, number) for number in numbers for each in (few, 2 * few)]
 
@@ -327,8 +327,8 @@ class _Trial:
 
 
 def _scaled_on_cpu(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`loss._scaled` with what a CPU's kernel makes inside, where no tracker sees it, of a result of another dtype."""
-    return torch.mul(grad.to(factor.dtype), factor).to(dtype)
+    """`loss._scaled` without what it makes of a slab at a time."""
+    return torch.empty_like(grad, dtype=dtype)
 
 
 def _forget(parameter: Tensor) -> None:

@@ -49,21 +49,21 @@ def problem(tokens, width, vocabulary, ignored, seed=0, dtype=torch.float64):
     z=st.sampled_from([0.0, 1e-4, 0.5]),
     upstream=st.sampled_from([1.0, 0.25, -3.0]),
     weighted=st.booleans(),
-    softmax_tokens=st.sampled_from([1, 7, 64]),
+    slab=st.sampled_from([1, 30, 1000]),
     seed=st.integers(0, 5),
 )
 def test_value_and_gradients_equal_the_full_computation(
-    tokens, width, vocabulary, chunk, ignored, z, upstream, weighted, softmax_tokens, seed
+    tokens, width, vocabulary, chunk, ignored, z, upstream, weighted, slab, seed
 ):
     x, weight, targets = problem(tokens, width, vocabulary, ignored, seed)
     target_weights = torch.rand(tokens, generator=torch.Generator().manual_seed(seed)) * 9 if weighted else None
     expected = full(x, weight, targets, z, target_weights)
     expected_grads = torch.autograd.grad(expected[0] * upstream, (x, weight))
-    with mock.patch.object(loss, "SOFTMAX_TOKENS", softmax_tokens):
+    with mock.patch.object(loss, "SLAB_ELEMENTS", slab):
         found = linear_cross_entropy(x, weight, targets, z, chunk, target_weights=target_weights)
+        grads = torch.autograd.grad(found[0] * upstream, (x, weight))
     torch.testing.assert_close(summed(found, target_weights), tuple(expected), atol=1e-10, rtol=1e-10)
     assert not found[1].requires_grad
-    grads = torch.autograd.grad(found[0] * upstream, (x, weight))
     torch.testing.assert_close(grads, expected_grads, atol=1e-10, rtol=1e-10)
 
 
