@@ -250,8 +250,8 @@ class _Trial:
     def heads(self, chunks: int) -> tuple[int, list[LayerBytes]]:
         """Of the last norm and the head with the loss: one chunk of n and of 2 n tokens, or of each length two and three.
 
-        A chunk takes as much as any other and grows evenly. Where there are several, two chunks of logits outweigh the
-        softmax, which is then made of more rows at a time than in training.
+        A chunk takes as much as any other and grows evenly. The softmax is made of more rows at a time than in training,
+        which is quicker: of a large vocabulary it is little beside a chunk of logits, and less beside two.
         """
         model, split = self.model, self.mesh.tensor if self.mesh.split_rows else 1
         norm: Any
@@ -276,7 +276,8 @@ class _Trial:
             like = torch.empty(shape, dtype=self.numbers.weights, requires_grad=trained)
             return self._measure(run, nn.ModuleList([norm, head]), like)[0]
 
-        few, slab = CHUNK_TOKENS // 2, loss.SLAB_ELEMENTS if chunks == 1 else CHUNK_TOKENS // 4 * len(head.weight)
+        few, rows = CHUNK_TOKENS // 2, CHUNK_TOKENS // 16 if chunks == 1 else CHUNK_TOKENS // 4
+        slab = max(loss.SLAB_ELEMENTS, rows * len(head.weight))
         scaled = _scaled_on_cpu if self.numbers.device == "cpu" else loss._scaled
         with mock.patch.object(loss, "SLAB_ELEMENTS", slab), mock.patch.object(loss, "_scaled", scaled):
             numbers = (1,) if chunks == 1 else (2, 3)

@@ -8,6 +8,7 @@ anywhere is another fingerprint.
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -270,10 +271,16 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise ValueError(
-            f"{directory} is not a prepared data set: it has no {MANIFEST_FILE} "
-            "(run `python -m data_prep.build`; after an interruption the same command continues)"
-        ) from None
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(directory)):
+            advice = (
+                "is a URL, where a folder of this machine is needed (`python -m tools.pull URL FOLDER` makes one of it)"
+            )
+        else:
+            advice = (
+                f"is not a prepared data set: it has no {MANIFEST_FILE} "
+                "(run `python -m data_prep.build`; after an interruption the same command continues)"
+            )
+        raise ValueError(f"{directory} {advice}") from None
     except (ValueError, OSError) as error:
         raise ValueError(f"{path} cannot be read ({error}): build the data set again") from None
     if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:

@@ -226,8 +226,9 @@ def test_problems_of_all_stages_come_together(setting, tmp_path):
         f"stages: stage-3: {tmp_path}/foreign was built with another tokenizer than {data}",
     ):
         assert sentence in text
-    (absent,) = refusal(setting, [{"max_steps": 8, "data": str(tmp_path)}])
-    assert "is not a prepared data set" in absent
+    for place, words in ((str(tmp_path), "is not a prepared data set"), ("s3://ours/data", "is a URL, where")):
+        (absent,) = refusal(setting, [{"max_steps": 8, "data": place}])
+        assert words in absent
     eight = [{"max_steps": 6}, {"max_steps": 2, "data": f"{folder}/long"}]
     assert "stages: stage-2: a step of 4 rows cannot be shared evenly by 8 data-parallel ranks" in "\n".join(
         refusal(setting, eight, ranks=8, training__micro_batch_samples="1")

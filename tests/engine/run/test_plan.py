@@ -76,6 +76,8 @@ def test_validation_sets_must_exist_and_share_the_tokenizer(setting, tmp_path):
     build(other, {"a": [50] * 20}, 64, vocab_size=256, splits=("train",))
     assert "no split 'validation'" in refusal(setting, {"validation.sets": f"{{x: {other}}}"})[0]
     assert "is not a prepared data set" in refusal(setting, {"validation.sets": f"{{x: {tmp_path}}}"})[0]
+    (url,) = refusal(setting, {"validation.sets": "{x: s3://ours/data}"})
+    assert "is a URL, where a folder of this machine is needed (`python -m tools.pull URL FOLDER`" in url
     assert "validation.sets is empty" in refusal(setting, {"validation.sets": "{}"}, data=other)[0]
     assert plan(setting, {"validation.every_steps": "null", "validation.sets": "{}"}, data=other).validation_sets == {}
 
