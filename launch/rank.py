@@ -1,5 +1,6 @@
 """How a rank meets the others, and how it ends: what it says, when, and with which exit code."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -12,9 +13,9 @@ import torch
 from console.output import outlive_readers
 from launch.hostfile import hosts_of_ranks, launcher_commands
 from launch.peers import FAILED_COLLECTIVE, LostPeer, RollCall
-from launch.rendezvous import interface_towards, listens, wait_for_all_ranks
+from launch.rendezvous import interface_towards, listens, refuse, wait_for_all_ranks
 from launch.signals import EXIT_INTERRUPTED
-from launch.topology import Topology, is_first_of_host, meeting_place, talk_over
+from launch.topology import Topology, is_first_of_host, meeting_place, read_topology, talk_over
 
 OTHERS_FIRST_SECONDS = 10.0
 PRESENT: list[RollCall] = []
@@ -57,6 +58,8 @@ def run_rank(main: Callable[[], int]) -> None:
             time.sleep(OTHERS_FIRST_SECONDS)
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
+        sys.stderr.flush()
+        refuse_to_meet(str(error).splitlines()[0])
         leave(2, wait=False)
     except KeyboardInterrupt:
         print("interrupted: the same command continues from the newest checkpoint", file=sys.stderr)
@@ -71,8 +74,23 @@ def run_rank(main: Callable[[], int]) -> None:
             leave(PRESENT[0].exit_code if PRESENT else 1, wait=False)
         else:
             traceback.print_exc()
-            say_farewell(f"ended: {traceback.format_exception_only(error)[-1].strip()}")
+            reason = traceback.format_exception_only(error)[-1].strip()
+            say_farewell(f"ended: {reason}")
+            refuse_to_meet(reason)
         leave(1, wait=False)
+
+
+def refuse_to_meet(reason: str) -> None:
+    """Where the ranks of other hosts are waiting for this one, or will be: tell them that it ends, and why."""
+    with contextlib.suppress(ValueError):  # of an environment that no launcher has made
+        topology = read_topology()
+        if PRESENT or topology.local_size == topology.world_size:
+            return
+        place = meeting_place(topology)
+        if place.agents_restart is None:  # torchrun's agents end one another's ranks
+            first = topology.rank - topology.local_rank
+            beside, hosts = range(first, first + topology.local_size), hosts_of_ranks(launcher_commands())
+            refuse(topology.rank, beside, topology.world_size, place.address, place.port, hosts, reason)
 
 
 def say_farewell(text: str) -> None:

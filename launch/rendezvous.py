@@ -1,5 +1,6 @@
 """How the ranks of a launch meet: over which network interface, and how long they wait for one another."""
 
+import contextlib
 import ipaddress
 import socket
 import sys
@@ -17,6 +18,14 @@ ARRIVAL = timedelta(minutes=5)
 
 SILENCE = timedelta(seconds=10)
 """After this time rank 0 says whom it is waiting for."""
+
+FAREWELL = timedelta(seconds=30)
+"""For so long a rank that will not come tries to say so to the others."""
+
+TO_READ = 1.0
+"""Seconds that the first rank, who keeps the store, leaves the others to read there before it ends."""
+
+REFUSAL = "longform/refusal"
 
 
 def interface_towards(address: str, port: int, several_hosts: bool) -> str | None:
@@ -46,19 +55,30 @@ def wait_for_all_ranks(rank: int, world_size: int, address: str, port: int, host
     would wait for as long as a collective may take. The process group's own store shares the port of the returned one,
     which is kept as long as the first rank lives.
 
-    Raises LostPeer with who is missing after `ARRIVAL`, ValueError for a port in use.
+    Raises LostPeer with who is missing after `ARRIVAL`, or at once with who has refused to come and why; ValueError for a
+    port in use.
     """
     deadline = time.monotonic() + ARRIVAL.total_seconds()
     first, everyone = named([0], hosts), "longform/everyone"
     try:
-        if rank:
-            _until(lambda: listens(address, port), deadline)  # the store's own attempts print stack traces
-        store = dist.TCPStore(address, port, world_size, rank == 0, ARRIVAL, wait_for_workers=False, multi_tenant=True)
+        store = _store(rank, world_size, address, port, ARRIVAL)
+
+        def refused() -> bool:
+            return store.check([REFUSAL])
+
         store.set(f"longform/{rank}", "")
         if rank == 0:
-            _until(lambda: not _missing(store, world_size), deadline, lambda: named(_missing(store, world_size), hosts))
+            _until(
+                lambda: refused() or not _missing(store, world_size),
+                deadline,
+                lambda: named(_missing(store, world_size), hosts),
+            )
             store.set(everyone, "")
-        _until(lambda: store.check([everyone]), deadline)
+        _until(lambda: refused() or store.check([everyone]), deadline)
+        if refused():
+            if rank == 0:
+                time.sleep(TO_READ)
+            raise LostPeer(store.get(REFUSAL).decode())
     except TimeoutError:
         absent = named(_missing(store, world_size), hosts) if rank == 0 else first
         raise LostPeer(
@@ -70,6 +90,31 @@ def wait_for_all_ranks(rank: int, world_size: int, address: str, port: int, host
             raise ValueError(f"port {port} of {first} is in use: give the launcher another --master_port") from None
         raise LostPeer(f"{first} ended while {named([rank], hosts)} waited for the others: see its messages") from None
     return store
+
+
+def refuse(
+    rank: int, beside: range, world_size: int, address: str, port: int, hosts: Sequence[str], reason: str
+) -> None:
+    """Tell the ranks of other hosts, who would wait, that this one will not come, nor those `beside` it on its host, and why.
+
+    Returns when they can know it, or after `FAREWELL`.
+    """
+    deadline = time.monotonic() + FAREWELL.total_seconds()
+    with contextlib.suppress(TimeoutError, dist.DistError):
+        store = _store(rank, world_size, address, port, FAREWELL)
+        store.set(REFUSAL, f"{named([rank], hosts)} ended before the ranks had met: {reason}")
+        for each in beside:
+            store.set(f"longform/{each}", "")
+        if rank == 0:
+            _until(lambda: not _missing(store, world_size), deadline)
+            time.sleep(TO_READ)
+
+
+def _store(rank: int, world_size: int, address: str, port: int, patience: timedelta) -> dist.TCPStore:
+    """That of the first rank. Raises TimeoutError where it does not come."""
+    if rank:  # the store's own attempts print stack traces
+        _until(lambda: listens(address, port), time.monotonic() + patience.total_seconds())
+    return dist.TCPStore(address, port, world_size, rank == 0, patience, wait_for_workers=False, multi_tenant=True)
 
 
 def _missing(store: dist.TCPStore, world_size: int) -> list[int]:

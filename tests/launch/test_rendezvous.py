@@ -56,6 +56,19 @@ def run_first_rank_ends() -> str:
     raise KeyError(str(raised.value))
 
 
+def run_refusal(refusing: list[int]) -> tuple[float, str]:
+    """Some ranks of three refuse, a second after the others have come; returns how long it took, and what a rank learns."""
+    rank, port = int(os.environ["RANK"]), int(os.environ["MASTER_PORT"])
+    began = time.monotonic()
+    if rank in refusing:
+        time.sleep(1)
+        rendezvous.refuse(rank, range(rank, rank + 1), 3, "127.0.0.1", port, HOSTS, "no data here")
+        return time.monotonic() - began, ""
+    with pytest.raises(LostPeer) as raised:
+        rendezvous.wait_for_all_ranks(rank, 3, "127.0.0.1", port, HOSTS)
+    return time.monotonic() - began, str(raised.value)
+
+
 def run_after_torchrun() -> str:
     from engine.process_group import start_process_group
     from launch.topology import read_topology
@@ -87,6 +100,16 @@ def test_absent_ranks_are_named_with_their_hosts(tmp_path):
 def test_ranks_do_not_outwait_the_first():
     with pytest.raises(RankError, match=r"node1 \(rank 0\) ended while node2 \(rank 1\) waited for the others"):
         run_ranks(run_first_rank_ends, 2, timeout=60)
+
+
+@pytest.mark.parametrize("refusing", [[0], [2], [0, 1], [0, 1, 2]])
+def test_who_refuses_is_named_at_once(refusing):
+    found = run_ranks(run_refusal, 3, refusing)
+    assert max(seconds for seconds, _ in found) < rendezvous.FAREWELL.total_seconds()
+    for rank, (_, sentence) in enumerate(found):
+        if rank not in refusing:
+            names = [f"{HOSTS[each]} (rank {each}) ended before the ranks had met: no data here" for each in refusing]
+            assert sentence in names
 
 
 def test_a_port_in_use_is_said():
