@@ -26,6 +26,7 @@ def test_wandb_sync_sends_every_row_of_the_killed_and_resumed_run_once(tmp_path)
     launcher = ["deepspeed", "--quiet", "--num_gpus", "2", "--master_port", str(free_port())]
     train = ["train.py", "--recipe", recipe, "--deepspeed_config", "ds_configs/zero2_fp32.json", "--data", data]
     train += ["--output", str(tmp_path / "run"), "--training.max_steps", "24", "--logging.wandb", "true"]
+    train += ["--checkpoint.background", "false"]  # its event comes in the row of its step
     env = {"HOME": str(tmp_path / "home"), "WANDB_MODE": None}
     done = run_cli(["python", "-c", DEMO, str(tmp_path / "run"), *launcher, *train], env=env, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
