@@ -48,12 +48,12 @@ def test_the_ranks_say_which_host_they_miss(cluster, shared):
 
 def test_a_host_without_the_data_ends_the_others(cluster, shared):
     """At once, and not after the minutes that ranks wait for one another."""
-    (cluster.folder / "only_node1/data").symlink_to(shared / "data")
+    (cluster.folder / "only_node1/packed").symlink_to(shared / "data")
     arguments = ["--recipe", "recipe.yaml", "--deepspeed_config", "ds_configs/zero3_fp32.json"]
-    arguments += ["--data", str(cluster.folder / "only_node1/data"), "--output", "run_nowhere"]
+    arguments += ["--data", str(cluster.folder / "only_node1/packed"), "--output", "run_nowhere"]
     done = cluster.run(["deepspeed", "--hostfile", "hosts", "train.py", *arguments], cwd=shared, timeout=150)
     assert done.returncode, done.stdout + done.stderr
-    reason = f"{cluster.folder}/only_node1/data is not a prepared data set: it has no manifest.json"
+    reason = f"{cluster.folder}/only_node1/packed is not a prepared data set: it has no manifest.json"
     assert f"node2: error: {reason}" in done.stderr
     assert f"node1: error: node2 (rank 1) ended before the ranks had met: {reason}" in done.stderr
     assert not (shared / "run_nowhere/metrics.jsonl").exists()
