@@ -149,8 +149,8 @@ def _slabs(*matrices: Tensor) -> Iterable[tuple[Tensor, ...]]:
 
 def _softmax_pieces(logits: Tensor, at_once: bool) -> list[slice]:
     rows, vocabulary = logits.shape
-    step = rows if at_once else SLAB_ELEMENTS // vocabulary
-    return [slice(first, first + max(step, 1)) for first in range(0, rows, max(step, 1))]
+    step = max(1, rows if at_once else SLAB_ELEMENTS // vocabulary)
+    return [slice(first, first + step) for first in range(0, rows, step)]
 
 
 def _compiled_softmax(*problem: Any) -> tuple[Tensor, Tensor]:
