@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine.build import compile_blocks
+from model.attention import use_products
 from model.config import ModelConfig
 from model.documents import Documents
 from model.hf.weights import to_hf_state
@@ -30,6 +31,8 @@ class Problem(NamedTuple):
     dtype: torch.dtype
     recompute: bool
     """Whether activations of blocks are made again in the backward pass."""
+    products: bool
+    """Whether ours attends by products of blocks where it can (model/causal_products.py)."""
 
     @property
     def device(self) -> torch.device:
@@ -46,6 +49,8 @@ Step = Callable[[], Tensor]
 
 def longform(problem: Problem, compiled: bool = False) -> Step:
     model = _ours(problem)
+    if problem.products:
+        use_products(model)
     model.activation_checkpointing = problem.recompute
     if compiled:
         compile_blocks(model)

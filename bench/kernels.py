@@ -1,43 +1,37 @@
-"""Which CPU kernel for causal attention: flash attention of torch beside block-by-block matrix products.
+"""Causal attention in bf16 on this processor: torch's flash attention beside products of whole blocks.
 
-    python -m bench.kernels [--tokens 256 1024 4096]
+    python -m bench.kernels [--tokens 128 1024 4096] [--heads 12 12] [--width 64]
 
-Forward and backward of 12 heads of width 64 over one document, milliseconds, the contenders in turn, the best of several
-rounds. `blocks` takes each block of queries against its prefix of keys only, with two matrix products forward and five
-backward, and keeps a log-sum-exp a query, as flash attention does; `compiled` is the same under torch.compile.
-model/attention.py uses what wins here.
+Forward and backward over one document, milliseconds, the two in turn, the best of several rounds. A run measures the same
+before it begins, at 512 tokens (engine/attention_kernel.py).
 """
-
-import functools
-import math
 
 from console.command import CommandParser
 
 
 def main() -> None:
     parser = CommandParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024, 4096], help="default: %(default)s")
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[64, 128, 256, 512, 1024, 4096], help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--heads", type=int, nargs=2, default=[12, 12], help="of queries and of keys (default: %(default)s)"
+    )
+    parser.add_argument("--width", type=int, default=64, help="of a head (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
     arguments = parser.parse_args()
     import torch
 
-    from bench.kernel_contenders import HEADS, WIDTH, contenders, milliseconds
+    from engine.attention_kernel import best_seconds
 
-    kernels = contenders()
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"{'':20s}" + "".join(f"{name:>18s}" for name in kernels))
-    for dtype in (torch.float32, torch.bfloat16):
-        for tokens in arguments.tokens:
-            draw = functools.partial(torch.randn, HEADS, tokens, WIDTH, generator=torch.Generator().manual_seed(0))
-            *tensors, grad = (draw().to(dtype).requires_grad_() for _ in range(4))
-            for attention in kernels.values():
-                milliseconds(attention, tensors, grad)
-            best = dict.fromkeys(kernels, math.inf)
-            for _ in range(arguments.rounds):
-                for name, attention in kernels.items():
-                    best[name] = min(best[name], milliseconds(attention, tensors, grad))
-            cells = "".join(f"{value:18.1f}" for value in best.values())
-            print(f"{str(dtype).removeprefix('torch.'):10s} T={tokens:<8,d}{cells}", flush=True)
+    heads, shared = arguments.heads
+    print(
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}, {heads} on {shared} heads of {arguments.width}"
+    )
+    print(f"{'tokens':>8s}{'flash':>12s}{'products':>12s}{'ratio':>8s}")
+    for tokens in arguments.tokens:
+        flash, products = best_seconds((1, tokens, heads, arguments.width), shared, arguments.rounds)
+        print(f"{tokens:8,d}{1e3 * flash:12.1f}{1e3 * products:12.1f}{flash / products:8.2f}", flush=True)
 
 
 if __name__ == "__main__":

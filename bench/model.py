@@ -23,6 +23,9 @@ def main() -> None:
     parser.add_argument("--contestants", nargs="+", help="of those of bench/contestants.py (default: all)")
     parser.add_argument("--seconds", type=float, default=60, help="start no round after this (default: %(default)s)")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="default: %(default)s")
+    parser.add_argument(
+        "--kernel", choices=["auto", "flash", "products"], default="auto", help="as training.attention_kernel"
+    )
     parser.add_argument("--device", help="default: cuda where there is a GPU, else cpu")
     parser.add_argument("--trace", type=Path, help="write a torch.profiler trace of a step of each into this folder")
     args = parser.parse_args()

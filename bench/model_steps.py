@@ -12,6 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bench.contestants import CONTESTANTS, Problem, Step, left_out
+from engine.attention_kernel import prefers_products
 from model.config import ModelConfig
 from training.config import load_recipe
 from training.throughput import peak_rate
@@ -74,7 +75,8 @@ def problem_of(args: argparse.Namespace) -> Problem:
     ids = torch.randint(config.vocab_size, (args.batch, args.tokens + 1), generator=generator)
     rows = [document_lengths(args.tokens, args.documents, generator) for _ in range(args.batch)]
     positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in rows])
-    return Problem(config, ids.to(device), positions, getattr(torch, args.dtype), args.recompute)
+    products = device.type == "cpu" and args.dtype == "bfloat16" and prefers_products(args.kernel, config)
+    return Problem(config, ids.to(device), positions, getattr(torch, args.dtype), args.recompute, products)
 
 
 def document_lengths(tokens: int, mean: int | None, generator: torch.Generator) -> list[int]:

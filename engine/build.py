@@ -10,7 +10,9 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 
+from engine.attention_kernel import attends_by_products
 from engine.engine import Engine, PipelineEngine
 from engine.layout.exchange import gather_uneven
 from engine.layout.groups import Groups
@@ -25,6 +27,7 @@ from engine.optimizer import Guarded, build_optimizer
 from engine.reduction.compression import compressed_reduction
 from engine.separate import place_groups
 from model.adapter_config import adapter_of
+from model.attention import use_products
 from model.contrast import TEMPERATURE, Contrast
 from model.llama import Block, Layer, Llama
 from model.positions import resize_positions
@@ -85,6 +88,8 @@ def _build_engine(
         model.activation_checkpointing = recomputed_blocks(recipe)
     if mesh.sequence > 1:
         share_rows(model, groups.sequence, mesh)
+    if attends_by_products(recipe, config, get_accelerator().device_name()):
+        use_products(model)
     if weights is not None:
         load_weights(model, weights, recipe, mesh)
     if recipe.training.compile:

@@ -10,16 +10,17 @@ Legend: B batch, T tokens of a row, n tokens of a document, H query heads, K key
 from __future__ import annotations
 
 import inspect
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from .block_attention import attend_blocks
+from .causal_products import attend_products, by_products
 from .compiled import compiled
 from .documents import Documents
 from .visibility import Tokens, Visibility
@@ -27,10 +28,12 @@ from .visibility import Tokens, Visibility
 CAUSAL = Visibility()
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents, visibility: Visibility = CAUSAL) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, documents: Documents, visibility: Visibility = CAUSAL, products: bool = False
+) -> Tensor:
     """Each token attends to what `visibility` lets it see. `q` [B, T, H, d]; `k`, `v` [B, T, K, d], H a multiple of K.
 
-    Returns [B, T, H, d].
+    `products`: by products of blocks where that is possible (causal_products.py). Returns [B, T, H, d].
     """
     if varlen_takes(q, documents, visibility):
         if len(documents.lengths) == len(q) and visibility.window is None and _has_faster_rows(q.device):
@@ -40,10 +43,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents, visibility: Vi
     if visibility.span != 1 or documents.copies == 2:
         return (_attend_flex if q.is_cuda else attend_blocks)(q, k, v, documents, visibility)
     if len(documents.lengths) == len(q):
-        return _attend_document(q, k, v, visibility.window)
+        return _attend_document(q, k, v, visibility.window, products)
     pieces = (x.flatten(0, 1).split(documents.lengths) for x in (q, k, v))
     out = [
-        _attend_document(of_q.unsqueeze(0), of_k.unsqueeze(0), of_v.unsqueeze(0), visibility.window)
+        _attend_document(of_q.unsqueeze(0), of_k.unsqueeze(0), of_v.unsqueeze(0), visibility.window, products)
         for of_q, of_k, of_v in zip(*pieces, strict=True)
     ]
     return torch.cat(out, dim=1).view_as(q)
@@ -123,6 +126,14 @@ def run_flex(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask) -> Tensor:
     return out.squeeze(0).transpose(0, 1)
 
 
+def use_products(model: nn.Module) -> None:
+    """Let all attention of a model be by products where that is possible."""
+    module: Any
+    for module in model.modules():
+        if getattr(module, "attend", None) is attend:
+            module.attend = partial(attend, products=True)
+
+
 class KeyValueCache:
     """Keys and values of one block for the tokens decoded so far, [B, n, K, d], in buffers of fixed size."""
 
@@ -157,9 +168,11 @@ def attend_cached(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility) -> Te
     return _sdpa(q, k, v, attn_mask=(back >= 0) & (back < (window or k.shape[1])))
 
 
-def _attend_document(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+def _attend_document(q: Tensor, k: Tensor, v: Tensor, window: int | None, products: bool) -> Tensor:
     """Rows that are one document each: [B, n, H, d]."""
     if window is None or window >= q.shape[1]:
+        if products and by_products(q, v):
+            return attend_products(q, k, v)
         return _sdpa(q, k, v, is_causal=True)
     return _attend_window(q, k, v, window)
 

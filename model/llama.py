@@ -61,7 +61,8 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, seed: Seed) -> None:
         super().__init__()
         self.config = config
-        self.attend, self.multiply = attend, multiply  # around these ranks exchange what they share
+        self.attend: Callable[..., Tensor] = attend  # around these two ranks exchange what they share
+        self.multiply = multiply
         d, width, bias, std = config.head_width, config.hidden_size, config.attention_bias, config.initializer_range
         heads, kv_heads = config.num_attention_heads * d, config.kv_heads * d
         out_std = std / math.sqrt(2 * config.num_hidden_layers)

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from engine.layout.mesh import Mesh
 from engine.layout.tensor import Parts, divide_layer
 from model import loss
+from model.attention import use_products
 from model.documents import Documents
 from model.llama import Attention, Block, Layer, layer_plan
 from model.loss import CHUNK_TOKENS, CHUNK_TOKENS_CUDA, VocabularyPart, linear_cross_entropy
@@ -67,6 +68,8 @@ class Numbers(NamedTuple):
     autocast: torch.dtype | None
     device: str
     """`cpu` or `cuda`: which kernels there are."""
+    products: bool = False
+    """Whether a CPU attends by matrix products."""
 
     @property
     def tensors(self) -> contextlib.AbstractContextManager[Any]:
@@ -219,6 +222,8 @@ class _Trial:
         torch.set_default_dtype(usual)
         if self.parts:
             layer = divide_layer(layer, self.model, self.parts)
+        if self.numbers.products:
+            use_products(layer)
         for module in layer.modules():
             if isinstance(module, Attention):
                 module.attend = partial(self._attend, module.attend)

@@ -26,9 +26,11 @@ import torch.distributed as dist
 from torch import nn
 
 from console.command import CommandParser
+from engine.attention_kernel import attends_by_products
 from engine.optimizer import build_optimizer
 from engine.run.plan import RunPlan
 from launch.topology import LAUNCHER_VARIABLES, shell_environment
+from model.attention import use_products
 from model.documents import Documents
 from model.llama import Block, layer_plan
 from planner.engine_probe import EngineProbe
@@ -83,14 +85,14 @@ class Probes:
         return bool(self.plan.ds_config.get("torch_autocast", {}).get("enabled"))
 
     def _context(self) -> AbstractContextManager:
-        if not self._autocast:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16)
+        return torch.autocast(self.device.type, torch.bfloat16) if self._autocast else contextlib.nullcontext()
 
     def _built(self, layer: Any, tied: str = "") -> nn.Module:
         made = layer.build(0)
         if tied and getattr(made, tied) is None:  # of a head that is tied to the embedding
             made.weight = nn.Parameter(torch.zeros(self.model.vocab_size, self.model.hidden_size))
+        if attends_by_products(self.plan.recipe, self.plan.ds_config, self.device.type):
+            use_products(made)
         return made.to(self.device, self._dtype)
 
     def _group(self, ranks: int) -> dist.ProcessGroup | None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from engine.attention_kernel import attends_by_products
 from engine.layout.mesh import Mesh
 from engine.layout.pipeline import recomputed_blocks
 from engine.run.memory import kind_of_layer, parameter_sizes, share, widths
@@ -79,7 +80,8 @@ def numbers_of(plan: RunPlan, device: str) -> Numbers:
     enabled = {key: plan.ds_config.get(key, {}).get("enabled") for key in ("bf16", "fp16", "torch_autocast")}
     weights = torch.bfloat16 if enabled["bf16"] else torch.float16 if enabled["fp16"] else torch.float32
     named = plan.ds_config.get("torch_autocast", {}).get("dtype") or "bfloat16"
-    return Numbers(weights, getattr(torch, named) if enabled["torch_autocast"] else None, device)
+    autocast = getattr(torch, named) if enabled["torch_autocast"] else None
+    return Numbers(weights, autocast, device, attends_by_products(plan.recipe, plan.ds_config, device))
 
 
 def rank_memory(

@@ -49,6 +49,8 @@ class TrainingConfig(Section):
     """Recompute blocks in backward (true: all; a number: so many, evenly; auto: so many that it fits): a third more work."""
     compile: bool = False
     """torch.compile each block, attention excepted: a minute or more at the start, then less memory traffic on GPUs."""
+    attention_kernel: Literal["auto", "flash", "products"] = "auto"
+    """Of causal attention in bf16 on CPUs: torch's flash attention, products of blocks, or what a second's test finds faster."""
     max_consecutive_skipped_steps: int = Field(default=10, ge=1)
     """Give up after this many steps in a row that were not applied: their loss or gradient was not finite, or a spike."""
     spikes: SpikesConfig | None = None
@@ -56,10 +58,8 @@ class TrainingConfig(Section):
     `window_steps`, `threshold`, `max_decisions`. null: what is not finite is skipped, the rest is applied."""
     collective_timeout_minutes: float = Field(default=30.0, gt=0)
     """End when a rank has waited this long for another: longer than any rank may compute or read while the others wait."""
-
     hang_seconds: float | None = Field(default=20.0, gt=0)
-    """End with code 76 when a step takes this much longer than twice its usual time; the Python stacks of all ranks are then in
-    RUN/stacks. null: never."""
+    """End with code 76 where a step takes this much longer than twice the usual time, with all ranks' stacks in RUN/stacks."""
 
     @model_validator(mode="after")
     def _has_one_length(self) -> Self:

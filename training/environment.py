@@ -44,7 +44,7 @@ def environment() -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES} | {"torch": torch.__version__},
         "host": socket.gethostname(),
         "platform": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cpu_cores": psutil.cpu_count(logical=False),
         "memory_bytes": psutil.virtual_memory().total,
         "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
@@ -114,7 +114,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
