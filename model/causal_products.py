@@ -134,12 +134,18 @@ def _tiles(q: Tensor, k: Tensor) -> Iterator[tuple[int, slice, slice]]:
     (rows, tokens, heads, _), shared = q.shape, k.shape[2]
     scores = TILE_SCORES * torch.get_num_threads()
     group, together = heads // shared, max(1, scores // (min(BLOCK_TOKENS, tokens) * tokens))
-    few, step = max(1, together // group), together if together < group else max(1, together // group) * group
+    few = _even(shared, max(1, together // group))
+    step = _even(group, together) if together < group else few * group
     for row in range(rows):
         for first in range(0, shared, few):
             some = slice(first, min(first + few, shared))
             for head in range(some.start * group, some.stop * group, step):
                 yield row, some, slice(head, min(head + step, some.stop * group))
+
+
+def _even(number: int, most: int) -> int:
+    """How many to take at a time, at most so many, that the last time is not left with few."""
+    return -(-number // -(-number // most))
 
 
 def _blocks(tokens: int) -> list[slice]:
