@@ -69,6 +69,8 @@ class States(NamedTuple):
     update: int
     """Likewise the update."""
     host: int
+    fills: tuple[int, ...] = ()
+    """Buckets that gradients fill while a backward pass goes on: a CPU gives their memory as they do, a GPU when it begins."""
 
     @property
     def least(self) -> int:
@@ -95,7 +97,8 @@ def rank_memory(
     states, numbers, found = states_of(plan, mesh, trials), numbers_of(plan, device), []
     for batch, here in {(stage.batch, rows_here(plan, stage, device)) for stage in plan.stages}:
         layers = trials.layers(plan.recipe, mesh, here, numbers)
-        found.append(_walk(plan, mesh, states, _of_rank(plan, mesh, layers, recomputed), batch.accumulation, here))
+        held = _of_rank(plan, mesh, layers, recomputed)
+        found.append(_walk(plan, mesh, states, held, batch.accumulation, here, at_once=device != "cpu"))
     return max(found, key=lambda each: each.peak)
 
 
@@ -159,6 +162,7 @@ def states_of(plan: RunPlan, mesh: Mesh, trials: Trials) -> States:
         key: (zero.get(key) or {}).get("device", "none") != "none" for key in ("offload_optimizer", "offload_param")
     }
     weights, buffers = w.weight * (trained + frozen), 0
+    fills: tuple[int, ...]
     if stage == 0:
         flat = w.weight * min(trained, FLAT_BUCKET + max((size.numel for size in sizes if size.trained), default=0))
         return States(weights, w.moments * trained, 0, 0, True, flat if among > 1 else 0, 0, 0)
@@ -172,14 +176,10 @@ def states_of(plan: RunPlan, mesh: Mesh, trials: Trials) -> States:
     if stage < 3:
         twice = 2 if zero.get("overlap_comm") else 1
         gradients = 0 if stage == 1 else sums * part
-        buffers = (twice + 1) * bucket
-        update = 4 * part
+        fills, update = (twice * bucket, bucket), 4 * part
     else:
-        gradients, buffers, update = (
-            sums * part,
-            2 * bucket,
-            4 * share(min(trained, zero["sub_group_size"] * among), among, 0),
-        )
+        gradients, buffers, fills = sums * part, bucket, (bucket,)
+        update = 4 * share(min(trained, zero["sub_group_size"] * among), among, 0)
         weights = w.weight * share(trained + frozen, among, number)
     host = 0
     if offloaded["offload_optimizer"]:
@@ -188,13 +188,21 @@ def states_of(plan: RunPlan, mesh: Mesh, trials: Trials) -> States:
         gradients = 0
     if stage == 3 and offloaded["offload_param"]:
         host, weights = host + weights * (zero["offload_param"]["device"] == "cpu"), 0
-    return States(weights, states, gradients, buffers, stage == 1, 0, update, host)
+    return States(weights, states, gradients, buffers, stage == 1, 0, update, host, fills)
 
 
 def _walk(
-    plan: RunPlan, mesh: Mesh, states: States, layers: _OfRank, accumulation: int, tokens: RowsHere
+    plan: RunPlan,
+    mesh: Mesh,
+    states: States,
+    layers: _OfRank,
+    accumulation: int,
+    tokens: RowsHere,
+    at_once: bool,
 ) -> RankMemory:
     peak = (0, 0, 0, "")
+    if at_once:
+        states = states._replace(buffers=states.buffers + sum(states.fills), fills=())
     fetched = _Fetched(plan, mesh)
     kept = sum(each.kept for each in layers.held)
     under_way = min(mesh.pipeline - mesh.pipeline_rank, accumulation)
@@ -205,22 +213,21 @@ def _walk(
         nonlocal peak
         peak = max(peak, (activations + weights + more, activations, weights, phase))
 
-    for turn in range(min(accumulation, 2)):
+    turns = min(accumulation, 2)
+    for turn in range(turns):
         others = max(0, min(under_way, accumulation - turn) - 1)  # after the first backward pass one fewer may be left
         now = others * (kept + layers.shared + travelling) + layers.shared + 2 * travelling
         for place, held in enumerate(layers.held):
             note(now + held.forward, fetched.at(place), gradients, "forward")
             now += held.kept
+        reduced = 0
         for place, held in reversed([*enumerate(layers.held)]):
             now -= held.kept
             first = states.stay and turn == 0
-            note(
-                now + held.backward + (held.largest if first and place < last else 0),
-                fetched.at(place),
-                gradients,
-                "backward",
-            )
+            own = held.backward + (held.largest if first and place < last else 0)
+            note(now + own, fetched.at(place), gradients + sum(min(size, reduced) for size in states.fills), "backward")
             gradients += held.gradients if first else 0
+            reduced += held.gradients if not states.stay or turn == turns - 1 else 0
     note(0, 0, gradients + states.reduction, "update")
     note(0, 0, (gradients if not states.update else min(gradients, states.update)) + states.update, "update")
     _, activations, gathered, phase = peak
