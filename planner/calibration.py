@@ -33,9 +33,11 @@ from launch.topology import LAUNCHER_VARIABLES, shell_environment
 from model.attention import use_products
 from model.documents import Documents
 from model.llama import Block, layer_plan
+from planner.coupled import coupled_blocks
 from planner.engine_probe import EngineProbe
 from planner.parts import elements, part_of_model
-from planner.rates import Cost, Kind, MeasuredLinks, PartRates, Passes
+from planner.rates import Cost, Kind, MeasuredLinks, PartRates, Passes, fit
+from planner.speed import exchanges_of_a_block
 from training.data import TrainingData, make_batch, training_order
 
 FEW_BLOCKS = 2
@@ -73,8 +75,9 @@ class Probes:
                 self._blocks.append(self._built(layer))
         self._head, self._embedding = self._built(layers[-1], "weight"), self._built(layers[0])
         self._norm = self._built(layers[-2])
-        self._shapes = self._block_shapes()
+        self._shapes, self._whole_rows = self._block_shapes()
         self._groups = {n: self._group(n) for n in range(2, self.mesh.world_size + 1) if self.mesh.world_size % n == 0}
+        self._coupled = coupled_blocks(plan, len(self._blocks), device, self._dtype)
         self._updated = self._optimizer()
         self._engines = EngineProbe(plan, device, stages)
         self._copied = torch.zeros(2, COPIED_BYTES // 4, device=self.device)
@@ -102,13 +105,14 @@ class Probes:
         groups = [dist.new_group([*range(first, first + ranks)]) for first in range(0, self.mesh.world_size, ranks)]
         return groups[self.mesh.rank // ranks]
 
-    def _block_shapes(self) -> list[Documents]:
-        """The run's first micro-batch as far as a rank has it, then rows of other lengths."""
+    def _block_shapes(self) -> tuple[list[Documents], torch.Tensor]:
+        """The run's first micro-batch as far as a rank has it, then rows of other lengths; positions of the first as a whole."""
         plan, stage = self.plan, self.plan.stages[0]
         rows, whole = stage.batch.micro_batch_samples, stage.seq_length // self.mesh.sequence
         order = training_order(stage.dataset, stage.config, plan.recipe.training.seed)
         sources, places = TrainingData(stage.dataset, order).places(np.arange(rows))
-        found = [make_batch(stage.dataset, sources, places)["position_ids"][:, :whole]]
+        positions = make_batch(stage.dataset, sources, places)["position_ids"]
+        found = [positions[:, :whole]]
         for share, pieces in SHAPES:
             length = max(int(whole * share) // pieces, 1)
             found.append(torch.arange(length).repeat(pieces).expand(rows, -1))
@@ -116,7 +120,7 @@ class Probes:
         if self.model.adapters.names:
             for documents in shapes:
                 documents.route(torch.zeros(rows, dtype=torch.int64), 0)
-        return shapes
+        return shapes, positions
 
     def _optimizer(self) -> tuple[torch.optim.Optimizer, int]:
         """That of as many blocks as it takes, and how many elements they have."""
@@ -149,6 +153,9 @@ class Probes:
         else:
             yield "alone forward", 0.0 * self._timed(lambda: None)
             yield "alone backward", 0.0 * self._timed(lambda: None)
+        if self._coupled:
+            x, act = self._coupled.input_and_pass(self._whole_rows)
+            yield from self._passes("coupled", act, x, len(self._blocks))
         for number in (0, HALF):
             documents = self._shapes[number]
             tokens = documents.position_ids.shape[1]
@@ -247,7 +254,7 @@ class Probes:
             words = name.split()
             if words[0] in get_args(Kind) and len(words) == 3:
                 points.setdefault(f"{words[0]} {words[1]}", []).append((float(words[2]), found[name]))
-        return PartRates(
+        rates = PartRates(
             tensor=self.mesh.tensor,
             block=Passes(*(self._fitted("block", each, found) for each in ("forward", "backward"))),
             head=Passes(*(self._fitted("head", each, found) for each in ("forward", "backward"))),
@@ -261,6 +268,10 @@ class Probes:
             slowest=float((slowest * self.mesh.world_size / passes).median()),
             source=f"a calibration on {self.mesh.world_size} ranks of this machine",
         )
+        if not self._coupled:
+            return rates
+        more = sum(found[f"coupled {way}"] - found[f"block 0 {way}"] for way in ("forward", "backward"))
+        return rates.model_copy(update={"coupling": max(1.0, more / exchanges_of_a_block(self.plan, rates))})
 
     def _fitted(self, part: str, way: str, found: dict[str, float]) -> Cost:
         rows = self.plan.stages[0].batch.micro_batch_samples
@@ -275,22 +286,6 @@ class Probes:
             features.append([1.0, float(rows * tokens), *lengths])
             seconds.append(taken)
         return fit(features, seconds, [OWN] + [1.0] * (len(seconds) - 1))
-
-
-def fit(features: Sequence[Sequence[float]], seconds: Sequence[float], weights: Sequence[float]) -> Cost:
-    """Coefficients that are not negative, by least squares of the relative errors; one that would be is left out."""
-    matrix = np.array(features) / np.array(seconds)[:, None] * np.array(weights)[:, None]
-    used = [place for place in range(len(Cost._fields)) if matrix[:, place].any()]
-    while True:
-        scale = matrix[:, used].max(0)
-        solution = np.linalg.lstsq(matrix[:, used] / scale, np.array(weights), rcond=None)[0]
-        if (solution >= 0).all():
-            break
-        del used[int(solution.argmin())]
-    coefficients = dict.fromkeys(range(len(Cost._fields)), 0.0) | dict(
-        zip(used, (solution / scale).tolist(), strict=True)
-    )
-    return Cost(*coefficients.values())
 
 
 def calibrate(plans: Sequence[RunPlan], seconds: float = 30.0) -> dict[int, PartRates]:

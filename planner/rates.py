@@ -5,8 +5,10 @@ Legend: H query heads, K key/value heads, d head width, n ranks of a group.
 
 import math
 from bisect import bisect_left
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 
@@ -126,9 +128,27 @@ class PartRates(Frozen):
     """By stage of ZeRO, where it was measured."""
     slowest: float = 1.0
     """How much longer than on average the slowest of the ranks takes for a pass, which all wait for where they exchange in it."""
+    coupling: float | None = None
+    """How many times as long as alone exchanges inside of blocks take, with the wait for the slowest; None: not measured."""
     overlap: bool = False
     """Whether gradients are reduced, and parameters gathered, beside the computation."""
     source: str
+
+
+def fit(features: Sequence[Sequence[float]], seconds: Sequence[float], weights: Sequence[float]) -> Cost:
+    """Coefficients that are not negative, by least squares of the relative errors; one that would be is left out."""
+    matrix = np.array(features) / np.array(seconds)[:, None] * np.array(weights)[:, None]
+    used = [place for place in range(len(Cost._fields)) if matrix[:, place].any()]
+    while True:
+        scale = matrix[:, used].max(0)
+        solution = np.linalg.lstsq(matrix[:, used] / scale, np.array(weights), rcond=None)[0]
+        if (solution >= 0).all():
+            break
+        del used[int(solution.argmin())]
+    coefficients = dict.fromkeys(range(len(Cost._fields)), 0.0) | dict(
+        zip(used, (solution / scale).tolist(), strict=True)
+    )
+    return Cost(*coefficients.values())
 
 
 def derived_rates(plan: RunPlan, hardware: Hardware) -> PartRates:

@@ -62,6 +62,12 @@ def step_time(plan: RunPlan, rates: PartRates, rows: StepRows | None = None) -> 
     return StepTime(total, mean, plan.step_tokens / total)
 
 
+def exchanges_of_a_block(plan: RunPlan, rates: PartRates) -> float:
+    """Seconds of one block's exchanges for a micro-batch, forward and backward, by themselves."""
+    step = _Step(plan, rates)
+    return step.tensor("forward") + step.tensor("backward") + 2 * step.sequence()
+
+
 class _Step:
     """One step of a layout."""
 
@@ -76,8 +82,10 @@ class _Step:
         self.rows = plan.batch.micro_batch_samples * plan.stages[0].seq_length
         self.head_tokens = self.rows // self.mesh.sequence
         self.tokens = copies * self.head_tokens
-        in_step = self.mesh.tensor > 1 or self.mesh.sequence > 1 or self.zero_stage == 3
-        self.lag = rates.slowest if in_step else 1.0
+        inside = self.mesh.tensor > 1 or self.mesh.sequence > 1
+        self.coupling = (rates.coupling or 1.0) if inside else 1.0
+        waits = self.zero_stage == 3 or (inside and rates.coupling is None)
+        self.lag = rates.slowest if waits else 1.0
         self.engine = rates.engine.get(self.zero_stage, EngineCost())
         self.half = has_half_weights(plan)
         self.width = 2 if plan.half_precision else 4
@@ -158,11 +166,11 @@ class _Step:
             total["blocks"] = stage.blocks * self.lag * cost.seconds(self.tokens)
             total["embedding"] = stage.embedding * self._once(self.rates.embedding, way, self.tokens)
             total["head"] = stage.head * self._once(self.rates.head, way, self.head_tokens)
-            total["tensor"] = stage.blocks * self.tensor(way) + self.tensor_ends(stage, way)
-            total["sequence"] = stage.blocks * self.sequence()
+            total["tensor"] = self.coupling * (stage.blocks * self.tensor(way) + self.tensor_ends(stage, way))
+            total["sequence"] = self.coupling * stage.blocks * self.sequence()
         cost = self.rates.block.forward
         again = self.lag * (cost.attention(pairs, documents) + self.again * cost.seconds(self.tokens))
-        again += self.tensor("forward", recomputed=True) + self.sequence()
+        again += self.coupling * (self.tensor("forward", recomputed=True) + self.sequence())
         backward["recomputation"] = stage.recomputed * again
         return forward, backward
 

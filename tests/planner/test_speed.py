@@ -9,10 +9,9 @@ from hypothesis import strategies as st
 
 from engine.run.plan import make_plan
 from launch.topology import Topology
-from planner.calibration import fit
 from planner.hardware import find_hardware
 from planner.lengths import rows_of_steps
-from planner.rates import MATRIX_EFFICIENCY, Cost, DerivedLinks, MeasuredLinks, PartRates, Passes, derived_rates
+from planner.rates import MATRIX_EFFICIENCY, Cost, DerivedLinks, MeasuredLinks, PartRates, Passes, derived_rates, fit
 from planner.speed import step_time
 from tests.engine.programs import BF16, prepare, zero
 from tests.ranks import Ranks
