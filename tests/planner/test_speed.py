@@ -54,6 +54,7 @@ def test_the_bytes_that_are_counted_leave_the_busiest_rank(tmp_path):
     with Ranks(2) as ranks:
         counted = ranks.call("tests.planner.sent:sent_bytes", str(tmp_path), *files, ON_TWO, timeout=300)
         tensor = ON_TWO["tensor"][0]
+        off = ranks.call("tests.planner.sent:off_whole_blocks", str(tmp_path), *files, ON_TWO, timeout=300)
         texts = ranks.call("tests.planner.sent:calibrated", str(tmp_path), *files, tensor, timeout=300)
         ranks.dismiss(60)
     for name, (ds_config, overrides) in ON_TWO.items():
@@ -63,11 +64,19 @@ def test_the_bytes_that_are_counted_leave_the_busiest_rank(tmp_path):
         left = sum(of_ranks) if plan.mesh.pipeline > 1 else max(of_ranks)
         assert planned.seconds == pytest.approx(left, rel=0.01, abs=2500), name
 
+    for of_rank in off:
+        assert set(of_rank) == {"tensor", "tensor, recomputed", "tensor, rows split", "heads"}, (
+            "who waits inside of blocks"
+        )
+        assert max(of_rank.values()) < 1e-5
+
     assert texts[0] == texts[1], "all ranks have the same rates"
     rates = PartRates.model_validate_json(texts[0])
     assert set(rates.engine) == {0, 1, 2, 3}
     assert rates.engine[3].micro > 2 * rates.engine[0].micro, "hooks around each module, and a gather"
     assert rates.alone >= 1
+    assert rates.coupling is not None
+    assert rates.coupling >= 1
     parts = step_time(plan_of(tmp_path, files, tensor, {}), rates).parts
     needed = ("blocks", "head", "embedding", "tensor", "optimizer", "agreement")
     assert {name for name, seconds in parts.items() if seconds > 0} >= set(needed)
@@ -94,6 +103,24 @@ def test_time_is_linear_in_the_rates_and_grows_with_each(plans, costs, factor):
         for place in range(len(costs)):
             dearer = [value * (factor if number == place else 1) for number, value in enumerate(costs)]
             assert step_time(plan, rates(plan, *dearer), rows).seconds >= once.seconds * (1 - 1e-9)
+
+
+def test_exchanges_inside_of_blocks_take_as_much_longer_as_was_measured(plans):
+    """With the wait for the slowest rank, which is counted for the blocks where it was not."""
+    plan, rows = plans["tensor, recomputed"]
+    block = Passes(Cost(token=1e-6), Cost(token=2e-6))
+
+    def parts(**changes):
+        return step_time(plan, rates_of(plan, block=block, slowest=1.5, **changes), rows).parts
+
+    assumed, once, twice = parts(), parts(coupling=1.0), parts(coupling=2.0)
+    assert assumed["blocks"] == pytest.approx(1.5 * once["blocks"])
+    assert assumed["tensor"] == once["tensor"] > 0
+    assert twice["tensor"] == pytest.approx(2 * once["tensor"])
+    assert twice["blocks"] == once["blocks"]
+    alone, free = plans["zero2"]
+    changed = [step_time(alone, rates_of(alone, block=block, coupling=c), free).seconds for c in (None, 2.0)]
+    assert changed[0] == changed[1]
 
 
 @pytest.fixture(scope="module")
