@@ -203,6 +203,9 @@ def _walk(
     peak = (0, 0, 0, "")
     if at_once:
         states = states._replace(buffers=states.buffers + sum(states.fills), fills=())
+    fills = (
+        states.fills[1:] if states.stay else states.fills
+    )  # gradients that stay move to the first bucket and add nothing
     fetched = _Fetched(plan, mesh)
     kept = sum(each.kept for each in layers.held)
     under_way = min(mesh.pipeline - mesh.pipeline_rank, accumulation)
@@ -225,10 +228,14 @@ def _walk(
             now -= held.kept
             first = states.stay and turn == 0
             own = held.backward + (held.largest if first and place < last else 0)
-            note(now + own, fetched.at(place), gradients + sum(min(size, reduced) for size in states.fills), "backward")
+            note(now + own, fetched.at(place), gradients + sum(min(size, reduced) for size in fills), "backward")
             gradients += held.gradients if first else 0
-            reduced += held.gradients if not states.stay or turn == turns - 1 else 0
-    note(0, 0, gradients + states.reduction, "update")
+            if mesh.pipeline == 1 and (
+                not states.stay or turn == turns - 1
+            ):  # a pipeline reduces after its last backward pass
+                reduced += held.gradients
+    filled = sum(min(size, sum(held.gradients for held in layers.held)) for size in fills)
+    note(0, 0, gradients + filled + states.reduction, "update")
     note(0, 0, (gradients if not states.update else min(gradients, states.update)) + states.update, "update")
     _, activations, gathered, phase = peak
     more = peak[0] - activations - gathered
