@@ -23,16 +23,18 @@ def plan_of_data(
     degrees: Degrees,
     overrides: Mapping[str, str] = {},
 ) -> RunPlan:
-    """With the first of some DeepSpeed JSONs that is legal; raises ValueError with what is wrong with the first, if none is."""
-    first: ValueError | None = None
+    """With the first of some DeepSpeed JSONs that is legal; if none is, raises ValueError with what is wrong with all of them, or
+    else with that which has least wrong."""
+    refusals: list[list[str]] = []
     for file in files:
         for wanted in (degrees, {"pipeline": 2, "tensor": 2, "sequence": 2} | {k: v for k, v in degrees.items() if v}):
             try:
                 return make_plan(recipe, dict(overrides), str(file), data, hardware.topology(), wanted)
             except ValueError as error:
-                first = first or error
-    assert first is not None
-    raise first
+                refusals.append(str(error).splitlines())
+    least = min(refusals, key=len)
+    of_all = [sentence for sentence in least if all(sentence in others for others in refusals)]
+    raise ValueError("\n".join(of_all or least))
 
 
 def plan_without_data(

@@ -102,6 +102,10 @@ def test_what_cannot_be_is_said(tmp_path, capsys, monkeypatch):
         assert refused.code == 2
         assert sentence in refused.err
         assert refused.out == ""
+    words = ["--recipe", ROOT / "recipes/tiny-long.yaml", "--hardware", "h100x64", "--seq_length", 4096]
+    refused = call(main, capsys, monkeypatch, *words)
+    assert "model.max_position_embeddings is 2048 but the rows" in refused.err, "what no JSON can mend"
+    assert ".json" not in refused.err
 
 
 LLAMA_405B = {
