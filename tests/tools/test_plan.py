@@ -128,10 +128,14 @@ LLAMA_405B = {
 
 LOOK = """
 import sys
+import torch
+def peak():
+    return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
+alone = peak()
 from tools.plan import main
 main()
 heavy = {"torch._dynamo", "torch._inductor", "triton"} & sys.modules.keys()
-print(*heavy, open("/proc/self/status").read().split("VmHWM:")[1].split()[0], file=sys.stderr)
+print(*heavy, peak() - alone, file=sys.stderr)
 """
 
 
@@ -141,7 +145,8 @@ def test_405b_on_16384_devices(tmp_path):
     words += ["--deepspeed_config", ROOT / "ds_configs/3d_zero1.json"]
     answer = run_cli(["python", "-c", LOOK, *map(str, words)])
     assert answer.returncode == 0, answer.stderr
-    assert int(answer.stderr.splitlines()[-1]) * 1024 < 500e6, answer.stderr  # and torch's compiler is not loaded
+    more = int(answer.stderr.splitlines()[-1]) * 1024  # fails with a name before it, where torch's compiler was loaded
+    assert more < 250e6, "500 MB with torch itself, whose build for CPUs takes 242, that for GPUs 528"
     facts = json.loads(answer.stdout)
     assert facts["parameters"] == pytest.approx(405e9, rel=0.01)
     best = facts["fits"][0]
