@@ -134,3 +134,17 @@ def test_the_fewest_blocks_are_recomputed_that_fit(recipe_file, tmp_path):
     (one,) = [each for each in found.prospects if each.file == files[0]]
     assert (one.rows, one.recomputed) == (1, 2)
     assert one.memory.peak <= tight
+
+
+@pytest.mark.parametrize("config", ["zero1_fp32", "zero2_fp32", "pipeline_fp32"])
+def test_buckets_take_memory_on_cpus_as_gradients_fill_them(recipe_file, tmp_path, config):
+    """Where a rank holds most, at the head, none has come: a GPU has given the buckets all of their memory by then."""
+    plan, trials = plan_of(recipe_file, tmp_path, config, "h100x2"), Trials()
+    zero = plan.ds_config["zero_optimization"]
+
+    def peak(device, elements):
+        other = plan._replace(ds_config=plan.ds_config | {"zero_optimization": zero | {"reduce_bucket_size": elements}})
+        return rank_memory(other, 0, device, trials=trials).peak
+
+    on_cpu, on_gpu = (peak(device, 500_000) - peak(device, 10_000) for device in ("cpu", "cuda"))
+    assert on_cpu < on_gpu / 2
