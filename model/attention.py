@@ -1,8 +1,9 @@
 """Attention inside documents: `softmax(Q K^T / sqrt(d)) V` (Vaswani et al. 2017), with memory linear in T.
 
 What is visible is said in visibility.py; here the kernel is chosen. The causal mask goes to variable-length flash attention
-on CUDA (rows of one document each to cuDNN, where that is faster) and to `scaled_dot_product_attention` elsewhere; chunks that
-see themselves in both directions go to FlexAttention on CUDA and to blocks of flash attention on CPUs (block_attention.py).
+on CUDA (rows of one document each to cuDNN, where that is faster), elsewhere to `scaled_dot_product_attention` or, in bf16 where
+a CPU is faster so, to matrix products (causal_products.py); chunks that see themselves in both directions go to FlexAttention
+on CUDA and to blocks of flash attention on CPUs (block_attention.py).
 
 Legend: B batch, T tokens of a row, n tokens of a document, H query heads, K key/value heads, d head width, W window.
 """

@@ -203,9 +203,8 @@ def _walk(
     peak = (0, 0, 0, "")
     if at_once:
         states = states._replace(buffers=states.buffers + sum(states.fills), fills=())
-    fills = (
-        states.fills[1:] if states.stay else states.fills
-    )  # gradients that stay move to the first bucket and add nothing
+    # gradients that stay move to the first bucket and add nothing
+    fills = states.fills[1:] if states.stay else states.fills
     fetched = _Fetched(plan, mesh)
     kept = sum(each.kept for each in layers.held)
     under_way = min(mesh.pipeline - mesh.pipeline_rank, accumulation)
@@ -230,9 +229,8 @@ def _walk(
             own = held.backward + (held.largest if first and place < last else 0)
             note(now + own, fetched.at(place), gradients + sum(min(size, reduced) for size in fills), "backward")
             gradients += held.gradients if first else 0
-            if mesh.pipeline == 1 and (
-                not states.stay or turn == turns - 1
-            ):  # a pipeline reduces after its last backward pass
+            # a pipeline reduces after its last backward pass
+            if mesh.pipeline == 1 and (not states.stay or turn == turns - 1):
                 reduced += held.gradients
     filled = sum(min(size, sum(held.gradients for held in layers.held)) for size in fills)
     note(0, 0, gradients + filled + states.reduction, "update")

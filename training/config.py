@@ -59,7 +59,7 @@ class TrainingConfig(Section):
     collective_timeout_minutes: float = Field(default=30.0, gt=0)
     """End when a rank has waited this long for another: longer than any rank may compute or read while the others wait."""
     hang_seconds: float | None = Field(default=20.0, gt=0)
-    """End with code 76 where a step takes this much longer than twice the usual time, with all ranks' stacks in RUN/stacks."""
+    """End with code 76 where a step takes so much longer than twice its usual time; all stacks are in RUN/stacks. null: never."""
 
     @model_validator(mode="after")
     def _has_one_length(self) -> Self:

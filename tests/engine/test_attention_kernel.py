@@ -1,7 +1,6 @@
 """Which kernel a CPU attends with: said by the recipe, or measured once and kept; in every layout it computes the same."""
 
 import json
-from contextlib import ExitStack
 from unittest import mock
 
 import numpy as np
@@ -95,8 +94,7 @@ def histories_of_short_documents(*arguments) -> tuple[dict, dict]:
     """`histories` by both kernels, however short a document is, and how often products were taken."""
     folder, recipe, data, layouts, steps = arguments
     found = {}
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(causal_products, "FEWEST_TOKENS", 1))
+    with mock.patch.object(causal_products, "FEWEST_TOKENS", 1):
         for kernel in ("flash", "products"):
             runs = {name: (config, {"training.attention_kernel": kernel}) for name, config in layouts.items()}
             with mock.patch.object(attention, "attend_products", wraps=attention.attend_products) as products:
